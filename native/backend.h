@@ -1,0 +1,519 @@
+// The whole contract between the tensor core and a backend (CPU, CUDA): a versioned C table.
+//
+// A backend receives pointers and int64 sizes and nothing else. Kernels never allocate, never throw and
+// never see a Tensor: the ops (native/ops) check, allocate and record, the kernels compute. Scratch memory
+// comes in through Ctx; `workspace` says how much a call needs. Every result is a pure function of the
+// arguments and of the backend's level: never of the number of threads or of timing.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define AG_BACKEND_VERSION 1
+
+typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
+
+typedef enum {
+  AG_OK = 0,
+  AG_INVALID,      // an argument the kernel cannot take; Ctx.error says which
+  AG_UNSUPPORTED,  // a valid request this backend does not implement
+  AG_OUT_OF_MEMORY,
+  AG_DEVICE_ERROR,
+} AgStatus;
+
+// "acc" below is the type sums are kept in: f64 for f64 tensors, f32 for f32 and bf16.
+
+typedef struct AgCtx {
+  void* stream;             // backend's own; NULL on the CPU
+  void* workspace;          // 64-byte aligned scratch, content undefined
+  int64_t workspace_bytes;  // at least what `workspace` asked for
+  char error[256];          // filled on a status other than AG_OK
+} AgCtx;
+
+// Where a parameter gradient goes. p == NULL: not wanted. accumulate: add to what is there.
+// The dtype is the buffer's own (f32 gradients of bf16 parameters are normal).
+typedef struct {
+  void* p;
+  AgDtype dt;
+  int32_t accumulate;
+} AgGrad;
+
+typedef enum { AG_NONE = 0, AG_GELU, AG_GELU_TANH, AG_QUICK_GELU, AG_SILU, AG_SCALE, AG_EXP } AgUnaryOp;
+typedef enum { AG_ADD = 0, AG_SUB, AG_MUL } AgBinaryOp;
+
+// ---- moving and filling -----------------------------------------------------------------------------
+typedef struct {
+  void* dst;
+  AgDtype dt;
+  int64_t n;
+  double value;
+} AgFill;
+
+// Rows of bytes: concat, slice, broadcast of a row (src_stride 0). Regions do not overlap.
+typedef struct {
+  void* dst;
+  int64_t dst_stride;  // bytes
+  const void* src;
+  int64_t src_stride;  // bytes
+  int64_t rows, row_bytes;
+} AgCopy2d;
+
+typedef struct {
+  void* dst;
+  AgDtype dt_dst;
+  const void* src;
+  AgDtype dt_src;
+  int64_t n;
+} AgCast;  // to bf16: round to nearest even, NaN stays NaN; float to integer: truncate
+
+typedef enum { AG_UNIFORM = 0, AG_NORMAL } AgRandomKind;
+// Philox4x32-10, counter = element / 4 + offset, key = seed: the value of an element depends on (seed, offset, index)
+// only. Uniform on [a, b); normal with mean a and standard deviation b (Box-Muller on the four words).
+typedef struct {
+  void* dst;
+  AgDtype dt;
+  int64_t n;
+  AgRandomKind kind;
+  double a, b;
+  uint64_t seed, offset;
+} AgRandom;
+
+// ---- elementwise ------------------------------------------------------------------------------------
+// y = f(x). AG_SCALE: alpha * x. May run in place.
+typedef struct {
+  AgUnaryOp op;
+  void* y;
+  const void* x;
+  int64_t n;
+  AgDtype dt;
+  double alpha;
+} AgUnary;
+
+// dx = dy * f'(x); dx may be dy.
+typedef struct {
+  AgUnaryOp op;
+  void* dx;
+  const void* dy;
+  const void* x;
+  int64_t n;
+  AgDtype dt;
+  double alpha;
+} AgUnaryGrad;
+
+// y[i] = a[i] op b[i % nb]; n is a multiple of nb. y may be a.
+typedef struct {
+  AgBinaryOp op;
+  void* y;
+  const void* a;
+  const void* b;
+  int64_t n, nb;
+  AgDtype dt;
+} AgBinary;
+
+// y = silu(gate) * up
+typedef struct {
+  void* y;
+  const void* gate;
+  const void* up;
+  int64_t n;
+  AgDtype dt;
+} AgSiluMul;
+
+typedef struct {
+  void* dgate;
+  void* dup;
+  const void* dy;
+  const void* gate;
+  const void* up;
+  int64_t n;
+  AgDtype dt;
+} AgSiluMulGrad;
+
+// ---- reductions -------------------------------------------------------------------------------------
+// y[j] = scale * sum_i x[i*ld + j], i < rows, j < cols (bias gradients, broadcast gradients)
+typedef struct {
+  AgGrad y;
+  const void* x;
+  int64_t rows, cols, ld;
+  AgDtype dt;
+  double scale;
+} AgColSum;
+
+// *y = scale * sum of all x; y has dtype dt
+typedef struct {
+  void* y;
+  const void* x;
+  int64_t n;
+  AgDtype dt;
+  double scale;
+} AgSum;
+
+typedef struct {
+  const void* p;
+  AgDtype dt;
+  int64_t n;
+} AgSpan;
+// *out (host double) = sum of squares over all spans, summed in double; Inf or NaN if any element is not finite
+typedef struct {
+  const AgSpan* spans;
+  int64_t count;
+  double* out;
+} AgSumSquares;
+
+// ---- rows -------------------------------------------------------------------------------------------
+// dst[i,:] = src[index[i],:]; 0 <= index[i] < src_rows (the op has checked)
+typedef struct {
+  void* dst;
+  const void* src;
+  const int32_t* index;
+  int64_t n, cols, src_rows;
+  AgDtype dt;
+} AgGatherRows;
+
+// dst[index[i],:] = src[i,:]; equal indices: the last one stays
+typedef struct {
+  void* dst;
+  const void* src;
+  const int32_t* index;
+  int64_t n, cols, dst_rows;
+  AgDtype dt;
+} AgScatterRows;
+
+// dst[index[i],:] += scale * src[i,:], in the order of i for every row (no atomics).
+// index[i] < 0: the row is skipped. dst.accumulate == 0: dst [dst_rows, cols] is zeroed first.
+typedef struct {
+  AgGrad dst;
+  const void* src;
+  const int32_t* index;
+  int64_t n, cols, dst_rows;
+  AgDtype dt;
+  double scale;
+} AgScatterAdd;
+
+// ---- matrix product ---------------------------------------------------------------------------------
+// C[m,n] = act(op(A)[m,k] op(B)[k,n] + bias[n]), row major, leading dimensions in elements.
+// trans_a: A is stored [k,m]; trans_b: B is stored [n,k] (a PyTorch Linear weight).
+// accumulate: C += (then act must be AG_NONE and bias NULL). f64 goes with f64 only; bf16 A,B give a bf16 or f32 C.
+typedef struct {
+  int64_t m, n, k;
+  const void* a;
+  int64_t lda;
+  const void* b;  // may be NULL when b_packed is given
+  int64_t ldb;
+  const void* b_packed;  // result of `pack` for this B and trans_b, or NULL
+  void* c;
+  int64_t ldc;
+  const int32_t* c_rows;  // NULL, or row i of the result is row c_rows[i] of C
+  const void* bias;       // [n] in dt, or NULL
+  void* pre;              // NULL, or [m,n] (ld n, dt_c): the value before act, kept for backward
+  AgDtype dt, dt_c;       // of A, B, bias; of C, pre
+  AgUnaryOp act;
+  int32_t trans_a, trans_b, accumulate;
+} AgGemm;
+
+// A frozen right-hand side kept in the layout the backend's gemm wants. The blob belongs to the caller.
+typedef struct {
+  const void* b;
+  int64_t n, k, ldb;
+  int32_t trans_b;
+  AgDtype dt;
+  void* blob;  // `pack_bytes` bytes, 64-byte aligned
+} AgPack;
+
+// ---- norms ------------------------------------------------------------------------------------------
+// LayerNorm: y = (x - mean) * rstd * w + b. RMSNorm (b and mean NULL): y = x * rstd * w, rstd = 1/sqrt(mean(x^2)+eps).
+typedef struct {
+  void* y;
+  const void* x;
+  const void* w;
+  const void* b;
+  void* mean;  // [rows] acc, out; NULL selects RMSNorm
+  void* rstd;  // [rows] acc, out
+  int64_t rows, cols;
+  double eps;
+  AgDtype dt;
+} AgNorm;
+
+typedef struct {
+  void* dx;  // may be NULL
+  AgGrad dw, db;
+  const void* dy;
+  const void* x;
+  const void* w;
+  const void* mean;
+  const void* rstd;
+  int64_t rows, cols;
+  AgDtype dt;
+} AgNormGrad;
+
+// y = softmax(x) over the last dimension
+typedef struct {
+  void* y;
+  const void* x;
+  int64_t rows, cols;
+  AgDtype dt;
+} AgSoftmax;
+// dx = y * (dy - sum(dy * y))
+typedef struct {
+  void* dx;
+  const void* dy;
+  const void* y;
+  int64_t rows, cols;
+  AgDtype dt;
+} AgSoftmaxGrad;
+
+// y = x / |x|_2 per row; norm [rows] acc is kept (no epsilon, as CLIP)
+typedef struct {
+  void* y;
+  const void* x;
+  void* norm;
+  int64_t rows, cols;
+  AgDtype dt;
+} AgL2Norm;
+typedef struct {
+  void* dx;
+  const void* dy;
+  const void* y;
+  const void* norm;
+  int64_t rows, cols;
+  AgDtype dt;
+} AgL2NormGrad;
+
+// ---- attention --------------------------------------------------------------------------------------
+// Rotary embedding in the Hugging Face layout (first half with second half), y may be x:
+//   y[:, h, i] = x[i] * cos - x[i + dim/2] * sin,  y[:, h, i + dim/2] = x[i + dim/2] * cos + x[i] * sin
+// with row position[t] of the tables. sign = -1 gives the inverse rotation (the gradient).
+typedef struct {
+  void* y;
+  const void* x;
+  const int32_t* position;  // [tokens]
+  const void* cos;          // [max_position, dim/2] acc
+  const void* sin;
+  int64_t tokens, heads, dim, ld;  // ld: row stride of x and y, elements
+  double sign;
+  AgDtype dt;
+} AgRope;
+
+// Packed sequences: sequence s owns query rows q_offsets[s]..q_offsets[s+1] and key rows k_offsets[s]..
+// Head h reads columns h*dim.. of its row; query head h uses key head h / (heads / kv_heads).
+// causal: the last query of a sequence is aligned with its last key. A query without keys gives zero.
+typedef struct {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* o;           // [tokens, heads*dim]; input in the gradient
+  void* lse;         // [tokens, heads] acc: log-sum-exp of the scaled scores
+  int64_t ldq, ldk, ldv, ldo;
+  const int32_t* q_offsets;  // [batch + 1]
+  const int32_t* k_offsets;
+  int64_t batch, heads, kv_heads, dim;
+  double scale;
+  int32_t causal;
+  AgDtype dt;
+  // gradient only; same strides as q, k, v, o
+  const void* d_o;
+  void* dq;
+  void* dk;
+  void* dv;
+} AgAttention;
+
+// Attention against a paged cache. Logical key j of sequence s is row j % block_size of block
+// block_table[s * max_blocks + j / block_size]; the cache is [blocks, block_size, kv_heads*dim].
+// The queries of a sequence are its last ones: query i of n sees keys 0 .. kv_len[s] - n + i.
+typedef struct {
+  const void* q;
+  int64_t ldq;
+  const void* k_cache;
+  const void* v_cache;
+  void* o;
+  int64_t ldo;
+  const int32_t* q_offsets;  // [batch + 1]
+  const int32_t* block_table;
+  const int32_t* kv_len;  // [batch]
+  int64_t batch, max_blocks, block_size, heads, kv_heads, dim;
+  double scale;
+  AgDtype dt;
+} AgAttentionCached;
+
+// ---- AlignGPT ---------------------------------------------------------------------------------------
+// alignMix: last projector layer + level mix + splice into the packed sequence (arXiv 2405.14129, section 3).
+//   rows_m = x_m W^T + b                                 written to out[image_row[m] ..+patches]
+//   mean_m = mean of embed[gate_ids of m]                (AG_MIX_GATE)
+//   dots_m[p] = <rows_m[p], mean_m>                      on the stored, rounded rows
+//   logits_m = W1 gelu(W0 dots_m + b0) + b1,  coef_m = [softmax(logits_m), global]
+//   out[align_row[m]] = coef_m . table
+//   out[t] = embed[token[t]] for token[t] >= 0
+// AG_MIX_LEVEL: coef = one-hot of level[m]. AG_MIX_FIXED: coef is given.
+typedef enum { AG_MIX_LEVEL = 0, AG_MIX_GATE, AG_MIX_FIXED } AgMixMode;
+#define AG_ALIGN_TOKEN (-1)
+#define AG_IMAGE_TOKEN (-2)
+typedef struct {
+  int64_t tokens, hidden, vocab, images, patches, features, levels, gate_hidden;
+  const void* x;         // [images*patches, features]
+  const void* w;         // [hidden, features]; NULL: no projector, features == hidden
+  const void* w_packed;  // `pack` of w as a transposed right-hand side, or NULL
+  const void* b;         // [hidden] or NULL
+  const void* embed;     // [vocab, hidden]
+  const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
+  const int32_t* image_row;     // [images]
+  const int32_t* align_row;     // [images]
+  const int32_t* gate_ids;      // [gate_offsets[images]]
+  const int32_t* gate_offsets;  // [images + 1]; an empty list gives a mean of zero
+  const void* table;            // [levels, hidden]
+  AgMixMode mode;
+  const int32_t* level;  // [images]
+  const void* gw0;       // [gate_hidden, patches]
+  const void* gb0;       // [gate_hidden]
+  const void* gw1;       // [levels-1, gate_hidden]
+  const void* gb1;       // [levels-1]
+  double global;         // coefficient of the last row in AG_MIX_GATE: 1, or 0 for "local only"
+  AgDtype dt;
+  // out (forward) / in (gradient)
+  void* out;       // [tokens, hidden]
+  void* mean;      // [images, hidden] acc
+  void* dots;      // [images, patches] acc
+  void* gate_pre;  // [images, gate_hidden] acc: before the gate's gelu
+  void* logits;    // [images, levels-1] acc
+  void* coef;      // [images, levels] acc; input when AG_MIX_FIXED
+  // gradient only
+  const void* d_out;
+  void* dx;  // [images*patches, features] dt or NULL
+  AgGrad dw, db, d_embed, d_table, d_gw0, d_gb0, d_gw1, d_gb1;
+} AgAlignMix;
+
+// ---- loss -------------------------------------------------------------------------------------------
+// nll[i] = logsumexp(logits[i]) - logits[i, target[i]];
+// dlogits (when not NULL) = (softmax(logits) - onehot) * grad_scale; may be logits itself when the dtypes are equal.
+typedef struct {
+  const void* logits;  // [rows, cols] dt
+  int64_t rows, cols;
+  const int32_t* target;  // [rows], 0 <= target < cols
+  void* nll;              // [rows] acc
+  void* dlogits;          // dt_d
+  double grad_scale;
+  AgDtype dt, dt_d;
+} AgCrossEntropy;
+
+// ---- images -----------------------------------------------------------------------------------------
+// pixels [images, channels, height, width] -> rows [images * (height/patch) * (width/patch), channels*patch*patch],
+// the order of a Conv2d weight [out, channels, patch, patch] read as a matrix.
+typedef struct {
+  void* out;
+  const void* pixels;
+  int64_t images, channels, height, width, patch;
+  AgDtype dt;
+} AgPatchify;
+
+// ---- optimizer, sampling ----------------------------------------------------------------------------
+// PyTorch's AdamW (decoupled decay): p *= 1 - lr*wd; m += (1-b1)(g-m); v = b2 v + (1-b2) g^2;
+// p -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps), with g = grad * grad_scale.
+typedef struct {
+  void* p;  // f32 or bf16
+  AgDtype dt_p;
+  const void* g;  // f32 or bf16
+  AgDtype dt_g;
+  float* master;  // f32 copy of a bf16 parameter; NULL when p is f32
+  float* m;
+  float* v;
+  int64_t n;
+  double lr, weight_decay;
+} AgAdamWTensor;
+typedef struct {
+  const AgAdamWTensor* tensors;
+  int64_t count;
+  double beta1, beta2, eps, grad_scale;
+  int64_t step;  // 1 for the first
+} AgAdamW;
+
+// out[i] = an id drawn from row i. temperature 0: argmax (lowest id on ties). top_k 0 and top_p 1: no cut.
+// top_k first, then the smallest set with probability >= top_p, as transformers does. u[i] in [0,1) decides.
+typedef struct {
+  const float* logits;  // [rows, cols]
+  int64_t rows, cols;
+  double temperature, top_p;
+  int64_t top_k;
+  const double* u;
+  int32_t* out;
+} AgSample;
+
+// ---- the table --------------------------------------------------------------------------------------
+typedef struct {
+  char name[64];    // "cpu", "cuda"
+  char level[32];   // "portable", "avx2", "avx512", "sm_90"
+  char device[128]; // what the machine calls it
+  int32_t threads;
+  int64_t memory_bytes;  // 0: unknown
+} AgCapabilities;
+
+typedef enum {
+  AG_K_GEMM, AG_K_NORM_GRAD, AG_K_ATTENTION, AG_K_ATTENTION_GRAD, AG_K_ATTENTION_CACHED, AG_K_ALIGN_MIX,
+  AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
+} AgKernel;  // kernels that may want scratch; all others need none
+
+typedef struct AgBackend {
+  int32_t version;      // AG_BACKEND_VERSION
+  int32_t struct_size;  // sizeof(AgBackend): a second check that both sides were built together
+
+  // (a) device services
+  void (*capabilities)(AgCapabilities*);
+  AgStatus (*alloc)(void* stream, int64_t bytes, void** out);  // 64-byte aligned, uncached
+  void (*free)(void* stream, void* p);
+  AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);  // any direction; done when synchronize returns
+  AgStatus (*synchronize)(AgCtx*);
+  AgStatus (*event_create)(void** out);
+  AgStatus (*event_record)(AgCtx*, void* event);
+  AgStatus (*event_wait)(AgCtx*, void* event);
+  void (*event_destroy)(void* event);
+  AgStatus (*graph_begin)(AgCtx*);
+  AgStatus (*graph_end)(AgCtx*, void** out);
+  AgStatus (*graph_launch)(AgCtx*, void* graph);
+  void (*graph_destroy)(void* graph);
+  int64_t (*workspace)(AgKernel, const void* args);  // bytes of scratch this very call needs
+
+  // (c) frozen weights in the backend's own layout; 0 bytes: packing brings nothing for this shape
+  int64_t (*pack_bytes)(const AgPack*);
+  AgStatus (*pack)(AgCtx*, const AgPack*);
+
+  // (b) kernels
+  AgStatus (*fill)(AgCtx*, const AgFill*);
+  AgStatus (*copy2d)(AgCtx*, const AgCopy2d*);
+  AgStatus (*cast)(AgCtx*, const AgCast*);
+  AgStatus (*random)(AgCtx*, const AgRandom*);
+  AgStatus (*unary)(AgCtx*, const AgUnary*);
+  AgStatus (*unary_grad)(AgCtx*, const AgUnaryGrad*);
+  AgStatus (*binary)(AgCtx*, const AgBinary*);
+  AgStatus (*silu_mul)(AgCtx*, const AgSiluMul*);
+  AgStatus (*silu_mul_grad)(AgCtx*, const AgSiluMulGrad*);
+  AgStatus (*col_sum)(AgCtx*, const AgColSum*);
+  AgStatus (*sum)(AgCtx*, const AgSum*);
+  AgStatus (*sum_squares)(AgCtx*, const AgSumSquares*);
+  AgStatus (*gather_rows)(AgCtx*, const AgGatherRows*);
+  AgStatus (*scatter_rows)(AgCtx*, const AgScatterRows*);
+  AgStatus (*scatter_add)(AgCtx*, const AgScatterAdd*);
+  AgStatus (*gemm)(AgCtx*, const AgGemm*);
+  AgStatus (*norm)(AgCtx*, const AgNorm*);
+  AgStatus (*norm_grad)(AgCtx*, const AgNormGrad*);
+  AgStatus (*softmax)(AgCtx*, const AgSoftmax*);
+  AgStatus (*softmax_grad)(AgCtx*, const AgSoftmaxGrad*);
+  AgStatus (*l2norm)(AgCtx*, const AgL2Norm*);
+  AgStatus (*l2norm_grad)(AgCtx*, const AgL2NormGrad*);
+  AgStatus (*rope)(AgCtx*, const AgRope*);
+  AgStatus (*attention)(AgCtx*, const AgAttention*);
+  AgStatus (*attention_grad)(AgCtx*, const AgAttention*);
+  AgStatus (*attention_cached)(AgCtx*, const AgAttentionCached*);
+  AgStatus (*align_mix)(AgCtx*, const AgAlignMix*);
+  AgStatus (*align_mix_grad)(AgCtx*, const AgAlignMix*);
+  AgStatus (*cross_entropy)(AgCtx*, const AgCrossEntropy*);
+  AgStatus (*patchify)(AgCtx*, const AgPatchify*);
+  AgStatus (*adamw)(AgCtx*, const AgAdamW*);
+  AgStatus (*sample)(AgCtx*, const AgSample*);
+} AgBackend;
+
+// The CPU backend, linked in. The level is chosen once: the best the machine has, or ALIGNGPT_CPU_LEVEL.
+const AgBackend* ag_cpu_backend(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,152 @@
+#include "pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace {
+
+// CPUs this process may really use: affinity mask, cut down by the cgroup's quota (v2, then v1).
+int available_cpus() {
+  int n = int(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+  long long quota = -1, period = 100000;
+  if (std::FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    char text[32] = {0};
+    if (std::fscanf(f, "%31s %lld", text, &period) == 2 && std::strcmp(text, "max") != 0) quota = std::atoll(text);
+    std::fclose(f);
+  } else if (std::FILE* q = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r")) {
+    if (std::fscanf(q, "%lld", &quota) != 1) quota = -1;
+    std::fclose(q);
+    if (std::FILE* p = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r")) {
+      if (std::fscanf(p, "%lld", &period) != 1) period = 100000;
+      std::fclose(p);
+    }
+  }
+  if (quota > 0 && period > 0) {
+    int by_quota = int((quota + period - 1) / period);
+    if (by_quota < n) n = by_quota;
+  }
+#endif
+  return n < 1 ? 1 : n > 1024 ? 1024 : n;
+}
+
+int wanted_threads() {
+  if (const char* text = std::getenv("ALIGNGPT_THREADS")) {
+    int n = std::atoi(text);
+    if (n >= 1 && n <= 1024) return n;
+  }
+  return available_cpus();
+}
+
+struct Pool {
+  std::atomic<int> threads{wanted_threads()};
+  std::mutex busy;  // one caller at a time; others run inline
+  std::mutex m;
+  std::condition_variable wake;
+  std::atomic<uint64_t> generation{0};
+  int started = 0;  // workers alive
+
+  // the current job
+  std::atomic<int64_t> next{0};
+  std::atomic<int> left{0};
+  int64_t n = 0;
+  int helpers = 0;
+  void (*body)(void*, int64_t, int64_t) = nullptr;
+  void* arg = nullptr;
+
+  void drain(int64_t worker) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(arg, i, worker);
+  }
+
+  void loop(int id, uint64_t seen) {
+    for (;;) {
+      for (int spin = 0; spin < 4000 && generation.load(std::memory_order_acquire) == seen; spin++) pause();
+      if (generation.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(m);
+        wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });
+      }
+      bool mine;
+      {  // both under the lock: a worker that was not needed must not mistake the next job for this one
+        std::lock_guard<std::mutex> lock(m);
+        seen = generation.load(std::memory_order_acquire);
+        mine = id <= helpers;
+      }
+      if (mine) {
+        drain(id);
+        left.fetch_sub(1, std::memory_order_release);
+      }
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  void run(int64_t count, int64_t workers, void (*f)(void*, int64_t, int64_t), void* a) {
+    int use = threads.load();
+    if (use > workers) use = int(workers);
+    if (use > count) use = int(count);
+    if (use > 1 && busy.try_lock()) {
+      {
+        std::lock_guard<std::mutex> lock(m);
+        while (started < use - 1) {
+          int id = ++started;
+          // Detached: workers sleep at process exit and are ended with it; joining there could deadlock.
+          std::thread([this, id, seen = generation.load()] { loop(id, seen); }).detach();
+        }
+        n = count;
+        body = f;
+        arg = a;
+        helpers = use - 1;
+        next.store(0, std::memory_order_relaxed);
+        left.store(helpers, std::memory_order_relaxed);
+        generation.fetch_add(1, std::memory_order_release);
+      }
+      wake.notify_all();
+      drain(0);
+      while (left.load(std::memory_order_acquire) > 0) pause();
+      busy.unlock();
+      return;
+    }
+    for (int64_t i = 0; i < count; i++) f(a, i, 0);
+  }
+};
+
+Pool& pool() {
+  static Pool* p = new Pool();  // never destroyed: detached workers refer to it
+  return *p;
+}
+
+thread_local bool t_inside = false;
+
+}  // namespace
+
+void ag_parallel(int64_t n, int64_t workers, void (*body)(void*, int64_t, int64_t), void* arg) {
+  if (n <= 0) return;
+  if (t_inside || n == 1) {
+    for (int64_t i = 0; i < n; i++) body(arg, i, 0);
+    return;
+  }
+  t_inside = true;
+  pool().run(n, workers, body, arg);
+  t_inside = false;
+}
+
+int ag_threads() { return pool().threads.load(); }
+void ag_set_threads(int n) { pool().threads.store(n < 1 ? 1 : n); }

@@ -1,0 +1,95 @@
+// Inference: the paged key/value cache and sampling. Nothing here is recorded.
+#include <cmath>
+
+#include "ops.h"
+
+namespace ag::ops {
+
+static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
+
+void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot) {
+  const char* op = "cacheWrite";
+  want_rank(op, "cache", cache, 3);
+  want_float(op, "cache", cache);
+  want_dtype(op, "rows", rows, cache.dt);
+  want_shape(op, "rows", rows, Shape{slot.numel(), cache.shape[2]});
+  int64_t places = cache.shape[0] * cache.shape[1];
+  want_index(op, "slot", slot, 0, places);
+  want_same_device(op, {&cache, &rows, &slot});
+  run(op, cache.device(), table(cache).scatter_rows,
+      AgScatterRows{cache.data(), rows.data(), host_i32(slot), slot.numel(), cache.shape[2], places, cache.dt});
+}
+
+static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Tensor& blocks, const Tensor& len, int64_t batch) {
+  const char* op = "attentionCached";
+  want_rank(op, "blockTable", blocks, 2);
+  want_shape(op, "blockTable", blocks, Shape{batch, blocks.shape[1]});
+  want_shape(op, "kvLen", len, Shape{batch});
+  want_index(op, "kvLen", len, 0, blocks.shape[1] * cache.shape[1] + 1);
+  want_dtype(op, "blockTable", blocks, AG_I32);
+  for (int64_t s = 0; s < batch; s++) {  // only the blocks a sequence really uses have to exist
+    int64_t n = host_i32(q_offsets)[s + 1] - host_i32(q_offsets)[s], keys = host_i32(len)[s];
+    check(keys >= n, "ERR_RANGE", "[attentionCached] kvLen[", s, "]: expected at least its ", n, " queries, got ", keys);
+    for (int64_t b = 0; b * cache.shape[1] < keys; b++) {
+      int32_t block = host_i32(blocks)[s * blocks.shape[1] + b];
+      check(block >= 0 && block < cache.shape[0], "ERR_RANGE", "[attentionCached] blockTable[", s, ", ", b, "]: expected 0..",
+            cache.shape[0] - 1, ", got ", block);
+    }
+  }
+}
+
+Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& q_offsets,
+                        const Tensor& block_table, const Tensor& kv_len, int64_t heads, int64_t kv_heads, double scale) {
+  const char* op = "attentionCached";
+  want_float(op, "q", q);
+  check_heads(op, heads, kv_heads);
+  int64_t dim = head_dim(op, "q", q, heads);
+  want_rank(op, "kCache", k_cache, 3);
+  want_shape(op, "kCache", k_cache, Shape{k_cache.shape[0], k_cache.shape[1], kv_heads * dim});
+  want_shape(op, "vCache", v_cache, k_cache.shape);
+  want_dtype(op, "kCache", k_cache, q.dt);
+  want_dtype(op, "vCache", v_cache, q.dt);
+  int64_t batch = want_offsets(op, "qOffsets", q_offsets, q.shape[0]);
+  check_blocks(k_cache, q_offsets, block_table, kv_len, batch);
+  want_same_device(op, {&q, &k_cache, &v_cache, &q_offsets, &block_table, &kv_len});
+  Tensor o = empty_like(q);
+  AgAttentionCached a{};
+  a.q = q.data();
+  a.ldq = a.ldo = heads * dim;
+  a.k_cache = k_cache.data();
+  a.v_cache = v_cache.data();
+  a.o = o.data();
+  a.q_offsets = host_i32(q_offsets);
+  a.block_table = host_i32(block_table);
+  a.kv_len = host_i32(kv_len);
+  a.batch = batch;
+  a.max_blocks = block_table.shape[1];
+  a.block_size = k_cache.shape[1];
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.dim = dim;
+  a.scale = scale;
+  a.dt = q.dt;
+  run(op, q.device(), table(q).attention_cached, a, AG_K_ATTENTION_CACHED);
+  return o;
+}
+
+std::vector<double> sample(const Tensor& logits, double temperature, int64_t top_k, double top_p, const std::vector<double>& uniform) {
+  const char* op = "sample";
+  want_rank(op, "logits", logits, 2);
+  want_dtype(op, "logits", logits, AG_F32);
+  check(logits.shape[1] > 0, "ERR_SHAPE", "[sample] logits: expected at least one column, got ", logits.shape);
+  check(int64_t(uniform.size()) == logits.shape[0], "ERR_SHAPE", "[sample] uniform: expected ", logits.shape[0], " numbers, got ", uniform.size());
+  check(temperature >= 0 && std::isfinite(temperature), "ERR_ARGUMENT", "[sample] temperature: expected >= 0, got ", temperature);
+  check(top_k >= 0, "ERR_ARGUMENT", "[sample] topK: expected >= 0, got ", top_k);
+  check(top_p > 0 && top_p <= 1, "ERR_ARGUMENT", "[sample] topP: expected in (0, 1], got ", top_p);
+  for (double u : uniform) check(u >= 0 && u < 1, "ERR_ARGUMENT", "[sample] uniform: expected in [0, 1), got ", u);
+  Tensor out = empty(logits.device(), Shape{logits.shape[0]}, AG_I32);
+  run(op, logits.device(), logits.device()->backend->sample,
+      AgSample{logits.as<const float>(), logits.shape[0], logits.shape[1], temperature, top_p, top_k, uniform.data(), out.as<int32_t>()},
+      AG_K_SAMPLE);
+  const int32_t* ids = host_i32(out);
+  return std::vector<double>(ids, ids + out.numel());
+}
+
+}  // namespace ag::ops

@@ -1,0 +1,186 @@
+// Matrix products.
+#include "ops.h"
+
+namespace ag::ops {
+
+static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
+
+static AgGemm product(const Tensor& a, bool trans_a, const Tensor& b, bool trans_b, int64_t m, int64_t n, int64_t k) {
+  AgGemm g{};
+  g.m = m;
+  g.n = n;
+  g.k = k;
+  g.a = a.data();
+  g.lda = trans_a ? m : k;
+  g.trans_a = trans_a;
+  g.b = b.data();
+  g.ldb = trans_b ? k : n;
+  g.trans_b = trans_b;
+  g.dt = a.dt;
+  g.ldc = n;
+  g.dt_c = a.dt;
+  return g;
+}
+
+static void gemm(const char* op, Device* device, const AgGemm& g) { run(op, device, device->backend->gemm, g, AG_K_GEMM); }
+
+static void into(AgGemm& g, const AgGrad& slot) {
+  g.c = slot.p;
+  g.dt_c = slot.dt;
+  g.accumulate = slot.accumulate;
+}
+
+// The kernel writes a C of the inputs' dtype or f32; an f32 gradient of f64 does not exist, and a bf16 gradient of
+// f32 inputs neither: leaves have their own dtype or f32.
+Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::string& activation) {
+  AgUnaryOp act = parse_activation("linear", activation);
+  check(act != AG_EXP, "ERR_ARGUMENT", "[linear] activation: expected none, gelu, gelu_tanh, quick_gelu or silu, got 'exp'");
+  want_float("linear", "x", x);
+  want_dtype("linear", "weight", w, x.dt);
+  want_rank("linear", "weight", w, 2);
+  check(x.shape.rank >= 1 && x.shape.cols() == w.shape[1], "ERR_SHAPE", "[linear] x: expected [..., ", w.shape[1], "], got ", x.shape);
+  Tensor b = bias ? *bias : Tensor();
+  want_same_device("linear", {&x, &w, &b});
+  int64_t m = x.shape.rows(), k = w.shape[1], n = w.shape[0];
+  if (b.defined()) {
+    want_dtype("linear", "bias", b, x.dt);
+    want_shape("linear", "bias", b, Shape{n});
+  }
+  Tensor y = empty(x.device(), x.shape.with_last(n), x.dt), pre;
+  bool rec = recording({&x, &w, &b});
+  AgGemm g = product(x, false, w, true, m, n, k);
+  g.c = y.data();
+  g.bias = b.defined() ? b.data() : nullptr;
+  g.act = act;
+  if (rec && act != AG_NONE) {
+    pre = empty_like(y);
+    g.pre = pre.data();
+  }
+  gemm("linear", x.device(), g);
+  if (!rec) return y;
+  Tensor sx = wants_grad(w) ? x.detached() : Tensor(), sw = wants_grad(x) ? w.detached() : Tensor();
+  Shape shape_x = x.shape;
+  record("linear", {&y}, {x, w, b}, [=](Grads& grads) {
+    Tensor dy = grads.out();
+    if (act != AG_NONE) {
+      Tensor d = empty_like(dy);
+      run("linear", dy.device(), table(dy).unary_grad, AgUnaryGrad{act, d.data(), dy.data(), pre.data(), dy.numel(), dy.dt, 1.0});
+      dy = d;
+    }
+    if (grads.needs(1)) {
+      AgGemm gw = product(dy, true, sx, false, n, k, m);
+      into(gw, grads.slot(1));
+      gemm("linear", dy.device(), gw);
+    }
+    if (grads.needs(2))
+      run("linear", dy.device(), table(dy).col_sum, AgColSum{grads.slot(2), dy.data(), m, n, n, dy.dt, 1.0}, AG_K_COL_SUM);
+    if (grads.needs(0)) {
+      Tensor dx = empty(dy.device(), shape_x, dy.dt);
+      AgGemm gx = product(dy, false, sw, false, m, k, n);
+      gx.c = dx.data();
+      gemm("linear", dy.device(), gx);
+      grads.add(0, std::move(dx));
+    }
+  });
+  return y;
+}
+
+Tensor matmul(const Tensor& a, const Tensor& b, bool trans_a, bool trans_b) {
+  want_float("matmul", "a", a);
+  want_dtype("matmul", "b", b, a.dt);
+  want_rank("matmul", "a", a, 2);
+  want_rank("matmul", "b", b, 2);
+  want_same_device("matmul", {&a, &b});
+  int64_t m = a.shape[trans_a ? 1 : 0], k = a.shape[trans_a ? 0 : 1], n = b.shape[trans_b ? 0 : 1];
+  check(b.shape[trans_b ? 1 : 0] == k, "ERR_SHAPE", "[matmul] inner dimension: expected ", k, ", got ", b.shape);
+  Tensor y = empty(a.device(), Shape{m, n}, a.dt), sa = a.detached(), sb = b.detached();
+  AgGemm g = product(a, trans_a, b, trans_b, m, n, k);
+  g.c = y.data();
+  gemm("matmul", a.device(), g);
+  record("matmul", {&y}, {a, b}, [=](Grads& grads) {
+    const Tensor& dy = grads.out();
+    if (grads.needs(0)) {  // dA = dY op(B)^T, stored transposed when A is
+      AgGemm ga = trans_a ? product(sb, trans_b, dy, true, k, m, n) : product(dy, false, sb, !trans_b, m, k, n);
+      into(ga, grads.slot(0));
+      gemm("matmul", dy.device(), ga);
+    }
+    if (grads.needs(1)) {
+      AgGemm gb = trans_b ? product(dy, true, sa, trans_a, n, k, m) : product(sa, !trans_a, dy, false, k, n, m);
+      into(gb, grads.slot(1));
+      gemm("matmul", dy.device(), gb);
+    }
+  });
+  return y;
+}
+
+// ---- CLIP's patch embedding -------------------------------------------------------------------------
+struct PatchShape {
+  int64_t images, channels, height, width, patch, patches, depth, dim;
+};
+
+static PatchShape patch_shape(const Tensor& pixels, const Tensor& weight, const Tensor& cls, const Tensor& position) {
+  const char* op = "patchEmbedding";
+  want_float(op, "pixels", pixels);
+  want_rank(op, "pixels", pixels, 4);
+  want_rank(op, "weight", weight, 4);
+  for (const Tensor* t : {&weight, &cls, &position}) want_dtype(op, "weights", *t, pixels.dt);
+  want_same_device(op, {&pixels, &weight, &cls, &position});
+  PatchShape s;
+  s.images = pixels.shape[0];
+  s.channels = pixels.shape[1];
+  s.height = pixels.shape[2];
+  s.width = pixels.shape[3];
+  s.dim = weight.shape[0];
+  s.patch = weight.shape[2];
+  want_shape(op, "weight", weight, Shape{s.dim, s.channels, s.patch, s.patch});
+  check(s.patch > 0 && s.height % s.patch == 0 && s.width % s.patch == 0, "ERR_SHAPE",
+        "[patchEmbedding] pixels: expected a multiple of the patch size ", s.patch, ", got ", pixels.shape);
+  s.patches = (s.height / s.patch) * (s.width / s.patch);
+  s.depth = s.channels * s.patch * s.patch;
+  want_shape(op, "class", cls, Shape{s.dim});
+  want_shape(op, "position", position, Shape{s.patches + 1, s.dim});
+  return s;
+}
+
+Tensor patch_embedding(const Tensor& pixels, const Tensor& weight, const Tensor& cls, const Tensor& position) {
+  PatchShape s = patch_shape(pixels, weight, cls, position);
+  Device* device = pixels.device();
+  const AgBackend& t = *device->backend;
+  const char* op = "patchEmbedding";
+  int64_t rows = s.patches + 1, size = dtype_size(pixels.dt);
+  Tensor cols = empty(device, Shape{s.images * s.patches, s.depth}, pixels.dt);
+  run(op, device, t.patchify, AgPatchify{cols.data(), pixels.data(), s.images, s.channels, s.height, s.width, s.patch, pixels.dt});
+  Tensor y = empty(device, Shape{s.images, rows, s.dim}, pixels.dt);
+  for (int64_t i = 0; i < s.images; i++) {  // each image's patches go straight behind its class row
+    AgGemm g = product(cols, false, weight, true, s.patches, s.dim, s.depth);
+    g.a = cols.as<char>() + i * s.patches * s.depth * size;
+    g.c = y.as<char>() + (i * rows + 1) * s.dim * size;
+    gemm(op, device, g);
+  }
+  if (s.images) {
+    run(op, device, t.copy2d, AgCopy2d{y.data(), rows * s.dim * size, cls.data(), 0, s.images, s.dim * size});
+    run(op, device, t.binary, AgBinary{AG_ADD, y.data(), y.data(), position.data(), y.numel(), rows * s.dim, y.dt});
+  }
+  Tensor saved = wants_grad(weight) ? cols : Tensor();
+  record(op, {&y}, {weight, cls, position}, [=](Grads& grads) {
+    const Tensor& dy = grads.out();
+    Device* d = dy.device();
+    const AgBackend& t = *d->backend;
+    if (grads.needs(2))
+      run(op, d, t.col_sum, AgColSum{grads.slot(2), dy.data(), s.images, rows * s.dim, rows * s.dim, dy.dt, 1.0}, AG_K_COL_SUM);
+    if (grads.needs(1))
+      run(op, d, t.col_sum, AgColSum{grads.slot(1), dy.data(), s.images, s.dim, rows * s.dim, dy.dt, 1.0}, AG_K_COL_SUM);
+    if (grads.needs(0)) {
+      Tensor dp = empty(d, Shape{s.images * s.patches, s.dim}, dy.dt);
+      int64_t bytes = s.patches * s.dim * size;
+      if (bytes && s.images)
+        run(op, d, t.copy2d, AgCopy2d{dp.data(), bytes, dy.as<char>() + s.dim * size, bytes + s.dim * size, s.images, bytes});
+      AgGemm g = product(dp, true, saved, false, s.dim, s.depth, s.images * s.patches);
+      into(g, grads.slot(0));
+      gemm(op, d, g);
+    }
+  });
+  return y;
+}
+
+}  // namespace ag::ops

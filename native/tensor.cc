@@ -1,0 +1,209 @@
+#include "tensor.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ag {
+
+// ---- dtype and shape --------------------------------------------------------------------------------
+int64_t dtype_size(AgDtype dt) {
+  switch (dt) {
+    case AG_F32: return 4;
+    case AG_BF16: return 2;
+    case AG_F64: return 8;
+    case AG_I32: return 4;
+    case AG_I64: return 8;
+  }
+  fail("ERR_DTYPE", "[tensor] dtype: expected 0..4, got ", int(dt));
+}
+
+const char* dtype_name(AgDtype dt) {
+  static const char* names[] = {"f32", "bf16", "f64", "i32", "i64"};
+  return names[dt];
+}
+
+AgDtype parse_dtype(const std::string& name) {
+  for (int i = 0; i < 5; i++)
+    if (name == dtype_name(AgDtype(i))) return AgDtype(i);
+  fail("ERR_DTYPE", "[tensor] dtype: expected f32, bf16, f64, i32 or i64, got '", name, "'");
+}
+
+Shape::Shape(const int64_t* dims, size_t n) {
+  check(n <= size_t(kMaxRank), "ERR_SHAPE", "[tensor] rank: expected at most ", int(kMaxRank), ", got ", n);
+  rank = int(n);
+  // 2^47 elements of 8 bytes stay below 2^50 bytes, so no later size computation can overflow.
+  int64_t total = 1;
+  for (int i = 0; i < rank; i++) {
+    check(dims[i] >= 0, "ERR_SHAPE", "[tensor] dimension ", i, ": expected >= 0, got ", dims[i]);
+    d[i] = dims[i];
+    int64_t m = std::max<int64_t>(dims[i], 1);
+    check(m <= (int64_t(1) << 47) / total, "ERR_SHAPE", "[tensor] shape: too many elements (over 2^47)");
+    total *= m;
+  }
+}
+
+int64_t Shape::numel() const {
+  int64_t n = 1;
+  for (int i = 0; i < rank; i++) n *= d[i];
+  return n;
+}
+
+int64_t Shape::leading() const {
+  int64_t n = 1;
+  for (int i = 0; i + 1 < rank; i++) n *= d[i];
+  return n;
+}
+
+Shape Shape::with_last(int64_t n) const {
+  std::vector<int64_t> dims(d, d + rank);
+  check(rank > 0, "ERR_SHAPE", "[tensor] rank: expected at least 1, got 0");
+  dims.back() = n;
+  return Shape(dims);
+}
+
+bool Shape::operator==(const Shape& o) const { return rank == o.rank && std::equal(d, d + rank, o.d); }
+
+std::string Shape::str() const {
+  std::string s = "[";
+  for (int i = 0; i < rank; i++) s += (i ? ", " : "") + std::to_string(d[i]);
+  return s + "]";
+}
+
+// ---- device -----------------------------------------------------------------------------------------
+Device::Device(const AgBackend* backend) : backend(backend) {}
+
+// Sizes are rounded so that a block fits its successor: to 64 bytes below 4 KiB, else to 1/8 of the power of two.
+static int64_t rounded(int64_t bytes) {
+  int64_t step = 64;
+  if (bytes > 4096) {
+    int64_t power = 4096;
+    while (power * 2 <= bytes) power *= 2;
+    step = power / 8;
+  }
+  return std::max<int64_t>(64, (bytes + step - 1) / step * step);
+}
+
+void* Device::allocate(int64_t bytes, int64_t* actual) {
+  int64_t want = rounded(bytes);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (fail_after_ >= 0 && fail_after_-- == 0)
+    fail("ERR_MEMORY", "[memory] allocation of ", bytes, " bytes failed (test hook)");
+  void* p = nullptr;
+  auto it = idle_.lower_bound(want);
+  if (it != idle_.end() && it->first <= want + want / 8) {
+    p = it->second;
+    want = it->first;
+    idle_bytes_ -= want;
+    idle_.erase(it);
+  } else {
+    if (backend->alloc(stream, want, &p) != AG_OK) {
+      for (auto& block : idle_) backend->free(stream, block.second);
+      c_.reserved -= idle_bytes_;
+      idle_.clear();
+      idle_bytes_ = 0;
+      if (backend->alloc(stream, want, &p) != AG_OK)
+        fail("ERR_MEMORY", "[memory] out of memory: ", bytes, " bytes wanted, ", c_.in_use, " in use");
+    }
+    c_.reserved += want;
+  }
+  *actual = want;
+  c_.in_use += want;
+  c_.blocks++;
+  c_.peak = std::max(c_.peak, c_.in_use);
+  return p;
+}
+
+// An idle block is kept when the idle ones together stay below a quarter of the peak plus 64 MB: enough for a
+// training step to find its blocks again, without a second copy of the model lying around unused.
+void Device::release(void* p, int64_t actual) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  c_.in_use -= actual;
+  c_.blocks--;
+  if (idle_bytes_ + actual <= c_.peak / 4 + (int64_t(64) << 20)) {
+    idle_.emplace(actual, p);
+    idle_bytes_ += actual;
+  } else {
+    backend->free(stream, p);
+    c_.reserved -= actual;
+  }
+}
+
+MemoryCounters Device::counters() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return c_;
+}
+
+void Device::reset_peak() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  c_.peak = c_.in_use;
+}
+
+void Device::trim() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& block : idle_) backend->free(stream, block.second);
+  c_.reserved -= idle_bytes_;
+  idle_.clear();
+  idle_bytes_ = 0;
+}
+
+void Device::fail_after(int64_t allocations) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  fail_after_ = allocations;
+}
+
+// Never destroyed: storages held by other threads may outlive main().
+Device& cpu() {
+  static Device* device = new Device(ag_cpu_backend());
+  return *device;
+}
+
+Storage::Storage(Device* device, int64_t bytes) : device(device), bytes(bytes) {
+  p = device->allocate(bytes, &actual);
+}
+Storage::~Storage() { device->release(p, actual); }
+
+// ---- tensor -----------------------------------------------------------------------------------------
+Tensor Tensor::detached() const {
+  Tensor t = *this;
+  t.var = nullptr;
+  return t;
+}
+
+Tensor Tensor::view(const Shape& s) const {
+  check(s.numel() == numel(), "ERR_SHAPE", "[reshape] expected ", numel(), " elements, got shape ", s);
+  Tensor t = detached();
+  t.shape = s;
+  return t;
+}
+
+Tensor empty(Device* device, const Shape& shape, AgDtype dt) {
+  Tensor t;
+  t.shape = shape;
+  t.dt = dt;
+  t.storage = std::make_shared<Storage>(device, shape.numel() * dtype_size(dt));
+  return t;
+}
+
+Tensor zeros(Device* device, const Shape& shape, AgDtype dt) {
+  Tensor t = empty(device, shape, dt);
+  run("zeros", device, device->backend->fill, AgFill{t.data(), dt, t.numel(), 0.0});
+  return t;
+}
+
+void check_status(const char* op, AgStatus status, const AgCtx& ctx) {
+  if (status == AG_OK) return;
+  const char* code = status == AG_OUT_OF_MEMORY  ? "ERR_MEMORY"
+                     : status == AG_INVALID      ? "ERR_ARGUMENT"
+                     : status == AG_UNSUPPORTED  ? "ERR_UNSUPPORTED"
+                                                 : "ERR_DEVICE";
+  fail(code, "[", op, "] ", ctx.error[0] ? ctx.error : "kernel failed", " (status ", int(status), ")");
+}
+
+void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes) {
+  if (bytes == 0) return;
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  check_status("copy", device->backend->copy(&ctx, dst, src, bytes), ctx);
+}
+
+}  // namespace ag

@@ -1,0 +1,170 @@
+// Tensors: a dtype, a shape and a piece of shared storage on one device. Always contiguous, row major.
+//
+// Storage is process-wide with atomic counts; everything that refers to it (handles, tape) belongs to one thread.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace ag {
+
+// ---- errors: "[op] what, expected, got", with a code JavaScript sees as error.code -------------------
+struct Error : std::runtime_error {
+  const char* code;
+  Error(const char* code, const std::string& message) : std::runtime_error(message), code(code) {}
+};
+
+template <class... A>
+std::string cat(const A&... a) {
+  std::ostringstream s;
+  (s << ... << a);
+  return s.str();
+}
+
+template <class... A>
+[[noreturn]] void fail(const char* code, const A&... a) {
+  throw Error(code, cat(a...));
+}
+
+template <class... A>
+void check(bool ok, const char* code, const A&... a) {
+  if (!ok) fail(code, a...);
+}
+
+// ---- dtype and shape --------------------------------------------------------------------------------
+int64_t dtype_size(AgDtype dt);
+const char* dtype_name(AgDtype dt);
+AgDtype parse_dtype(const std::string& name);
+inline bool is_float(AgDtype dt) { return dt == AG_F32 || dt == AG_BF16 || dt == AG_F64; }
+// The type sums are kept in (backend.h): f64 for f64, f32 for f32 and bf16.
+inline AgDtype acc_dtype(AgDtype dt) { return dt == AG_F64 ? AG_F64 : AG_F32; }
+
+struct Shape {
+  static constexpr int kMaxRank = 6;
+  int rank = 0;
+  int64_t d[kMaxRank] = {0, 0, 0, 0, 0, 0};
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> dims) : Shape(dims.begin(), dims.size()) {}
+  explicit Shape(const std::vector<int64_t>& dims) : Shape(dims.data(), dims.size()) {}
+  Shape(const int64_t* dims, size_t n);  // checks rank, signs and overflow of the product
+
+  int64_t operator[](int i) const { return d[i < 0 ? i + rank : i]; }
+  int64_t numel() const;
+  int64_t rows() const { return rank == 0 ? 1 : d[rank - 1] == 0 ? leading() : numel() / d[rank - 1]; }
+  int64_t cols() const { return rank == 0 ? 1 : d[rank - 1]; }
+  Shape with_last(int64_t n) const;
+  bool operator==(const Shape& o) const;
+  bool operator!=(const Shape& o) const { return !(*this == o); }
+  std::string str() const;
+
+ private:
+  int64_t leading() const;
+};
+inline std::ostream& operator<<(std::ostream& s, const Shape& x) { return s << x.str(); }
+
+// ---- device: a backend, its stream, its caching allocator -------------------------------------------
+struct MemoryCounters {
+  int64_t in_use = 0;    // bytes of live storages
+  int64_t peak = 0;      // highest in_use since the last reset
+  int64_t reserved = 0;  // in_use + idle blocks kept for reuse
+  int64_t blocks = 0;    // live storages
+};
+
+class Device {
+ public:
+  explicit Device(const AgBackend* backend);
+  const AgBackend* const backend;
+  void* stream = nullptr;
+
+  void* allocate(int64_t bytes, int64_t* actual);  // throws ERR_MEMORY; actual is what to give back to release
+  void release(void* p, int64_t actual);
+  MemoryCounters counters();
+  void reset_peak();
+  void trim();                          // gives idle blocks back to the system
+  void fail_after(int64_t allocations);  // test hook: the n-th allocation from now fails; negative: off
+
+ private:
+  std::mutex mutex_;
+  std::multimap<int64_t, void*> idle_;
+  int64_t idle_bytes_ = 0;
+  int64_t fail_after_ = -1;
+  MemoryCounters c_;
+};
+Device& cpu();
+
+struct Storage {
+  Device* device;
+  void* p = nullptr;
+  int64_t bytes = 0;   // asked for
+  int64_t actual = 0;  // got
+  Storage(Device* device, int64_t bytes);
+  ~Storage();
+  Storage(const Storage&) = delete;
+  Storage& operator=(const Storage&) = delete;
+};
+
+// ---- tensor -----------------------------------------------------------------------------------------
+struct Var;  // the tape's view of a tensor (tape.h)
+
+struct Tensor {
+  std::shared_ptr<Storage> storage;
+  int64_t offset = 0;  // bytes
+  AgDtype dt = AG_F32;
+  Shape shape;
+  std::shared_ptr<Var> var;  // null: no gradient wanted
+
+  bool defined() const { return storage != nullptr; }
+  Device* device() const { return storage->device; }
+  void* data() const { return static_cast<char*>(storage->p) + offset; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data());
+  }
+  int64_t numel() const { return shape.numel(); }
+  int64_t bytes() const { return numel() * dtype_size(dt); }
+  Tensor detached() const;                // same storage, no tape
+  Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
+};
+
+Tensor empty(Device* device, const Shape& shape, AgDtype dt);
+inline Tensor empty_like(const Tensor& x) { return empty(x.device(), x.shape, x.dt); }
+Tensor zeros(Device* device, const Shape& shape, AgDtype dt);
+
+// ---- calling kernels --------------------------------------------------------------------------------
+// Throws when a kernel does not answer AG_OK.
+void check_status(const char* op, AgStatus status, const AgCtx& ctx);
+
+// Runs one kernel of the device's table, with the scratch it asked for. Kernels that take no scratch pass no id.
+template <class Args>
+void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args) {
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  check_status(op, kernel(&ctx, &args), ctx);
+}
+template <class Args>
+void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, AgKernel id) {
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  int64_t bytes = device->backend->workspace(id, &args);
+  std::shared_ptr<Storage> scratch;
+  if (bytes > 0) {
+    scratch = std::make_shared<Storage>(device, bytes);
+    ctx.workspace = scratch->p;
+    ctx.workspace_bytes = bytes;
+  }
+  check_status(op, kernel(&ctx, &args), ctx);
+}
+
+void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);
+
+}  // namespace ag

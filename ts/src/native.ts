@@ -1,0 +1,147 @@
+/** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import path from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { AlignGPTError } from './errors.js'
+
+export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
+export type TensorData = Float32Array | Float64Array | Int32Array | BigInt64Array
+type H = number
+
+/** Arguments of the fused op; shapes at `alignMix` in ops.ts. */
+export interface NativeAlignMix {
+  x: H
+  weight: H | null
+  bias: H | null
+  embed: H
+  table: H
+  tokens: H
+  imageRows: H
+  alignRows: H
+  patches: number
+  mode: 'level' | 'gate' | 'fixed'
+  levels: H | null
+  coefficients: H | null
+  gateIds: H | null
+  gateOffsets: H | null
+  gate: H[]
+  global: boolean
+}
+
+export interface Native {
+  tensor(data: TensorData, shape: number[], dtype: Dtype): H
+  write(t: H, data: TensorData): void
+  read(t: H): TensorData
+  zeros(shape: number[], dtype: Dtype): H
+  empty(shape: number[], dtype: Dtype): H
+  shape(t: H): number[]
+  dtype(t: H): Dtype
+  readFile(t: H, path: string, offset: number, dtype: string): void
+  writeFile(t: H, path: string, offset: number): void
+  scopeBegin(): number
+  scopeEnd(depth: number): void
+  keep(t: H): void
+  persist(t: H): void
+  dispose(t: H): void
+  isLive(t: H): boolean
+  requiresGrad(t: H, on: boolean): void
+  wantsGrad(t: H): boolean
+  detach(t: H): H
+  setGradEnabled(on: boolean): boolean
+  backward(root: H, seed: H | null): void
+  grad(t: H): H | null
+  setGrad(t: H, buffer: H | null): void
+  zeroGrad(ts: H[]): void
+  memory(): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
+  resetPeak(): void
+  trim(): void
+  failAfter(allocations: number): void
+  capabilities(): { name: string; level: string; device: string; threads: number }
+  threads(): number
+  setThreads(n: number): void
+  cast(x: H, dtype: Dtype): H
+  reshape(x: H, shape: number[]): H
+  slice(x: H, dim: number, start: number, end: number): H
+  concat(xs: H[], dim: number): H
+  gather(x: H, index: H): H
+  embedding(ids: H, table: H): H
+  add(a: H, b: H): H
+  sub(a: H, b: H): H
+  mul(a: H, b: H): H
+  scale(x: H, alpha: number): H
+  unary(x: H, name: string): H
+  siluMul(gate: H, up: H): H
+  sum(x: H): H
+  mean(x: H): H
+  fill(x: H, value: number): void
+  copy(dst: H, src: H): void
+  random(x: H, kind: 'uniform' | 'normal', a: number, b: number, seed: number, offset: number): void
+  linear(x: H, w: H, b: H | null, activation: string): H
+  matmul(a: H, b: H, transA: boolean, transB: boolean): H
+  patchEmbedding(pixels: H, weight: H, cls: H, position: H): H
+  layerNorm(x: H, w: H, b: H, eps: number): H
+  rmsNorm(x: H, w: H, eps: number): H
+  softmax(x: H): H
+  l2Normalize(x: H): H
+  rope(x: H, position: H, cos: H, sin: H, heads: number): H
+  attention(q: H, k: H, v: H, qOffsets: H, kOffsets: H, heads: number, kvHeads: number, causal: boolean, scale: number): H
+  attentionCached(
+    q: H,
+    kCache: H,
+    vCache: H,
+    qOffsets: H,
+    blockTable: H,
+    kvLen: H,
+    heads: number,
+    kvHeads: number,
+    scale: number,
+  ): H
+  cacheWrite(cache: H, rows: H, slot: H): void
+  alignMix(args: NativeAlignMix): H[]
+  lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number): H[]
+  crossEntropy(logits: H, targets: H): H
+  contrastiveLoss(image: H, text: H, logScale: H): H
+  sumSquares(xs: H[]): number
+  adamw(
+    params: H[],
+    grads: H[],
+    masters: (H | null)[],
+    m: H[],
+    v: H[],
+    lr: number[],
+    weightDecay: number[],
+    beta1: number,
+    beta2: number,
+    eps: number,
+    step: number,
+    gradScale: number,
+  ): void
+  sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
+}
+
+/** The package's root folder: the nearest one above this file that has a package.json. */
+function packageRoot(): string {
+  let dir = path.dirname(fileURLToPath(import.meta.url))
+  while (!existsSync(path.join(dir, 'package.json')) && path.dirname(dir) !== dir) dir = path.dirname(dir)
+  return dir
+}
+
+function load(): Native {
+  const root = packageRoot()
+  const candidates = [
+    path.join(root, 'build', 'Release', 'aligngpt.node'),
+    path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
+  ]
+  const found = candidates.find((file) => existsSync(file))
+  if (!found) {
+    throw new AlignGPTError(
+      'ERR_NATIVE',
+      `[native] no binary for ${process.platform}-${process.arch}, expected one of ${candidates.join(', ')}; ` +
+        'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
+    )
+  }
+  return createRequire(import.meta.url)(found) as Native
+}
+
+export const native: Native = load()

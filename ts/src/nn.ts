@@ -1,0 +1,153 @@
+/** Modules: a tree of objects whose property names are the Hugging Face parameter names. */
+import { AlignGPTError } from './errors.js'
+import { native } from './native.js'
+import { type Activation, layerNorm, linear, rmsNorm } from './ops.js'
+import { type Dtype, Tensor } from './tensor.js'
+
+/** How a new parameter is filled; `seed` and the parameter's name decide the values. */
+export type Init =
+  | { kind: 'uniform'; bound: number }
+  | { kind: 'normal'; std: number }
+  | { kind: 'constant'; value: number }
+
+/** Where parameters come from: a checkpoint, or initialisation. Prefixes are joined by dots. */
+export class Source {
+  constructor(
+    private readonly make: (name: string, shape: number[], init: Init) => Tensor,
+    private readonly has: (name: string) => boolean = () => true,
+    readonly prefix = '',
+  ) {}
+  at(name: string): Source {
+    return new Source(this.make, this.has, `${this.prefix}${name}.`)
+  }
+  tensor(name: string, shape: number[], init: Init): Tensor {
+    return this.make(this.prefix + name, shape, init)
+  }
+  /** Whether the checkpoint holds this tensor (always true for initialisation). */
+  holds(name: string): boolean {
+    return this.has(this.prefix + name)
+  }
+}
+
+/** 53-bit hash of a parameter's name and the seed (cyrb53): each parameter has its own random stream. */
+function streamOf(name: string, seed: number): number {
+  let a = 0xdeadbeef ^ seed
+  let b = 0x41c6ce57 ^ Math.floor(seed / 0x100000000)
+  for (let i = 0; i < name.length; i++) {
+    const c = name.charCodeAt(i)
+    a = Math.imul(a ^ c, 2654435761)
+    b = Math.imul(b ^ c, 1597334677)
+  }
+  a = Math.imul(a ^ (a >>> 16), 2246822507) ^ Math.imul(b ^ (b >>> 13), 3266489909)
+  b = Math.imul(b ^ (b >>> 16), 2246822507) ^ Math.imul(a ^ (a >>> 13), 3266489909)
+  return 4294967296 * (2097151 & b) + (a >>> 0)
+}
+
+/** A persistent tensor filled as `init` says. Initialised in f32 and then rounded, so every dtype starts equal. */
+export function initialize(name: string, shape: number[], init: Init, seed: number, dtype: Dtype): Tensor {
+  const t = new Tensor(native.zeros(shape, 'f32'))
+  const stream = streamOf(name, seed)
+  if (init.kind === 'constant') native.fill(t.h, init.value)
+  else if (init.kind === 'uniform') native.random(t.h, 'uniform', -init.bound, init.bound, stream, 0)
+  else native.random(t.h, 'normal', 0, init.std, stream, 0)
+  if (dtype === 'f32') return t.persist()
+  const rounded = new Tensor(native.cast(t.h, dtype)).persist()
+  t.dispose()
+  return rounded
+}
+
+export abstract class Module {
+  /** [name, tensor] of every parameter below, depth first, in the order of construction. */
+  *namedParameters(prefix = ''): Generator<[string, Tensor]> {
+    for (const [key, value] of Object.entries(this)) {
+      if (value instanceof Tensor) yield [prefix + key, value]
+      else if (value instanceof Module) yield* value.namedParameters(`${prefix}${key}.`)
+      else if (Array.isArray(value))
+        for (const [i, item] of value.entries())
+          if (item instanceof Module) yield* item.namedParameters(`${prefix}${key}.${i}.`)
+    }
+  }
+  /** Frees every parameter. */
+  dispose(): void {
+    for (const [, t] of this.namedParameters()) if (t.live) t.dispose()
+  }
+}
+
+/** y = act(x W^T + b). PyTorch's default initialisation: uniform within 1 / sqrt(fan in), weight and bias. */
+export class Linear extends Module {
+  readonly weight: Tensor
+  readonly bias?: Tensor
+  constructor(s: Source, inputs: number, outputs: number, o: { bias: boolean; init?: Init; biasInit?: Init }) {
+    super()
+    const usual: Init = { kind: 'uniform', bound: 1 / Math.sqrt(inputs) }
+    this.weight = s.tensor('weight', [outputs, inputs], o.init ?? usual)
+    if (o.bias) this.bias = s.tensor('bias', [outputs], o.biasInit ?? usual)
+  }
+  forward(x: Tensor, activation: Activation = 'none'): Tensor {
+    return linear(x, this.weight, this.bias, activation)
+  }
+}
+
+export class LayerNorm extends Module {
+  readonly weight: Tensor
+  readonly bias: Tensor
+  #eps: number
+  constructor(s: Source, width: number, eps: number) {
+    super()
+    this.weight = s.tensor('weight', [width], { kind: 'constant', value: 1 })
+    this.bias = s.tensor('bias', [width], { kind: 'constant', value: 0 })
+    this.#eps = eps
+  }
+  forward(x: Tensor): Tensor {
+    return layerNorm(x, this.weight, this.bias, this.#eps)
+  }
+}
+
+export class RMSNorm extends Module {
+  readonly weight: Tensor
+  #eps: number
+  constructor(s: Source, width: number, eps: number) {
+    super()
+    this.weight = s.tensor('weight', [width], { kind: 'constant', value: 1 })
+    this.#eps = eps
+  }
+  forward(x: Tensor): Tensor {
+    return rmsNorm(x, this.weight, this.#eps)
+  }
+}
+
+/** A table of rows, e.g. token or position embeddings. */
+export class Embedding extends Module {
+  readonly weight: Tensor
+  constructor(s: Source, rows: number, width: number, init: Init) {
+    super()
+    this.weight = s.tensor('weight', [rows, width], init)
+  }
+}
+
+/** Modules under numeric names, as torch.nn.Sequential writes them ("0", "2", ...). */
+export class Sequential extends Module {
+  [index: string]: unknown
+  constructor(layers: Record<string, Module>) {
+    super()
+    Object.assign(this, layers)
+  }
+}
+
+/** Hugging Face name of an activation -> ours. */
+export function activationOf(name: string): Activation {
+  const known: Record<string, Activation> = {
+    gelu: 'gelu',
+    gelu_new: 'gelu_tanh',
+    gelu_pytorch_tanh: 'gelu_tanh',
+    quick_gelu: 'quick_gelu',
+    silu: 'silu',
+    swish: 'silu',
+  }
+  const found = known[name]
+  if (!found) {
+    const expected = Object.keys(known).join(', ')
+    throw new AlignGPTError('ERR_CONFIG', `[config] hidden_act: expected one of ${expected}, got ${name}`)
+  }
+  return found
+}

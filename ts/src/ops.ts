@@ -1,0 +1,169 @@
+/**
+ * The ops, as thin as they can be: arguments are checked in C++ (native/ops), which also records how to go back.
+ * Shapes: B batch, T tokens, D/H width, V vocabulary, P patches, M images, N alignment levels.
+ */
+import { native } from './native.js'
+import { type Dtype, Tensor } from './tensor.js'
+
+export type Activation = 'none' | 'gelu' | 'gelu_tanh' | 'quick_gelu' | 'silu'
+
+const wrap = (h: number): Tensor => new Tensor(h)
+const handle = (t: Tensor | null | undefined): number | null => t?.h ?? null
+
+export const cast = (x: Tensor, dtype: Dtype): Tensor => wrap(native.cast(x.h, dtype))
+/** The same elements in another shape. */
+export const reshape = (x: Tensor, shape: readonly number[]): Tensor => wrap(native.reshape(x.h, [...shape]))
+/** x[..., start:end, ...] along `dim`; a view when everything before `dim` has one element. */
+export const slice = (x: Tensor, dim: number, start: number, end: number): Tensor =>
+  wrap(native.slice(x.h, dim, start, end))
+export const concat = (xs: readonly Tensor[], dim: number): Tensor =>
+  wrap(
+    native.concat(
+      xs.map((x) => x.h),
+      dim,
+    ),
+  )
+/** Rows of x [n, ...] by index i32 [m] -> [m, ...]. */
+export const gather = (x: Tensor, index: Tensor): Tensor => wrap(native.gather(x.h, index.h))
+/** ids i32 [T], table [V, D] -> [T, D]; the gradient is summed in the order of T. */
+export const embedding = (ids: Tensor, table: Tensor): Tensor => wrap(native.embedding(ids.h, table.h))
+/** a + b; b has a's shape, a suffix of it, or one element. */
+export const add = (a: Tensor, b: Tensor): Tensor => wrap(native.add(a.h, b.h))
+export const sub = (a: Tensor, b: Tensor): Tensor => wrap(native.sub(a.h, b.h))
+export const mul = (a: Tensor, b: Tensor): Tensor => wrap(native.mul(a.h, b.h))
+export const scale = (x: Tensor, alpha: number): Tensor => wrap(native.scale(x.h, alpha))
+/** GELU with erf. */
+export const gelu = (x: Tensor): Tensor => wrap(native.unary(x.h, 'gelu'))
+export const geluTanh = (x: Tensor): Tensor => wrap(native.unary(x.h, 'gelu_tanh'))
+/** x * sigmoid(1.702 x), OpenAI CLIP's activation. */
+export const quickGelu = (x: Tensor): Tensor => wrap(native.unary(x.h, 'quick_gelu'))
+export const silu = (x: Tensor): Tensor => wrap(native.unary(x.h, 'silu'))
+export const exp = (x: Tensor): Tensor => wrap(native.unary(x.h, 'exp'))
+/** silu(gate) * up */
+export const siluMul = (gate: Tensor, up: Tensor): Tensor => wrap(native.siluMul(gate.h, up.h))
+export const sum = (x: Tensor): Tensor => wrap(native.sum(x.h))
+export const mean = (x: Tensor): Tensor => wrap(native.mean(x.h))
+/** act(x W^T + b): x [..., K], weight [N, K], bias [N] -> [..., N] */
+export const linear = (x: Tensor, weight: Tensor, bias?: Tensor | null, activation: Activation = 'none'): Tensor =>
+  wrap(native.linear(x.h, weight.h, handle(bias), activation))
+/** op(a) op(b) of two matrices. */
+export const matmul = (a: Tensor, b: Tensor, transA = false, transB = false): Tensor =>
+  wrap(native.matmul(a.h, b.h, transA, transB))
+/** pixels [M, C, S, S], weight [D, C, p, p], cls [D], position [P+1, D] -> [M, P+1, D] (CLIP's input embedding). */
+export const patchEmbedding = (pixels: Tensor, weight: Tensor, cls: Tensor, position: Tensor): Tensor =>
+  wrap(native.patchEmbedding(pixels.h, weight.h, cls.h, position.h))
+export const layerNorm = (x: Tensor, weight: Tensor, bias: Tensor, eps: number): Tensor =>
+  wrap(native.layerNorm(x.h, weight.h, bias.h, eps))
+export const rmsNorm = (x: Tensor, weight: Tensor, eps: number): Tensor => wrap(native.rmsNorm(x.h, weight.h, eps))
+/** Over the last dimension. */
+export const softmax = (x: Tensor): Tensor => wrap(native.softmax(x.h))
+/** x / |x| per row of the last dimension, without an epsilon (as CLIP). */
+export const l2Normalize = (x: Tensor): Tensor => wrap(native.l2Normalize(x.h))
+/** Rotary embedding, Hugging Face layout: x [T, heads*dim], position i32 [T], cos and sin [max, dim/2]. */
+export const rope = (x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, heads: number): Tensor =>
+  wrap(native.rope(x.h, position.h, cos.h, sin.h, heads))
+
+export interface AttentionOptions {
+  heads: number
+  kvHeads: number
+  causal: boolean
+  /** default 1 / sqrt(head dim) */
+  scale?: number
+}
+/** Packed sequences: q [T, heads*dim], k and v [S, kvHeads*dim], offsets i32 [B+1] -> [T, heads*dim]. */
+export function attention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  qOffsets: Tensor,
+  kOffsets: Tensor,
+  o: AttentionOptions,
+): Tensor {
+  const scale = o.scale ?? 1 / Math.sqrt(q.shape[1] / o.heads)
+  return wrap(native.attention(q.h, k.h, v.h, qOffsets.h, kOffsets.h, o.heads, o.kvHeads, o.causal, scale))
+}
+
+export interface AlignMixArgs {
+  /** input of the last projector layer [M*P, features] */
+  x: Tensor
+  /** last projector layer [H, features]; null: identity */
+  weight: Tensor | null
+  bias: Tensor | null
+  /** token embeddings [V, H] */
+  embed: Tensor
+  /** alignment embeddings [N, H] */
+  table: Tensor
+  /** i32 [T]: token id, -1 alignment row, -2 image row */
+  tokens: Tensor
+  /** i32 [M]: first image row of each picture in the packed sequence */
+  imageRows: Tensor
+  /** i32 [M] */
+  alignRows: Tensor
+  patches: number
+  /** level: one-hot; gate: softmax of the gate, plus the global row; fixed: the given coefficients */
+  mix:
+    | { mode: 'level'; levels: Tensor }
+    | { mode: 'gate'; ids: Tensor; offsets: Tensor; gate: [Tensor, Tensor, Tensor, Tensor]; global: boolean }
+    | { mode: 'fixed'; coefficients: Tensor }
+}
+export interface AlignMixResult {
+  /** [T, H] */
+  inputsEmbeds: Tensor
+  /** [M, H] (gate only, else no rows) */
+  textMean: Tensor
+  /** [M, P] */
+  dots: Tensor
+  /** [M, N-1] */
+  gateLogits: Tensor
+  /** [M, N]: weight of each row of the table */
+  coefficients: Tensor
+}
+/**
+ * The fused projector-plus-alignment mixing (arXiv 2405.14129, section 3): projects the image rows into their places in
+ * the packed sequence, mixes the alignment vector and puts the token embeddings around them.
+ */
+export function alignMix(a: AlignMixArgs): AlignMixResult {
+  const { mix } = a
+  const [inputsEmbeds, textMean, dots, gateLogits, coefficients] = native
+    .alignMix({
+      x: a.x.h,
+      weight: handle(a.weight),
+      bias: handle(a.bias),
+      embed: a.embed.h,
+      table: a.table.h,
+      tokens: a.tokens.h,
+      imageRows: a.imageRows.h,
+      alignRows: a.alignRows.h,
+      patches: a.patches,
+      mode: mix.mode,
+      levels: mix.mode === 'level' ? mix.levels.h : null,
+      coefficients: mix.mode === 'fixed' ? mix.coefficients.h : null,
+      gateIds: mix.mode === 'gate' ? mix.ids.h : null,
+      gateOffsets: mix.mode === 'gate' ? mix.offsets.h : null,
+      gate: mix.mode === 'gate' ? mix.gate.map((t) => t.h) : [],
+      global: mix.mode === 'gate' ? mix.global : false,
+    })
+    .map(wrap)
+  return { inputsEmbeds, textMean, dots, gateLogits, coefficients }
+}
+
+/**
+ * Cross entropy of hidden[rows] W^T against targets, summed and divided by `denominator`; logits exist for one chunk of
+ * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R].
+ */
+export function lmHeadLoss(
+  hidden: Tensor,
+  weight: Tensor,
+  rows: Tensor,
+  targets: Tensor,
+  denominator: number,
+  chunk = 256,
+): { loss: Tensor; nll: Tensor } {
+  const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
+  return { loss, nll }
+}
+/** Mean cross entropy of logits [R, C] against targets i32 [R]. */
+export const crossEntropy = (logits: Tensor, targets: Tensor): Tensor => wrap(native.crossEntropy(logits.h, targets.h))
+/** CLIP's symmetric loss: image and text [B, D] with unit rows, logScale one element (natural log of the temperature's inverse). */
+export const contrastiveLoss = (image: Tensor, text: Tensor, logScale: Tensor): Tensor =>
+  wrap(native.contrastiveLoss(image.h, text.h, logScale.h))

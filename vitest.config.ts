@@ -1,0 +1,13 @@
+import { defineConfig } from 'vitest/config'
+
+// One fork after the other: the native core uses every core by itself, and each file gets a fresh process.
+export default defineConfig({
+  test: {
+    include: ['ts/test/**/*.test.ts'],
+    pool: 'forks',
+    maxWorkers: 1,
+    fileParallelism: false,
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
+  },
+})
