@@ -1,7 +1,7 @@
 /** What AlignGPT adds to LLaVA (arXiv 2405.14129, section 3): projector, alignment embeddings, gate. */
 import { AlignGPTError } from './errors.js'
 import { Linear, Module, Sequential, type Source } from './nn.js'
-import { alignMix, type AlignMixArgs, type AlignMixResult } from './ops.js'
+import { type AlignMixArgs, type AlignMixResult, alignMix } from './ops.js'
 import type { Tensor } from './tensor.js'
 
 export const GATE_HIDDEN = 256

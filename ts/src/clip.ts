@@ -26,7 +26,8 @@ class CLIPAttention extends Module {
     super()
     const d = c.hidden_size
     const inner = normal(d ** -0.5 * (2 * c.num_hidden_layers) ** -0.5)
-    const make = (name: string, init: Init): Linear => new Linear(s.at(name), d, d, { bias: true, init, biasInit: zero })
+    const make = (name: string, init: Init): Linear =>
+      new Linear(s.at(name), d, d, { bias: true, init, biasInit: zero })
     this.#heads = c.num_attention_heads
     this.k_proj = make('k_proj', inner)
     this.v_proj = make('v_proj', inner)

@@ -10,3 +10,28 @@ export class AlignGPTError extends Error {
     this.name = 'AlignGPTError'
   }
 }
+
+/** Short, safe rendering of a foreign value for the `got` part of a message. */
+export function show(value: unknown): string {
+  let text: string | undefined
+  try {
+    text = typeof value === 'bigint' ? `${value}n` : JSON.stringify(value)
+  } catch {
+    text = undefined
+  }
+  text ??= String(value)
+  return text.length > 120 ? `${text.slice(0, 117)}...` : text
+}
+
+/** An error in the package's standard form: `[where] what, expected X, got Y`. `got` is printed as it is. */
+export function mismatch(
+  code: string,
+  where: string,
+  what: string,
+  expected: string,
+  got: string,
+  cause?: unknown,
+): AlignGPTError {
+  const message = `[${where}] ${what}, expected ${expected}, got ${got}`
+  return new AlignGPTError(code, message, cause === undefined ? undefined : { cause })
+}

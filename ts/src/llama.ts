@@ -1,8 +1,9 @@
 /** LLaMA decoder on packed sequences (Touvron et al. 2023; property names are Hugging Face's LlamaForCausalLM). */
+
+import type { Cache } from './cache.js'
 import type { LlamaConfig } from './config.js'
 import { Embedding, Linear, Module, RMSNorm, type Source } from './nn.js'
 import { add, attention, rope, siluMul } from './ops.js'
-import type { Cache } from './cache.js'
 import { type Dtype, type Tensor, tensor } from './tensor.js'
 
 /** What the layers need to know about the packed batch. */
@@ -88,7 +89,11 @@ class LlamaAttention extends Module {
     super()
     const init = { kind: 'normal', std: c.initializer_range } as const
     const make = (name: string, inputs: number, outputs: number): Linear =>
-      new Linear(s.at(name), inputs, outputs, { bias: c.attention_bias, init, biasInit: { kind: 'constant', value: 0 } })
+      new Linear(s.at(name), inputs, outputs, {
+        bias: c.attention_bias,
+        init,
+        biasInit: { kind: 'constant', value: 0 },
+      })
     this.#heads = c.num_attention_heads
     this.#kvHeads = c.num_key_value_heads
     this.q_proj = make('q_proj', c.hidden_size, this.#heads * c.head_dim)

@@ -85,7 +85,17 @@ export interface Native {
   softmax(x: H): H
   l2Normalize(x: H): H
   rope(x: H, position: H, cos: H, sin: H, heads: number): H
-  attention(q: H, k: H, v: H, qOffsets: H, kOffsets: H, heads: number, kvHeads: number, causal: boolean, scale: number): H
+  attention(
+    q: H,
+    k: H,
+    v: H,
+    qOffsets: H,
+    kOffsets: H,
+    heads: number,
+    kvHeads: number,
+    causal: boolean,
+    scale: number,
+  ): H
   attentionCached(
     q: H,
     kCache: H,

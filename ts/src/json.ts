@@ -1,0 +1,219 @@
+/**
+ * JSON with positions: where a text stops being JSON and what was expected there, and where the members of an object lie
+ * in it. JSON.parse gives neither, and it hides duplicate keys.
+ */
+import { randomBytes } from 'node:crypto'
+import fs from 'node:fs'
+import path from 'node:path'
+import { mismatch } from './errors.js'
+
+/** A member of the outermost object; positions are UTF-16 offsets into the text, ends are exclusive. */
+export interface JsonMember {
+  key: string
+  keyStart: number
+  valueStart: number
+  valueEnd: number
+}
+
+/** Where and why a text is not JSON. `position` is a UTF-16 offset. */
+export interface JsonProblem {
+  position: number
+  expected: string
+}
+
+const MAX_DEPTH = 500
+const NUMBER = /-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?/y
+const STRING = /"(?:[^"\\\u0000-\u001f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"/y
+const SPACE = /[ \t\n\r]*/y
+
+class Scanner {
+  pos = 0
+  members: JsonMember[] = []
+  constructor(readonly text: string) {}
+
+  private match(re: RegExp): string | null {
+    re.lastIndex = this.pos
+    const m = re.exec(this.text)
+    if (m) this.pos = re.lastIndex
+    return m ? m[0] : null
+  }
+  space(): void {
+    this.match(SPACE)
+  }
+  fail(expected: string): never {
+    throw { position: this.pos, expected } satisfies JsonProblem
+  }
+  private string(what: string): string {
+    const start = this.pos
+    const literal = this.match(STRING)
+    if (literal === null) {
+      if (this.text[start] !== '"') this.fail(what)
+      this.pos = badStringPosition(this.text, start)
+      this.fail('a string without control characters, with valid escapes, closed by "')
+    }
+    return literal
+  }
+  value(depth: number): void {
+    if (depth > MAX_DEPTH) this.fail(`at most ${MAX_DEPTH} nested values`)
+    const c = this.text[this.pos]
+    if (c === '{') this.object(depth)
+    else if (c === '[') this.array(depth)
+    else if (c === '"') this.string('a string')
+    else if (this.match(NUMBER) === null) {
+      const word = ['true', 'false', 'null'].find((w) => this.text.startsWith(w, this.pos))
+      if (!word) this.fail('a value')
+      this.pos += word.length
+    }
+  }
+  private object(depth: number): void {
+    this.pos++
+    this.space()
+    if (this.text[this.pos] === '}') {
+      this.pos++
+      return
+    }
+    for (;;) {
+      const keyStart = this.pos
+      const key = this.string('a property name in double quotes')
+      this.space()
+      if (this.text[this.pos] !== ':') this.fail("':'")
+      this.pos++
+      this.space()
+      const valueStart = this.pos
+      this.value(depth + 1)
+      if (depth === 0) this.members.push({ key: JSON.parse(key), keyStart, valueStart, valueEnd: this.pos })
+      this.space()
+      const c = this.text[this.pos]
+      if (c !== ',' && c !== '}') this.fail("',' or '}'")
+      this.pos++
+      if (c === '}') return
+      this.space()
+    }
+  }
+  private array(depth: number): void {
+    this.pos++
+    this.space()
+    if (this.text[this.pos] === ']') {
+      this.pos++
+      return
+    }
+    for (;;) {
+      this.value(depth + 1)
+      this.space()
+      const c = this.text[this.pos]
+      if (c !== ',' && c !== ']') this.fail("',' or ']'")
+      this.pos++
+      if (c === ']') return
+      this.space()
+    }
+  }
+}
+
+/** Position of the first character that makes the string literal at `start` invalid. */
+function badStringPosition(text: string, start: number): number {
+  for (let i = start + 1; i < text.length; i++) {
+    const c = text.charCodeAt(i)
+    if (c < 32 || c === 34) return i
+    if (c === 92) {
+      const ok = /["\\/bfnrt]|u[0-9a-fA-F]{4}/y
+      ok.lastIndex = i + 1
+      const m = ok.exec(text)
+      if (!m) return i
+      i += m[0].length
+    }
+  }
+  return text.length
+}
+
+/**
+ * Scans one JSON value that must fill the text.
+ * @returns the members of the outermost object in order, duplicates included (empty when it is no object), or the
+ *   first problem. Never throws.
+ */
+export function scanJson(
+  text: string,
+): { members: JsonMember[]; problem: null } | { members: null; problem: JsonProblem } {
+  const s = new Scanner(text)
+  try {
+    s.space()
+    s.value(0)
+    s.space()
+    if (s.pos !== text.length) s.fail('the end of the text')
+    return { members: s.members, problem: null }
+  } catch (e) {
+    if (e instanceof Error) throw e
+    return { members: null, problem: e as JsonProblem }
+  }
+}
+
+/**
+ * JSON.parse whose failure names the file, the byte offset and what was expected there.
+ * @param base byte offset of `text` in the file
+ * @throws AlignGPTError with `code`
+ */
+export function parseJson(text: string, file: string, code: string, base = 0): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (e) {
+    const { problem } = scanJson(text)
+    // The scanner refuses only very deep nesting that JSON.parse takes, so a problem is there; be safe all the same.
+    if (!problem) throw mismatch(code, 'json', file, 'JSON', String(e), e)
+    const at = base + Buffer.byteLength(text.slice(0, problem.position))
+    const rest = text.slice(problem.position, problem.position + 20)
+    const got = rest ? JSON.stringify(rest) : 'the end'
+    throw mismatch(code, 'json', `${file} at byte ${at}`, problem.expected, got, e)
+  }
+}
+
+/** Reads and parses a JSON file. @throws AlignGPTError with `code` that names the file */
+export function readJsonFile(file: string, code: string): unknown {
+  let text: string
+  try {
+    text = fs.readFileSync(file, 'utf8')
+  } catch (e) {
+    throw mismatch(code, 'json', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+  }
+  return parseJson(text.charCodeAt(0) === 0xfeff ? text.slice(1) : text, file, code)
+}
+
+/**
+ * Writes a file so that a reader sees the old one or the new one, never half of it: temporary file beside it, `fill`,
+ * fsync, rename, fsync of the folder. The temporary file is removed on failure.
+ * @param fill receives the open descriptor and the temporary path
+ */
+export function writeAtomic(file: string, fill: (fd: number, temporary: string) => void): void {
+  const temporary = `${file}.tmp-${process.pid}-${randomBytes(4).toString('hex')}`
+  const fd = fs.openSync(temporary, 'wx')
+  try {
+    try {
+      fill(fd, temporary)
+      fs.fsyncSync(fd)
+    } finally {
+      fs.closeSync(fd)
+    }
+    fs.renameSync(temporary, file)
+  } catch (e) {
+    fs.rmSync(temporary, { force: true })
+    throw e
+  }
+  const folder = fs.openSync(path.dirname(path.resolve(file)), 'r')
+  try {
+    fs.fsyncSync(folder)
+  } finally {
+    fs.closeSync(folder)
+  }
+}
+
+/** Writes all of `data` at `position`; fs.writeSync alone may write less than asked. */
+export function writeAll(fd: number, data: Uint8Array, position: number): void {
+  for (let done = 0; done < data.byteLength; ) {
+    // One write call moves at most 2 GiB; smaller pieces keep that limit out of sight.
+    const n = Math.min(data.byteLength - done, 1 << 28)
+    done += fs.writeSync(fd, data, done, n, position + done)
+  }
+}
+
+/** Writes a value as indented JSON, atomically. */
+export function writeJsonFile(file: string, value: unknown): void {
+  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(`${JSON.stringify(value, null, 2)}\n`), 0))
+}
