@@ -6,7 +6,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { Tokenizer as Library } from '@huggingface/tokenizers'
-import { AlignGPTError, mismatch, show } from './errors.js'
+import { mismatch, show } from './errors.js'
 import { readJsonFile } from './json.js'
 import { fromSentencePiece } from './sentencepiece.js'
 
@@ -121,8 +121,7 @@ function fromClipFiles(folder: string): Json {
   const merges = lines.filter((l) => l.trim() && !l.startsWith('#version')).map((l) => l.trimEnd().split(' '))
   const [bos, eos] = ['<|startoftext|>', '<|endoftext|>']
   for (const t of [bos, eos])
-    if (!Object.hasOwn(vocab, t))
-      throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}/vocab.json`, `a token ${t}`, 'none')
+    if (!Object.hasOwn(vocab, t)) throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}/vocab.json`, `a token ${t}`, 'none')
   const words = "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
   const added = (content: string): Json => ({ id: vocab[content], content, normalized: false, special: true })
   return {
@@ -200,6 +199,7 @@ export class Tokenizer {
   private readonly byteFallback: boolean
   private readonly splitWords: boolean
   private readonly surfaces = new Map<string, Uint8Array>()
+  private anchor: { id: number; text: string } | undefined
 
   /**
    * @param definition structure of tokenizer.json
@@ -231,7 +231,9 @@ export class Tokenizer {
     this.metaspace = parts.includes('▁')
     this.byteFallback = d.model?.byte_fallback === true
     const vocab = this.library.model?.tokens_to_ids ?? new Map<string, number>()
-    this.vocabSize = Math.max(-1, ...[...vocab.values()].reduce((m, v) => (v > m[0] ? [v] : m), [-1])) + 1
+    let largest = -1
+    for (const id of vocab.values()) if (id > largest) largest = id
+    this.vocabSize = largest + 1
     // A text without pre-tokenization is one huge word. Where no piece crosses from a letter to a ▁, merging word by word
     // gives the same result, and words repeat.
     const whole = d.pre_tokenizer == null || (d.pre_tokenizer as Json).type === 'Metaspace'
@@ -284,7 +286,7 @@ export class Tokenizer {
   private words(text: string, index: number): string[] {
     const { pre_tokenizer: pre, model } = this.library
     let words = pre ? pre.pre_tokenize(text, { section_index: index }) : [text]
-    if (this.splitWords) words = words.flatMap((w) => w.split(/(?<=[^▁])(?=▁)/u))
+    if (this.splitWords) words = words.flatMap((w: string) => w.split(/(?<=[^▁])(?=▁)/u))
     // `_call` and not `encode`: it also fuses unknown tokens where the model says so.
     return model ? model._call(words) : words
   }
@@ -416,8 +418,7 @@ export class Tokenizer {
   encodeWithOffsets(text: string): EncodedText {
     const starts: number[] = []
     const ids = this.idsOf(this.tokens(text, starts))
-    if (ids.length !== starts.length)
-      throw mismatch('ERR_DATA', 'tokenizer', 'offsets', `${ids.length}`, `${starts.length}`)
+    if (ids.length !== starts.length) throw mismatch('ERR_DATA', 'tokenizer', 'offsets', `${ids.length}`, `${starts.length}`)
     return { ids, starts }
   }
 
@@ -426,8 +427,7 @@ export class Tokenizer {
    * @returns Int32Array of 2..limit ids
    */
   encodeClip(text: string, limit: number): Int32Array {
-    if (!Number.isInteger(limit) || limit < 2)
-      throw mismatch('ERR_ARGUMENT', 'encodeClip', 'limit', 'at least 2', show(limit))
+    if (!Number.isInteger(limit) || limit < 2) throw mismatch('ERR_ARGUMENT', 'encodeClip', 'limit', 'at least 2', show(limit))
     const ids = this.encode(text)
     if (ids.length > limit) ids.splice(limit - 1, ids.length, ids[ids.length - 1])
     return Int32Array.from(ids)
@@ -444,49 +444,59 @@ export class Tokenizer {
 
   /** A decoder for ids that arrive one by one. */
   stream(options: { skipSpecialTokens?: boolean } = {}): StreamDecoder {
-    return new StreamDecoder(this, options)
+    this.anchor ??= this.findAnchor()
+    return new StreamDecoder(this, options, this.anchor.id < 0 ? null : this.anchor)
+  }
+
+  /** Whether an id is a special token (BOS, EOS, ...). */
+  isSpecial(id: number): boolean {
+    return this.specialIds.has(id)
+  }
+
+  /** A token that is plain letters wherever it stands; id -1 when there is none. */
+  private findAnchor(): { id: number; text: string } {
+    for (let id = 0; id < this.vocabSize; id++) {
+      const token = this.idToToken(id)
+      if (!token || this.isSpecial(id) || !/^[A-Za-z]+$/.test(token)) continue
+      if (this.decode([id]) === token && this.decode([id, id]) === token + token) return { id, text: token }
+    }
+    return { id: -1, text: '' }
   }
 }
 
 /**
  * Turns arriving token ids into text. Only finished characters leave `push`: bytes of an unfinished UTF-8 sequence wait
- * for the rest. The pieces put together are `decode` of all ids.
+ * for the rest. For valid text the pieces put together are `decode` of all ids.
  */
 export class StreamDecoder {
-  private ids: number[] = []
-  /** text of `ids` that has been given out */
-  private sent = ''
+  private pending: number[] = []
+  private first = true
   constructor(
     private readonly tokenizer: Tokenizer,
     private readonly options: { skipSpecialTokens?: boolean },
+    private readonly anchor: { id: number; text: string } | null,
   ) {}
   /** Adds a token; returns the text that is complete now (possibly empty). */
   push(id: number): string {
-    this.ids.push(id)
-    const text = this.tokenizer.decode(this.ids, this.options)
-    // An unfinished character decodes to U+FFFD at the end; four bytes later it is certainly not unfinished.
-    const tail = /\ufffd+$/.exec(text)?.[0].length ?? 0
-    if (tail > 0 && tail < 4) return ''
-    return this.emit(text)
-  }
-  private emit(text: string): string {
-    const piece = text.startsWith(this.sent) ? text.slice(this.sent.length) : ''
-    this.sent = text
-    // A window keeps the cost of a long answer linear. It is cut where a token starts a word, never inside bytes, and
-    // its first token is decoded again each time so that the prefix space it loses is lost on both sides.
-    if (this.ids.length >= 32 && piece && !text.endsWith('\ufffd')) {
-      this.ids = this.ids.slice(-1)
-      this.sent = this.tokenizer.decode(this.ids, this.options)
-    }
-    return piece
+    this.pending.push(id)
+    const text = this.text()
+    // A character has at most four bytes: a fifth token cannot finish one that four did not.
+    if (text.endsWith('\ufffd') && this.pending.length < 4) return ''
+    return this.flush(text)
   }
   /** The rest, once no more tokens come; unfinished bytes become U+FFFD. */
   end(): string {
-    const piece = this.emit(this.tokenizer.decode(this.ids, this.options))
-    this.ids = []
-    this.sent = ''
-    return piece
+    return this.flush(this.text())
+  }
+  private text(): string {
+    if (this.first || !this.anchor) return this.tokenizer.decode(this.pending, this.options)
+    // A decoder drops the space of a text's first word; a known token in front keeps it.
+    return this.tokenizer.decode([this.anchor.id, ...this.pending], this.options).slice(this.anchor.text.length)
+  }
+  private flush(text: string): string {
+    // Skipped special tokens leave the decoder at the start of its text.
+    if (this.pending.some((id) => !(this.options.skipSpecialTokens && this.tokenizer.isSpecial(id)))) this.first = false
+    this.pending = []
+    return text
   }
 }
-
-export { AlignGPTError }

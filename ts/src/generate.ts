@@ -1,0 +1,267 @@
+/** Inference: prefill once, then one token at a time against the key/value cache. */
+import type { AlignGPT, Mix } from './aligngpt.js'
+import { Cache } from './cache.js'
+import { packBatch, type PackedBatch, type Sample } from './data.js'
+import { AlignGPTError } from './errors.js'
+import { loadPixels } from './image.js'
+import { native } from './native.js'
+import { cast, embedding, gather, linear } from './ops.js'
+import { encodeTurns, type PromptStyle, stopTokens, type Turn } from './prompt.js'
+import { Rng } from './random.js'
+import { noGrad, scope, type Tensor, tensor } from './tensor.js'
+
+export interface Sampling {
+  /** 0: always the most likely token (default) */
+  temperature?: number
+  /** 0: all (default) */
+  topK?: number
+  /** 1: all (default) */
+  topP?: number
+  seed?: number
+}
+
+export interface GenerateRequest {
+  prompt: string
+  /** a file, or the bytes of one */
+  image?: string | Uint8Array
+  /** earlier turns; the picture belongs to the first human one */
+  history?: readonly Turn[]
+}
+
+export interface GenerateOptions extends Sampling {
+  /** default 256 */
+  maxNewTokens?: number
+  style?: PromptStyle
+  system?: string
+  /** texts that end an answer; they are not part of it */
+  stop?: readonly string[]
+  /** how the alignment vector is made; default the gate */
+  mix?: Mix
+  signal?: AbortSignal
+}
+
+export interface GeneratedPiece {
+  text: string
+  id: number
+  /** weight of each local level (N-1) and of the global one; null without a picture */
+  alpha: number[] | null
+}
+
+export interface Generated {
+  text: string
+  /** the end token included */
+  ids: number[]
+  alpha: number[] | null
+  /** end: end token or stop text; length: maxNewTokens reached */
+  finish: 'end' | 'length'
+}
+
+/** A batch of sequences being continued. Frees its cache on `dispose`. */
+export class Decoding {
+  readonly #cache: Cache
+  /** f32 [B, V]: scores of the next token of each sequence */
+  #logits: Tensor
+  /** [M][N] weights of the alignment vectors of the pictures */
+  readonly alpha: number[][]
+
+  constructor(
+    private readonly model: AlignGPT,
+    batch: PackedBatch,
+    mix: Mix,
+    maxNewTokens: number,
+  ) {
+    const c = model.config
+    const sequences = batch.offsets.length - 1
+    const counts = Array.from({ length: sequences }, (_, s) => batch.offsets[s + 1] - batch.offsets[s])
+    const width = c.num_key_value_heads * c.head_dim
+    this.#cache = new Cache(c.num_hidden_layers, sequences, Math.max(...counts) + maxNewTokens, width, model.dtype)
+    const { logits, coefficients } = scope(() =>
+      noGrad(() => {
+        this.#cache.extend(counts)
+        const embedded = model.embed(batch, mix)
+        const hidden = model.hidden(embedded.inputsEmbeds, { ...model.packing(batch), cache: this.#cache })
+        const last = counts.map((_, s) => batch.offsets[s + 1] - 1)
+        return { logits: this.#head(gather(hidden, tensor(Int32Array.from(last)))), coefficients: embedded.coefficients }
+      }),
+    )
+    this.#logits = logits.persist()
+    const flat = Array.from(coefficients.toFloats())
+    coefficients.dispose()
+    this.alpha = batch.ids.length ? chunks(flat, model.levels) : []
+  }
+
+  #head(hidden: Tensor): Tensor {
+    const logits = linear(hidden, this.model.headWeight)
+    return logits.dtype === 'f32' ? logits : cast(logits, 'f32')
+  }
+
+  get logits(): Tensor {
+    return this.#logits
+  }
+
+  /** Picks the next token of every sequence. @param uniform one number in [0, 1) for each */
+  sample(o: Sampling, uniform: number[]): number[] {
+    return native.sample(this.#logits.h, o.temperature ?? 0, o.topK ?? 0, o.topP ?? 1, uniform)
+  }
+
+  /** Appends one token to each sequence that goes on (null: finished); `logits` are the new ones afterwards. */
+  push(ids: readonly (number | null)[]): void {
+    const live = ids.flatMap((id, s) => (id === null ? [] : [{ id, s }]))
+    const counts = ids.map((id) => Number(id !== null))
+    const offsets = new Int32Array(ids.length + 1)
+    for (const [s, n] of counts.entries()) offsets[s + 1] = offsets[s] + n
+    const next = scope(() =>
+      noGrad(() => {
+        const positions = Int32Array.from(this.#cache.extend(counts))
+        const x = embedding(tensor(Int32Array.from(live, (l) => l.id)), this.model.model.embed_tokens.weight)
+        const hidden = this.model.hidden(x, { ...this.model.packing({ offsets, positions }), cache: this.#cache })
+        // finished sequences keep a row, so that rows stay sequences
+        let row = -1
+        const rows = counts.map((n) => Math.max(n ? ++row : row, 0))
+        return this.#head(gather(hidden, tensor(Int32Array.from(rows))))
+      }),
+    )
+    this.#logits.dispose()
+    this.#logits = next.persist()
+  }
+
+  dispose(): void {
+    this.#cache.dispose()
+    this.#logits.dispose()
+  }
+}
+
+function chunks(flat: number[], n: number): number[][] {
+  return Array.from({ length: flat.length / n }, (_, i) => flat.slice(i * n, (i + 1) * n))
+}
+
+async function sampleOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Promise<Sample> {
+  const turns: Turn[] = [...(r.history ?? []), { from: 'human', value: r.prompt }]
+  const image = r.image !== undefined
+  if (image && !turns.some((t) => t.value.includes('<image>')))
+    turns[0] = { ...turns[0], value: `<image>\n${turns[0].value}` }
+  const { ids, labels } = encodeTurns(model.tokenizer, o.style ?? 'vicuna_v1', turns, {
+    image,
+    open: true,
+    system: o.system,
+    id: `request ${i}`,
+  })
+  if (r.image === undefined) return { id: String(i), ids, labels }
+  const pad = model.config.image_aspect_ratio === 'pad'
+  return { id: String(i), ids, labels, image: 'picture', pixels: await loadPixels(r.image, model.preprocessor, pad) }
+}
+
+/** Ids that end an answer: the tokenizer's, the config's, the prompt style's. */
+function endIds(model: AlignGPT, style: PromptStyle): Set<number> {
+  const named = stopTokens[style].map((t) => model.tokenizer.tokenToId(t)).filter((id) => id !== undefined)
+  return new Set([model.tokenizer.eosId, ...model.config.eos_token_ids, ...named])
+}
+
+interface Progress extends Generated {
+  done: boolean
+  /** text already handed out, and text that may be the beginning of a stop text */
+  held: string
+}
+
+/**
+ * Answers a batch of requests; yields after every token of every sequence that goes on.
+ * The sampled tokens are a pure function of (seed, request's place in the batch, token number).
+ */
+async function* decode(
+  model: AlignGPT,
+  requests: readonly GenerateRequest[],
+  o: GenerateOptions,
+): AsyncGenerator<{ index: number; piece: GeneratedPiece }, Generated[]> {
+  const samples = await Promise.all(requests.map((r, i) => sampleOf(model, r, o, i)))
+  const { batch, skipped } = packBatch(samples, {
+    patches: model.patches,
+    imageSize: model.imageSize,
+    maxLength: model.config.tokenizer_model_max_length,
+    gateText: 'all',
+  })
+  if (skipped.length)
+    throw new AlignGPTError('ERR_DATA', `[generate] prompt: expected room for the picture, got too long a prompt before it`)
+  const maxNew = o.maxNewTokens ?? 256
+  const decoding = new Decoding(model, batch, o.mix ?? { mode: 'gate' }, maxNew)
+  try {
+    const ends = endIds(model, o.style ?? 'vicuna_v1')
+    const rngs = requests.map((_, i) => new Rng(o.seed ?? 0, i))
+    const streams = requests.map(() => model.tokenizer.stream({ skipSpecialTokens: true }))
+    const alphas = requests.map((_, i) => decoding.alpha[batch.imageSamples.indexOf(i)] ?? null)
+    const state: Progress[] = alphas.map((alpha) => ({ text: '', ids: [], alpha, finish: 'length', done: false, held: '' }))
+    for (let n = 0; n < maxNew && state.some((s) => !s.done); n++) {
+      o.signal?.throwIfAborted()
+      const ids = decoding.sample(o, rngs.map((r) => r.uniform()))
+      const next: (number | null)[] = []
+      for (const [i, s] of state.entries()) {
+        if (s.done) {
+          next.push(null)
+          continue
+        }
+        const id = ids[i]
+        s.ids.push(id)
+        const ended = ends.has(id)
+        const text = accept(s, ended ? streams[i].end() : streams[i].push(id), o.stop ?? [], ended)
+        if (ended) s.done = true
+        if (s.done) s.finish = 'end'
+        next.push(s.done ? null : id)
+        yield { index: i, piece: { text, id, alpha: s.alpha } }
+      }
+      if (n + 1 < maxNew && next.some((id) => id !== null)) decoding.push(next)
+      await new Promise((resolve) => setImmediate(resolve)) // signals and other work get their turn
+    }
+    for (const [i, s] of state.entries())
+      if (!s.done) {
+        const text = accept(s, streams[i].end(), o.stop ?? [], true)
+        if (text) yield { index: i, piece: { text, id: s.ids.at(-1) ?? -1, alpha: s.alpha } }
+      }
+    return state.map(({ text, ids, alpha, finish }) => ({ text: text.trim(), ids, alpha, finish }))
+  } finally {
+    decoding.dispose()
+  }
+}
+
+/** Adds text to an answer; returns what may be shown now. What could become a stop text is held back. */
+function accept(s: Progress, added: string, stop: readonly string[], last: boolean): string {
+  s.held += added
+  const cut = stop.map((t) => s.held.indexOf(t)).filter((at) => at >= 0)
+  if (cut.length) {
+    const text = s.held.slice(0, Math.min(...cut))
+    s.text += text
+    s.held = ''
+    s.done = true
+    return text
+  }
+  let keep = 0
+  if (!last)
+    for (const t of stop)
+      for (let n = Math.min(t.length - 1, s.held.length); n > keep; n--) if (s.held.endsWith(t.slice(0, n))) keep = n
+  const text = s.held.slice(0, s.held.length - keep)
+  s.held = s.held.slice(s.held.length - keep)
+  s.text += text
+  return text
+}
+
+/** Streams the answer to one request. */
+export async function* generate(model: AlignGPT, o: GenerateRequest & GenerateOptions): AsyncGenerator<GeneratedPiece, Generated> {
+  const run = decode(model, [o], o)
+  for (;;) {
+    const { value, done } = await run.next()
+    if (done) return (value as Generated[])[0]
+    yield (value as { piece: GeneratedPiece }).piece
+  }
+}
+
+/** Answers many requests at once; the i-th result belongs to the i-th request. */
+export async function generateBatch(
+  model: AlignGPT,
+  requests: readonly GenerateRequest[],
+  o: GenerateOptions = {},
+): Promise<Generated[]> {
+  if (requests.length === 0) return []
+  const run = decode(model, requests, o)
+  for (;;) {
+    const { value, done } = await run.next()
+    if (done) return value as Generated[]
+  }
+}
