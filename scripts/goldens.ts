@@ -7,19 +7,29 @@
  * From expected.json only the recipe is read before comparing: batch ids, schedule, number of new tokens.
  */
 import fs from 'node:fs'
+import os from 'node:os'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { AlignGPT, loadClip } from '../ts/src/aligngpt.js'
-import { readPreprocessorConfig } from '../ts/src/config.js'
-import { type DataRecord, Dataset, makeSample, packBatch, type PackedBatch } from '../ts/src/data.js'
-import { Decoding } from '../ts/src/generate.js'
-import { cropped, decodeImage } from '../ts/src/image.js'
-import { bucketLevels, clipScores } from '../ts/src/levels.js'
+import type { PackedBatch } from '../ts/src/batch.js'
+import { readPreprocessor } from '../ts/src/config.js'
+import { loadDataset } from '../ts/src/data.js'
+import { Decoding, loadPixels, packWithPixels } from '../ts/src/generate.js'
+import { decodeImage, preprocessImage } from '../ts/src/image.js'
+import { bucketLevels } from '../ts/src/levels.js'
+import { openLoader } from '../ts/src/loader.js'
 import { gather, matmul } from '../ts/src/ops.js'
 import { AdamW, cosineRate } from '../ts/src/optim.js'
 import { FINETUNE, type Phase, PRETRAIN, trainable } from '../ts/src/phases.js'
-import { encodeTurns } from '../ts/src/prompt.js'
-import { openSafetensors, readEntry, type StoredDtype, type TensorSource, writeSafetensors } from '../ts/src/safetensors.js'
+import { buildPrompt, buildSample, type DataRecord } from '../ts/src/prompt.js'
+import {
+  openSafetensors,
+  readEntry,
+  type StoredDtype,
+  type TensorToWrite,
+  writeSafetensors,
+} from '../ts/src/safetensors.js'
+import { clipScores } from '../ts/src/score.js'
 import { noGrad, scope, type Tensor, tensor } from '../ts/src/tensor.js'
 import { Tokenizer } from '../ts/src/tokenizer.js'
 
@@ -70,11 +80,12 @@ class Dump {
     this.put(name, t.toFloats() as Float32Array, shape)
   }
   write(file: string): void {
-    const kind = (d: Values): StoredDtype => (d instanceof Float32Array ? 'F32' : d instanceof Int32Array ? 'I32' : 'U8')
+    const kind = (d: Values): StoredDtype =>
+      d instanceof Float32Array ? 'F32' : d instanceof Int32Array ? 'I32' : 'U8'
     writeSafetensors(
       file,
       [...this.tensors].map(
-        ([name, { shape, data }]): TensorSource => ({
+        ([name, { shape, data }]): TensorToWrite => ({
           name,
           dtype: kind(data),
           shape,
@@ -89,10 +100,17 @@ const STEPS = 10
 const LOGIT_ROWS = 32
 
 /** Packed rows [T, w] -> padded [B, W, w], `fill` elsewhere. */
-function padded<T extends Float32Array | Int32Array>(rows: T, offsets: Int32Array, width: number, fill: number): { data: T; shape: number[] } {
+function padded<T extends Float32Array | Int32Array>(
+  rows: T,
+  offsets: Int32Array,
+  width: number,
+  fill: number,
+): { data: T; shape: number[] } {
   const n = offsets.length - 1
   const longest = Math.max(...Array.from({ length: n }, (_, s) => offsets[s + 1] - offsets[s]))
-  const data = (rows instanceof Int32Array ? new Int32Array(n * longest * width) : new Float32Array(n * longest * width)) as T
+  const data = (
+    rows instanceof Int32Array ? new Int32Array(n * longest * width) : new Float32Array(n * longest * width)
+  ) as T
   data.fill(fill)
   for (let s = 0; s < n; s++) data.set(rows.subarray(offsets[s] * width, offsets[s + 1] * width), s * longest * width)
   return { data, shape: width === 1 ? [n, longest] : [n, longest, width] }
@@ -109,8 +127,15 @@ function places(b: PackedBatch, rows: Int32Array): Int32Array {
 }
 
 /** Everything of a forward pass up to the packed input. */
-function dumpEmbedded(d: Dump, at: string, model: AlignGPT, b: PackedBatch, e: ReturnType<AlignGPT['embed']>, gate: boolean): void {
-  const H = model.config.hidden_size
+function dumpEmbedded(
+  d: Dump,
+  at: string,
+  model: AlignGPT,
+  b: PackedBatch,
+  e: ReturnType<AlignGPT['embed']>,
+  gate: boolean,
+): void {
+  const H = model.config.llm.hidden_size
   const images = b.imageRows.length
   if (images) {
     d.tensor(`${at}.vision_features`, e.visionFeatures, [images, model.patches, e.visionFeatures.shape[1]])
@@ -135,11 +160,16 @@ function dumpForward(d: Dump, at: string, model: AlignGPT, b: PackedBatch, phase
     noGrad(() => {
       const out = model.loss(b, phase.mix)
       dumpEmbedded(d, at, model, b, out.embedded, phase.mix.mode === 'gate')
-      const hidden = padded(out.hidden.toFloats() as Float32Array, b.offsets, model.config.hidden_size, 0)
+      const hidden = padded(out.hidden.toFloats() as Float32Array, b.offsets, model.config.llm.hidden_size, 0)
       d.put(`${at}.hidden_final`, hidden.data, hidden.shape)
       const labels = padded(b.labels, b.offsets, 1, -100)
       d.put(`${at}.spliced_labels`, labels.data, labels.shape)
-      const mask = padded(b.labels.map(() => 1), b.offsets, 1, 0)
+      const mask = padded(
+        b.labels.map(() => 1),
+        b.offsets,
+        1,
+        0,
+      )
       d.put(`${at}.spliced_attention_mask`, mask.data, mask.shape)
       d.put(`${at}.loss_index`, places(b, b.lossRows), [b.lossRows.length, 2])
       d.tensor(`${at}.token_nll`, out.nll)
@@ -151,15 +181,48 @@ function dumpForward(d: Dump, at: string, model: AlignGPT, b: PackedBatch, phase
   )
 }
 
-async function runPhase(d: Dump, dir: string, at: 'phase1' | 'phase2', expected: PhaseExpected): Promise<PhaseExpected> {
+/** The records as one batch, through the loader a training run uses. */
+async function loadBatch(dir: string, model: AlignGPT, records: DataRecord[], phase: Phase): Promise<PackedBatch> {
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'goldens-'))
+  const file = path.join(folder, 'batch.json')
+  const plain = records.map(({ image, similarity, ...r }) => ({
+    ...r,
+    ...(image && { image }),
+    ...(similarity !== null && { similarity }),
+  }))
+  fs.writeFileSync(file, JSON.stringify(plain))
+  const loader = await openLoader(await loadDataset(file, { images: path.join(dir, 'images') }), {
+    tokenizer: model.tokenizer,
+    preprocess: { ...model.preprocessor, pad: phase.pad },
+    style: phase.style,
+    patches: model.patches,
+    maxLength: model.config.tokenizer_model_max_length,
+    batch: records.length,
+    shuffle: false,
+    seed: 0,
+    maxBad: 0,
+  })
+  const loaded = await loader.next()
+  await loader.close()
+  fs.rmSync(folder, { recursive: true })
+  if (!loaded?.packed) throw new Error(`[goldens] ${dir}: expected a batch, got none`)
+  return loaded.packed
+}
+
+async function runPhase(
+  d: Dump,
+  dir: string,
+  at: 'phase1' | 'phase2',
+  expected: PhaseExpected,
+): Promise<PhaseExpected> {
   const phase = at === 'phase1' ? PRETRAIN : FINETUNE
   const model = await AlignGPT.load(path.join(dir, 'model/aligngpt'))
-  const data = new Dataset(path.join(dir, `data_${at}.json`), path.join(dir, 'images'))
+  const data = await loadDataset(path.join(dir, `data_${at}.json`), { images: path.join(dir, 'images') })
   const records = expected.batch_ids.map((id) => [...data].find((r) => r.id === id) as DataRecord)
-  const options = { tokenizer: model.tokenizer, preprocessor: model.preprocessor, style: phase.style, pad: phase.pad }
-  const samples = await Promise.all(records.map((r) => makeSample(r, data.images, options)))
+  const options = { style: phase.style, patches: model.patches, maxLength: model.config.tokenizer_model_max_length }
+  const samples = records.map((r) => buildSample(r, model.tokenizer, options))
+  const batch = await loadBatch(dir, model, records, phase)
   data.close()
-  const { batch } = packBatch(samples, { patches: model.patches, imageSize: model.imageSize, maxLength: model.config.tokenizer_model_max_length })
   dumpForward(d, at, model, batch, phase)
 
   const { recipe } = expected
@@ -175,12 +238,7 @@ async function runPhase(d: Dump, dir: string, at: 'phase1' | 'phase2', expected:
     lr: [],
     grad_norm_before_clipping: [],
     lr_schedule: Array.from({ length: recipe.total_steps }, (_, i) => rate(i)),
-    samples: samples.map((s, i) => ({
-      id: s.id,
-      text: encodeTurns(model.tokenizer, phase.style, records[i].conversations, { image: !!records[i].image }).text,
-      input_ids: s.ids,
-      labels: s.labels,
-    })),
+    samples: samples.map((s) => ({ id: s.id, text: s.text, input_ids: [...s.ids], labels: [...s.labels] })),
   }
   for (let step = 0; step < STEPS; step++) {
     result.loss.push(model.lossAndGradients(batch, phase.mix).loss)
@@ -202,16 +260,19 @@ async function runPhase(d: Dump, dir: string, at: 'phase1' | 'phase2', expected:
 
 async function runInference(d: Dump, dir: string, expected: Expected): Promise<Expected['infer']> {
   const model = await AlignGPT.load(path.join(dir, 'model/aligngpt'))
-  const prompts = new Dataset(path.join(dir, 'prompts.json'), path.join(dir, 'images'))
+  const prompts = await loadDataset(path.join(dir, 'prompts.json'), { images: path.join(dir, 'images') })
   const out: Expected['infer'] = []
   for (const record of prompts) {
     const limit = (expected.infer.find((e) => e.id === record.id) as Expected['infer'][0]).max_new_tokens
-    const options = { tokenizer: model.tokenizer, preprocessor: model.preprocessor, style: FINETUNE.style, pad: true, open: true }
-    const sample = await makeSample(record, prompts.images, options)
-    const { batch } = packBatch([sample], { patches: model.patches, imageSize: model.imageSize })
-    scope(() => noGrad(() => dumpEmbedded(d, `infer.${record.id}`, model, batch, model.embed(batch, FINETUNE.mix), true)))
+    const options = { style: FINETUNE.style, patches: model.patches }
+    const sample = buildPrompt(record.conversations, record.image, model.tokenizer, options)
+    const file = record.image === null ? null : path.join(dir, 'images', record.image)
+    const batch = packWithPixels(model, [sample], [file === null ? null : await loadPixels(model, file)])
+    scope(() =>
+      noGrad(() => dumpEmbedded(d, `infer.${record.id}`, model, batch, model.embed(batch, FINETUNE.mix), true)),
+    )
     const decoding = new Decoding(model, batch, FINETUNE.mix, limit)
-    d.tensor(`infer.${record.id}.prefill_logits`, decoding.logits, [model.config.vocab_size])
+    d.tensor(`infer.${record.id}.prefill_logits`, decoding.logits, [model.config.llm.vocab_size])
     const ids: number[] = []
     while (ids.length < limit) {
       const [id] = decoding.sample({}, [0])
@@ -220,8 +281,13 @@ async function runInference(d: Dump, dir: string, expected: Expected): Promise<E
       decoding.push([id])
     }
     decoding.dispose()
-    const text = encodeTurns(model.tokenizer, FINETUNE.style, record.conversations, { image: !!record.image, open: true }).text
-    out.push({ id: record.id, text, input_ids: sample.ids, max_new_tokens: limit, generated_ids: ids })
+    out.push({
+      id: record.id,
+      text: sample.text,
+      input_ids: [...sample.ids],
+      max_new_tokens: limit,
+      generated_ids: ids,
+    })
   }
   prompts.close()
   model.dispose()
@@ -231,7 +297,7 @@ async function runInference(d: Dump, dir: string, expected: Expected): Promise<E
 async function runClip(d: Dump, dir: string): Promise<Expected['clip']> {
   const folder = path.join(dir, 'model/clip')
   const model = loadClip(folder)
-  const data = new Dataset(path.join(dir, 'data_phase1.json'), path.join(dir, 'images'))
+  const data = await loadDataset(path.join(dir, 'data_phase1.json'), { images: path.join(dir, 'images') })
   const records = [...data]
   data.close()
   const pairs = records.map((r) => ({
@@ -240,7 +306,7 @@ async function runClip(d: Dump, dir: string): Promise<Expected['clip']> {
     caption: r.conversations[1].value,
   }))
   const tokenizer = Tokenizer.load(folder)
-  const preprocessor = readPreprocessorConfig(folder)
+  const preprocessor = readPreprocessor(folder)
   const plain = await clipScores(model, tokenizer, preprocessor, pairs)
   const square = await clipScores(model, tokenizer, preprocessor, pairs, { pad: true })
   const shape = [pairs.length, model.config.projection_dim]
@@ -253,23 +319,26 @@ async function runClip(d: Dump, dir: string): Promise<Expected['clip']> {
     cosine: plain.scores,
     clip_score: plain.scores.map((s) => 100 * Math.max(s, 0)),
     cosine_if_square_padded: square.scores,
-    levels: bucketLevels(plain.scores, n, 'quantile').levels,
+    levels: [...bucketLevels(plain.scores, n, 'quantile').levels],
   }
 }
 
 async function runImages(d: Dump, dir: string): Promise<void> {
-  const c = readPreprocessorConfig(path.join(dir, 'model/clip'))
-  const used = ['data_phase1.json', 'data_phase2.json', 'prompts.json'].flatMap((f) => {
-    const data = new Dataset(path.join(dir, f), dir)
-    const names = [...data].flatMap((r) => r.image ?? [])
+  const c = readPreprocessor(path.join(dir, 'model/clip'))
+  const used: string[] = []
+  for (const f of ['data_phase1.json', 'data_phase2.json', 'prompts.json']) {
+    const data = await loadDataset(path.join(dir, f), { images: path.join(dir, 'images') })
+    used.push(...[...data].flatMap((r) => r.image ?? []))
     data.close()
-    return names
-  })
+  }
   for (const name of new Set(used)) {
     const rgb = await decodeImage(path.join(dir, 'images', name))
     if (/\.jpe?g$/.test(name)) d.put(`image.${name}.decoded_u8`, rgb.data, [rgb.height, rgb.width, 3])
-    for (const [kind, pad] of [['padded', true], ['plain', false]] as const)
-      d.put(`image.${name}.${kind}_u8`, cropped(rgb, c, pad).data, [c.crop, c.crop, 3])
+    for (const [kind, pad] of [
+      ['padded', true],
+      ['plain', false],
+    ] as const)
+      d.put(`image.${name}.${kind}_u8`, preprocessImage(rgb, { ...c, pad }), [c.crop, c.crop, 3])
   }
 }
 
@@ -309,7 +378,8 @@ function readValues(file: string): Map<string, { shape: number[]; data: Values }
   for (const [name, e] of openSafetensors(file).entries) {
     const b = readEntry(e)
     const bytes = b.buffer.slice(b.byteOffset, b.byteOffset + b.length)
-    const data = e.dtype === 'F32' ? new Float32Array(bytes) : e.dtype === 'I32' ? new Int32Array(bytes) : new Uint8Array(bytes)
+    const data =
+      e.dtype === 'F32' ? new Float32Array(bytes) : e.dtype === 'I32' ? new Int32Array(bytes) : new Uint8Array(bytes)
     out.set(name, { shape: e.shape, data })
   }
   return out
@@ -336,12 +406,22 @@ function compareLists(want: Expected, got: Expected, t: Tolerances['scalars']): 
   const rows: Row[] = []
   const exact = (name: string, a: unknown, b: unknown): void => {
     const same = JSON.stringify(a) === JSON.stringify(b)
-    rows.push({ name, used: same ? 0 : Number.POSITIVE_INFINITY, note: same ? '' : `${JSON.stringify(a)} instead of ${JSON.stringify(b)}`.slice(0, 200) })
+    rows.push({
+      name,
+      used: same ? 0 : Number.POSITIVE_INFINITY,
+      note: same ? '' : `${JSON.stringify(a)} instead of ${JSON.stringify(b)}`.slice(0, 200),
+    })
   }
   const close = (name: string, a: number[], b: number[], atol: number, rtol: number): void => {
     const bad = a.length !== b.length
-    const used = bad ? Number.POSITIVE_INFINITY : Math.max(0, ...b.map((v, i) => (a[i] === v ? 0 : Math.abs(a[i] - v) / (atol + rtol * Math.abs(v)))))
-    rows.push({ name, used: Number.isNaN(used) ? Number.POSITIVE_INFINITY : used, note: bad ? `${a.length} values, expected ${b.length}` : '' })
+    const used = bad
+      ? Number.POSITIVE_INFINITY
+      : Math.max(0, ...b.map((v, i) => (a[i] === v ? 0 : Math.abs(a[i] - v) / (atol + rtol * Math.abs(v)))))
+    rows.push({
+      name,
+      used: Number.isNaN(used) ? Number.POSITIVE_INFINITY : used,
+      note: bad ? `${a.length} values, expected ${b.length}` : '',
+    })
   }
   for (const p of ['phase1', 'phase2'] as const) {
     exact(`${p}.samples`, got[p].samples, want[p].samples)
@@ -350,11 +430,18 @@ function compareLists(want: Expected, got: Expected, t: Tolerances['scalars']): 
     close(`${p}.lr_schedule`, got[p].lr_schedule, want[p].lr_schedule, 0, t.lr_rel)
     close(`${p}.grad_norm`, got[p].grad_norm_before_clipping, want[p].grad_norm_before_clipping, 0, t.grad_norm_rel)
   }
-  const infer = (list: Expected['infer']) => list.map(({ id, text, input_ids, generated_ids }) => ({ id, text, input_ids, generated_ids }))
+  const infer = (list: Expected['infer']) =>
+    list.map(({ id, text, input_ids, generated_ids }) => ({ id, text, input_ids, generated_ids }))
   exact('infer', infer(got.infer), infer(want.infer))
   exact('clip.levels', got.clip.levels, want.clip.levels)
   close('clip.cosine', got.clip.cosine, want.clip.cosine, t.cosine_abs, 0)
-  close('clip.cosine_if_square_padded', got.clip.cosine_if_square_padded, want.clip.cosine_if_square_padded, t.cosine_abs, 0)
+  close(
+    'clip.cosine_if_square_padded',
+    got.clip.cosine_if_square_padded,
+    want.clip.cosine_if_square_padded,
+    t.cosine_abs,
+    0,
+  )
   close('clip.clip_score', got.clip.clip_score, want.clip.clip_score, 100 * t.cosine_abs, 0)
   for (const [i, probe] of want.tokenizer_probes.entries())
     for (const key of Object.keys(got.tokenizer_probes[i] ?? { text: '' }))
@@ -373,7 +460,10 @@ export async function runCase(dir: string, dump?: string): Promise<Row[]> {
     phase2: await runPhase(d, dir, 'phase2', expected.phase2),
     infer: await runInference(d, dir, expected),
     clip: await runClip(d, dir),
-    tokenizer_probes: runProbes(dir, expected.tokenizer_probes.map((p) => p.text)),
+    tokenizer_probes: runProbes(
+      dir,
+      expected.tokenizer_probes.map((p) => p.text),
+    ),
   }
   await runImages(d, dir)
   if (dump) {
@@ -386,12 +476,18 @@ export async function runCase(dir: string, dump?: string): Promise<Row[]> {
 
 async function main(): Promise<void> {
   const { values } = parseArgs({
-    options: { cases: { type: 'string', default: 'ts/test/golden' }, dump: { type: 'string' }, only: { type: 'string' } },
+    options: {
+      cases: { type: 'string', default: 'ts/test/golden' },
+      dump: { type: 'string' },
+      only: { type: 'string' },
+    },
   })
   const cases = fs
     .readdirSync(values.cases)
     .map((name) => path.join(values.cases, name))
-    .filter((dir) => fs.existsSync(path.join(dir, 'expected.json')) && (!values.only || path.basename(dir) === values.only))
+    .filter(
+      (dir) => fs.existsSync(path.join(dir, 'expected.json')) && (!values.only || path.basename(dir) === values.only),
+    )
   if (cases.length === 0) throw new Error(`[goldens] ${values.cases}: expected folders with expected.json, got none`)
   let failed = 0
   for (const dir of cases) {
@@ -400,7 +496,10 @@ async function main(): Promise<void> {
     failed += misses.length
     const groups = new Map<string, Row[]>()
     for (const r of rows) {
-      const key = r.name.replace(/\.(grad|param_after)\..*/, '.$1.*').replace(/^(image|infer)\..*\.(\w+)$/, '$1.*.$2').replace(/^tokenizer_probes.*/, 'tokenizer_probes')
+      const key = r.name
+        .replace(/\.(grad|param_after)\..*/, '.$1.*')
+        .replace(/^(image|infer)\..*\.(\w+)$/, '$1.*.$2')
+        .replace(/^tokenizer_probes.*/, 'tokenizer_probes')
       groups.set(key, [...(groups.get(key) ?? []), r])
     }
     console.log(`\n${dir}: ${rows.length} compared, ${misses.length} outside tolerance`)

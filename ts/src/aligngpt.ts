@@ -2,6 +2,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { AlignIndicators, GatedWeightLayer, Projector } from './align.js'
+import type { PackedBatch } from './batch.js'
 import { CLIPModel, CLIPVisionTransformer } from './clip.js'
 import {
   type AlignGPTConfig,
@@ -13,16 +14,15 @@ import {
   readAlignGPTConfig,
   readClipConfig,
   readLlamaConfig,
-  readPreprocessorConfig,
+  readPreprocessor,
   writeAlignGPTConfig,
 } from './config.js'
-import type { PackedBatch } from './data.js'
 import { AlignGPTError } from './errors.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
 import { native } from './native.js'
 import { initialize, Linear, Module, Source } from './nn.js'
 import { type AlignMixArgs, type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
-import { openCheckpoint, type TensorEntry, type TensorSource, writeSafetensors } from './safetensors.js'
+import { openCheckpoint, type TensorEntry, type TensorToWrite, writeSafetensors } from './safetensors.js'
 import { backward, type Dtype, noGrad, scope, Tensor, tensor } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
 
@@ -155,12 +155,12 @@ export class AlignGPT extends Module {
     const { config, clip, levels } = parts
     this.dtype = dtype
     this.#parts = parts
-    this.#rope = new RopeTable(config, dtype)
-    this.model = new LlamaModel(llm.at('model'), config)
-    if (!config.tie_word_embeddings || llm.holds('lm_head.weight'))
-      this.lm_head = new Linear(llm.at('lm_head'), config.hidden_size, config.vocab_size, {
+    this.#rope = new RopeTable(config.llm, dtype)
+    this.model = new LlamaModel(llm.at('model'), config.llm)
+    if (!config.llm.tie_word_embeddings || llm.holds('lm_head.weight'))
+      this.lm_head = new Linear(llm.at('lm_head'), config.llm.hidden_size, config.llm.vocab_size, {
         bias: false,
-        init: { kind: 'normal', std: config.initializer_range },
+        init: { kind: 'normal', std: config.llm.initializer_range },
       })
     this.vision_tower = new VisionTower(
       new VisionTowerShell(new CLIPVisionTransformer(vision.at('vision_tower.vision_tower.vision_model'), clip.vision)),
@@ -169,10 +169,10 @@ export class AlignGPT extends Module {
       fresh.at('mm_projector'),
       config.mm_projector_type,
       clip.vision.hidden_size,
-      config.hidden_size,
+      config.llm.hidden_size,
     )
     this.mm_projector = this.#projector.module
-    this.align_indicators = new AlignIndicators(fresh.at('align_indicators'), levels, config.hidden_size)
+    this.align_indicators = new AlignIndicators(fresh.at('align_indicators'), levels, config.llm.hidden_size)
     this.gated_weight_layer = new GatedWeightLayer(fresh.at('gated_weight_layer'), this.patches, levels)
   }
 
@@ -193,7 +193,7 @@ export class AlignGPT extends Module {
     const parts: Parts = {
       config: parseAlignGPTConfig(raw, path.join(o.llm, 'config.json')),
       clip,
-      preprocessor: readPreprocessorConfig(o.clip),
+      preprocessor: readPreprocessor(o.clip, clip.vision.image_size),
       tokenizer: Tokenizer.load(o.llm),
       llmDir: o.llm,
       clipDir: o.clip,
@@ -231,7 +231,7 @@ export class AlignGPT extends Module {
     const parts: Parts = {
       config,
       clip,
-      preprocessor: readPreprocessorConfig(clipDir),
+      preprocessor: readPreprocessor(clipDir, clip.vision.image_size),
       tokenizer: Tokenizer.load(dir),
       llmDir: dir,
       clipDir,
@@ -415,7 +415,7 @@ export class AlignGPT extends Module {
   /** Writes the model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. */
   async save(dir: string): Promise<void> {
     fs.mkdirSync(path.join(dir, 'vision_tower'), { recursive: true })
-    const written: TensorSource[] = []
+    const written: TensorToWrite[] = []
     for (const [name, t] of this.namedParameters()) {
       const dtype = t.dtype === 'bf16' ? 'BF16' : t.dtype === 'f64' ? 'F64' : 'F32'
       written.push({ name, dtype, shape: t.shape, write: (file, offset) => native.writeFile(t.h, file, offset) })
@@ -424,7 +424,7 @@ export class AlignGPT extends Module {
     const { config } = this.#parts
     writeAlignGPTConfig(
       dir,
-      config.raw,
+      config.llm.raw,
       {
         mm_hidden_size: config.mm_hidden_size,
         mm_projector_type: config.mm_projector_type,

@@ -91,13 +91,15 @@ export interface ClipConfig {
 }
 
 /** An AlignGPT model: a LLaMA config with the `mm_*` fields of the official code. */
-export interface AlignGPTConfig extends LlamaConfig {
+export interface AlignGPTConfig {
+  /** the language model; its `raw` is the whole file */
+  llm: LlamaConfig
   mm_hidden_size: number
   mm_projector_type: string
   mm_vision_select_layer: number
   mm_vision_select_feature: 'patch' | 'cls_patch'
   /** as written in the file */
-  mm_vision_tower: string
+  mm_vision_tower: string | null
   /** the folder it names, when that exists: relative to the config's folder, or absolute */
   visionTowerPath: string | null
   /** null (official files): the first dimension of align_indicators.indicator_embs */
@@ -159,13 +161,18 @@ function refuse(file: string, key: string, expected: string, got: unknown): neve
   throw mismatch('ERR_CONFIG', 'config', `${file}: ${key}`, expected, show(got))
 }
 
+/** Reads a JSON file that holds an object. @throws AlignGPTError ERR_CONFIG */
+export function readJsonObject(file: string): RawConfig {
+  const raw = readJsonFile(file, 'ERR_CONFIG')
+  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) refuse(file, '(the whole file)', 'an object', raw)
+  return raw as RawConfig
+}
+
 /** A config file or the one in a folder. @throws AlignGPTError ERR_CONFIG */
 function load(fileOrFolder: string, name: string): { raw: RawConfig; file: string } {
   const isFolder = fs.statSync(fileOrFolder, { throwIfNoEntry: false })?.isDirectory()
   const file = isFolder ? path.join(fileOrFolder, name) : fileOrFolder
-  const raw = readJsonFile(file, 'ERR_CONFIG')
-  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) refuse(file, '(the whole file)', 'an object', raw)
-  return { raw: raw as RawConfig, file }
+  return { raw: readJsonObject(file), file }
 }
 
 // ---- LLaMA ----------------------------------------------------------------------------------------------------------
@@ -340,7 +347,7 @@ const alignSchema = z.object({
   mm_projector_type: or(z.string(), 'linear'),
   mm_vision_select_layer: or(z.int(), -2),
   mm_vision_select_feature: or(z.enum(['patch', 'cls_patch']), 'patch'),
-  mm_vision_tower: z.string().min(1),
+  mm_vision_tower: maybe(z.string().min(1)),
   n_indicators: maybe(z.int().min(2)),
   image_aspect_ratio: or(z.string(), 'pad'),
   tokenizer_model_max_length: or(size, 2048),
@@ -355,9 +362,9 @@ export function parseAlignGPTConfig(raw: RawConfig, file = 'config.json'): Align
   if (raw.model_type !== 'aligngpt') refuse(file, 'model_type', "'aligngpt'", raw.model_type)
   if (raw.use_s2) refuse(file, 'use_s2', 'false (multi-scale towers are not supported)', raw.use_s2)
   const c = check(alignSchema, raw, file)
-  const folder = path.resolve(path.dirname(file), c.mm_vision_tower)
-  const visionTowerPath = fs.existsSync(path.join(folder, 'config.json')) ? folder : null
-  return { ...parseLlamaConfig(raw, file), ...c, visionTowerPath }
+  const folder = c.mm_vision_tower === null ? null : path.resolve(path.dirname(file), c.mm_vision_tower)
+  const visionTowerPath = folder !== null && fs.existsSync(path.join(folder, 'config.json')) ? folder : null
+  return { llm: parseLlamaConfig(raw, file), ...c, visionTowerPath }
 }
 
 /** Reads an AlignGPT config.json (file or folder). @throws AlignGPTError ERR_CONFIG */
@@ -374,12 +381,10 @@ export function modelTypeOf(fileOrFolder: string): string {
 }
 
 /** What AlignGPT adds to the language model's own config. */
-export type AlignGPTFields = Pick<
-  AlignGPTConfig,
-  'mm_hidden_size' | 'mm_projector_type' | 'mm_vision_select_layer' | 'mm_vision_tower'
-> & { n_indicators: number } & Partial<
-    Pick<AlignGPTConfig, 'mm_vision_select_feature' | 'image_aspect_ratio' | 'tokenizer_model_max_length'>
-  >
+export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_projector_type' | 'mm_vision_select_layer'> & {
+  mm_vision_tower: string
+  n_indicators: number
+} & Partial<Pick<AlignGPTConfig, 'mm_vision_select_feature' | 'image_aspect_ratio' | 'tokenizer_model_max_length'>>
 
 /** Content of an official AlignGPT config.json: the LLaMA config as it was, plus the `mm_*` fields. */
 export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, torchDtype?: string): RawConfig {
@@ -453,10 +458,19 @@ export function parsePreprocessorConfig(raw: RawConfig, file = 'preprocessor_con
   return { size: c.size, crop: c.crop_size, mean: c.image_mean, std: c.image_std, raw }
 }
 
-/** Reads a preprocessor_config.json (file or folder). @throws AlignGPTError ERR_CONFIG */
-export function readPreprocessorConfig(fileOrFolder: string): PreprocessorConfig {
-  const { raw, file } = load(fileOrFolder, 'preprocessor_config.json')
-  return parsePreprocessorConfig(raw, file)
+/**
+ * Reads preprocessor_config.json of a folder; without one, CLIP's defaults.
+ * @param imageSize the vision tower's picture side; when given, the crop must have it
+ * @throws AlignGPTError ERR_CONFIG
+ */
+export function readPreprocessor(folder: string, imageSize?: number): PreprocessorConfig {
+  const file = path.join(folder, 'preprocessor_config.json')
+  const missing = imageSize !== undefined && !fs.existsSync(file)
+  const raw = missing ? { size: imageSize, crop_size: imageSize } : readJsonObject(file)
+  const c = parsePreprocessorConfig(raw, file)
+  if (imageSize !== undefined && c.crop !== imageSize)
+    refuse(file, 'crop_size', `the vision tower's image_size ${imageSize}`, c.crop)
+  return c
 }
 
 const generationSchema = z.object({

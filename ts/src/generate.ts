@@ -1,13 +1,13 @@
 /** Inference: prefill once, then one token at a time against the key/value cache. */
 import type { AlignGPT, Mix } from './aligngpt.js'
+import { type PackedBatch, packBatch } from './batch.js'
 import { Cache } from './cache.js'
-import { packBatch, type PackedBatch, type Sample } from './data.js'
-import { AlignGPTError } from './errors.js'
-import { loadPixels } from './image.js'
+import { mismatch } from './errors.js'
+import { decodeImage, normalise, preprocessImage } from './image.js'
 import { native } from './native.js'
 import { cast, embedding, gather, linear } from './ops.js'
-import { encodeTurns, type PromptStyle, stopTokens, type Turn } from './prompt.js'
-import { Rng } from './random.js'
+import { buildPrompt, type Sample, type Style, type Turn } from './prompt.js'
+import { Rng } from './rng.js'
 import { noGrad, scope, type Tensor, tensor } from './tensor.js'
 
 export interface Sampling {
@@ -31,7 +31,7 @@ export interface GenerateRequest {
 export interface GenerateOptions extends Sampling {
   /** default 256 */
   maxNewTokens?: number
-  style?: PromptStyle
+  style?: Style
   system?: string
   /** texts that end an answer; they are not part of it */
   stop?: readonly string[]
@@ -70,7 +70,7 @@ export class Decoding {
     mix: Mix,
     maxNewTokens: number,
   ) {
-    const c = model.config
+    const c = model.config.llm
     const sequences = batch.offsets.length - 1
     const counts = Array.from({ length: sequences }, (_, s) => batch.offsets[s + 1] - batch.offsets[s])
     const width = c.num_key_value_heads * c.head_dim
@@ -81,13 +81,16 @@ export class Decoding {
         const embedded = model.embed(batch, mix)
         const hidden = model.hidden(embedded.inputsEmbeds, { ...model.packing(batch), cache: this.#cache })
         const last = counts.map((_, s) => batch.offsets[s + 1] - 1)
-        return { logits: this.#head(gather(hidden, tensor(Int32Array.from(last)))), coefficients: embedded.coefficients }
+        return {
+          logits: this.#head(gather(hidden, tensor(Int32Array.from(last)))),
+          coefficients: embedded.coefficients,
+        }
       }),
     )
     this.#logits = logits.persist()
     const flat = Array.from(coefficients.toFloats())
     coefficients.dispose()
-    this.alpha = batch.ids.length ? chunks(flat, model.levels) : []
+    this.alpha = chunks(flat, model.levels)
   }
 
   #head(hidden: Tensor): Tensor {
@@ -135,26 +138,47 @@ function chunks(flat: number[], n: number): number[][] {
   return Array.from({ length: flat.length / n }, (_, i) => flat.slice(i * n, (i + 1) * n))
 }
 
-async function sampleOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Promise<Sample> {
+/** Text that ends an answer in each style, besides the tokenizer's end token. */
+const END_TOKENS: Record<Style, string[]> = {
+  plain: [],
+  vicuna_v1: [],
+  llama_2: [],
+  llama_3: ['<|eot_id|>', '<|end_of_text|>'],
+}
+
+function sampleOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Sample {
   const turns: Turn[] = [...(r.history ?? []), { from: 'human', value: r.prompt }]
   const image = r.image !== undefined
   if (image && !turns.some((t) => t.value.includes('<image>')))
     turns[0] = { ...turns[0], value: `<image>\n${turns[0].value}` }
-  const { ids, labels } = encodeTurns(model.tokenizer, o.style ?? 'vicuna_v1', turns, {
-    image,
-    open: true,
-    system: o.system,
-    id: `request ${i}`,
-  })
-  if (r.image === undefined) return { id: String(i), ids, labels }
+  const options = { style: o.style ?? 'vicuna_v1', system: o.system, patches: model.patches, id: `request ${i}` }
+  return buildPrompt(turns, image ? 'picture' : null, model.tokenizer, options)
+}
+
+/** A picture as the vision tower wants it at inference: [3, S, S]. @throws ERR_IMAGE */
+export async function loadPixels(model: AlignGPT, image: string | Uint8Array): Promise<Float32Array> {
   const pad = model.config.image_aspect_ratio === 'pad'
-  return { id: String(i), ids, labels, image: 'picture', pixels: await loadPixels(r.image, model.preprocessor, pad) }
+  return normalise(preprocessImage(await decodeImage(image), { ...model.preprocessor, pad }), model.preprocessor)
+}
+
+/** Packs samples with the pixels of those that have a picture. */
+export function packWithPixels(
+  model: AlignGPT,
+  samples: readonly Sample[],
+  pixels: readonly (Float32Array | null)[],
+  gateText: 'all' | 'instruction' = 'all',
+): PackedBatch {
+  return packBatch(samples, model.patches, {
+    gateText,
+    size: model.imageSize,
+    fill: (out, offset, b) => out.set(pixels[b] as Float32Array, offset),
+  })
 }
 
 /** Ids that end an answer: the tokenizer's, the config's, the prompt style's. */
-function endIds(model: AlignGPT, style: PromptStyle): Set<number> {
-  const named = stopTokens[style].map((t) => model.tokenizer.tokenToId(t)).filter((id) => id !== undefined)
-  return new Set([model.tokenizer.eosId, ...model.config.eos_token_ids, ...named])
+function endIds(model: AlignGPT, style: Style): Set<number> {
+  const named = END_TOKENS[style].map((t) => model.tokenizer.tokenToId(t)).filter((id) => id !== undefined)
+  return new Set([model.tokenizer.eosId, ...model.config.llm.eos_token_ids, ...named] as number[])
 }
 
 interface Progress extends Generated {
@@ -172,15 +196,12 @@ async function* decode(
   requests: readonly GenerateRequest[],
   o: GenerateOptions,
 ): AsyncGenerator<{ index: number; piece: GeneratedPiece }, Generated[]> {
-  const samples = await Promise.all(requests.map((r, i) => sampleOf(model, r, o, i)))
-  const { batch, skipped } = packBatch(samples, {
-    patches: model.patches,
-    imageSize: model.imageSize,
-    maxLength: model.config.tokenizer_model_max_length,
-    gateText: 'all',
-  })
-  if (skipped.length)
-    throw new AlignGPTError('ERR_DATA', `[generate] prompt: expected room for the picture, got too long a prompt before it`)
+  const samples = requests.map((r, i) => sampleOf(model, r, o, i))
+  const limit = model.config.tokenizer_model_max_length
+  const long = samples.find((s) => s.length > limit)
+  if (long) throw mismatch('ERR_DATA', 'generate', long.id, `a prompt of at most ${limit} rows`, `${long.length}`)
+  const pixels = await Promise.all(requests.map((r) => (r.image === undefined ? null : loadPixels(model, r.image))))
+  const batch = packWithPixels(model, samples, pixels)
   const maxNew = o.maxNewTokens ?? 256
   const decoding = new Decoding(model, batch, o.mix ?? { mode: 'gate' }, maxNew)
   try {
@@ -188,10 +209,20 @@ async function* decode(
     const rngs = requests.map((_, i) => new Rng(o.seed ?? 0, i))
     const streams = requests.map(() => model.tokenizer.stream({ skipSpecialTokens: true }))
     const alphas = requests.map((_, i) => decoding.alpha[batch.imageSamples.indexOf(i)] ?? null)
-    const state: Progress[] = alphas.map((alpha) => ({ text: '', ids: [], alpha, finish: 'length', done: false, held: '' }))
+    const state: Progress[] = alphas.map((alpha) => ({
+      text: '',
+      ids: [],
+      alpha,
+      finish: 'length',
+      done: false,
+      held: '',
+    }))
     for (let n = 0; n < maxNew && state.some((s) => !s.done); n++) {
       o.signal?.throwIfAborted()
-      const ids = decoding.sample(o, rngs.map((r) => r.uniform()))
+      const ids = decoding.sample(
+        o,
+        rngs.map((r) => r.next()),
+      )
       const next: (number | null)[] = []
       for (const [i, s] of state.entries()) {
         if (s.done) {
@@ -243,7 +274,10 @@ function accept(s: Progress, added: string, stop: readonly string[], last: boole
 }
 
 /** Streams the answer to one request. */
-export async function* generate(model: AlignGPT, o: GenerateRequest & GenerateOptions): AsyncGenerator<GeneratedPiece, Generated> {
+export async function* generate(
+  model: AlignGPT,
+  o: GenerateRequest & GenerateOptions,
+): AsyncGenerator<GeneratedPiece, Generated> {
   const run = decode(model, [o], o)
   for (;;) {
     const { value, done } = await run.next()

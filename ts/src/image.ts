@@ -1,214 +1,452 @@
-/** Pictures -> pixel values, bit for bit what Pillow and CLIPImageProcessor give. Decoding is sharp's. */
+/**
+ * Pictures, exactly as Pillow and transformers' CLIPImageProcessor prepare them: decode (sharp), RGB by dropping alpha,
+ * optional padding to a square, bicubic resize in Pillow's fixed point, centre crop, normalisation.
+ * EXIF orientation and colour profiles are ignored, as Pillow's Image.open does.
+ */
 import fs from 'node:fs'
 import path from 'node:path'
-import sharp, { type OutputInfo } from 'sharp'
+import sharp from 'sharp'
 import type { PreprocessorConfig } from './config.js'
-import { AlignGPTError } from './errors.js'
+import { AlignGPTError, mismatch } from './errors.js'
+import { Rng } from './rng.js'
 
-export interface Rgb {
-  /** [height, width, 3] */
+/** 8-bit RGB picture, rows from the top: data [height, width, 3]. */
+export interface RgbImage {
   data: Uint8Array
   width: number
   height: number
+  /** [height, width], only when asked for and present in the file */
+  alpha?: Uint8Array
 }
+
+export interface ImageLimits {
+  /** largest file, bytes; default 256 MiB */
+  maxBytes?: number
+  /** largest picture, pixels; default 50 million */
+  maxPixels?: number
+}
+
+/** How a decoded picture becomes the vision tower's input. */
+export type Preprocess = Pick<PreprocessorConfig, 'size' | 'crop' | 'mean' | 'std'> & {
+  /** pad to a square with the mean colour first (instruction tuning, inference) */
+  pad: boolean
+}
+
 export const MAX_PIXELS = 50_000_000
-const MAX_FILE = 256 * 1024 * 1024
+// The resize needs memory in proportion to the longer side, whatever the shorter one is.
+const MAX_SIDE = 1 << 20
+const MAX_BYTES = 256 * 1024 * 1024
+// What Pillow reads as a bitmap too. Above all no SVG or PDF: they are programs that draw.
+const FORMATS = new Set(['jpeg', 'png', 'webp', 'gif', 'tiff', 'heif', 'avif'])
 
-function refuse(name: string, expected: string, got: string): never {
-  throw new AlignGPTError('ERR_IMAGE', `[image] ${name}: expected ${expected}, got ${got}`)
-}
+const bad = (what: string, expected: string, got: string, cause?: unknown): AlignGPTError =>
+  mismatch('ERR_IMAGE', 'image', what, expected, got, cause)
 
-/** The real path of `name` below `root`. @throws ERR_IMAGE when it is missing or leads outside */
+/**
+ * The real path of a picture of a data set. It must lie inside the image root also after symbolic links are followed.
+ * @param name path relative to the root, as in the data
+ * @throws AlignGPTError ERR_IMAGE: `..`, a link or an absolute path that leads outside, a missing file
+ */
 export function resolveImage(root: string, name: string): string {
+  if (name.includes('\0') || name.split(/[\\/]/).includes('..'))
+    throw bad(name, 'a path without ..', JSON.stringify(name))
+  let base: string
   let real: string
-  let realRoot: string
   try {
-    realRoot = fs.realpathSync(root)
-    real = fs.realpathSync(path.resolve(root, name))
-  } catch {
-    return refuse(name, `a file below ${root}`, 'none')
+    base = fs.realpathSync(root)
+    real = fs.realpathSync(path.resolve(base, name))
+  } catch (e) {
+    throw bad(path.join(root, name), 'a file', (e as NodeJS.ErrnoException).code ?? String(e), e)
   }
-  if (!real.startsWith(realRoot + path.sep)) refuse(name, `a file below ${root}`, 'a path that leads outside')
+  if (!real.startsWith(base.endsWith(path.sep) ? base : base + path.sep))
+    throw bad(name, `a file inside the image folder ${root}`, 'one outside it')
   return real
 }
 
+function readLimited(file: string, maxBytes: number): Buffer {
+  let fd: number
+  try {
+    // Without O_NONBLOCK a named pipe would block here for ever.
+    fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK)
+  } catch (e) {
+    throw bad(file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+  }
+  try {
+    const info = fs.fstatSync(fd)
+    if (!info.isFile()) throw bad(file, 'a regular file', 'something else')
+    if (info.size > maxBytes) throw bad(file, `at most ${maxBytes} bytes`, `${info.size}`)
+    return fs.readFileSync(fd)
+  } finally {
+    fs.closeSync(fd)
+  }
+}
+
+/** Expands 1 to 4 interleaved channels to RGB; grey is repeated, alpha is set apart. */
+function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8Array; alpha?: Uint8Array } {
+  const n = raw.length / channels
+  const alpha =
+    withAlpha && channels % 2 === 0
+      ? Uint8Array.from({ length: n }, (_, i) => raw[i * channels + channels - 1])
+      : undefined
+  if (channels === 3) return { data: raw }
+  const data = new Uint8Array(3 * n)
+  const [g, b] = channels < 3 ? [0, 0] : [1, 2]
+  for (let i = 0, s = 0, d = 0; i < n; i++, s += channels, d += 3) {
+    data[d] = raw[s]
+    data[d + 1] = raw[s + g]
+    data[d + 2] = raw[s + b]
+  }
+  return { data, alpha }
+}
+
 /**
- * Decodes a picture to RGB: alpha is dropped (not blended), palettes and grey are expanded, EXIF orientation is ignored,
- * as `Image.open(f).convert('RGB')` does.
- * @throws ERR_IMAGE for anything that is not a whole picture of at most 50 Mpx
+ * Decodes a picture to RGB: alpha is dropped, not blended; grey and palette become RGB; 16 bits become 8 (high byte);
+ * of an animation the first frame is taken.
+ * @param input path, or the file's bytes
+ * @param options.alpha also return the alpha channel, if there is one
+ * @param options.name name for messages when `input` is bytes
+ * @throws AlignGPTError ERR_IMAGE: unreadable, too large, truncated, damaged, no picture of a known format
  */
 export async function decodeImage(
-  file: string | Uint8Array,
-  name = typeof file === 'string' ? file : 'picture',
-): Promise<Rgb> {
-  if (typeof file === 'string') {
-    const stat = fs.statSync(file, { throwIfNoEntry: false })
-    if (!stat?.isFile()) refuse(name, 'a file', stat ? 'something else' : 'none')
-    if (stat.size > MAX_FILE) refuse(name, `at most ${MAX_FILE} bytes`, `${stat.size}`)
-  }
-  let raw: { data: Buffer; info: OutputInfo }
+  input: string | Uint8Array,
+  options: ImageLimits & { alpha?: boolean; name?: string } = {},
+): Promise<RgbImage> {
+  const name = options.name ?? (typeof input === 'string' ? input : 'picture')
+  const { maxPixels = MAX_PIXELS, maxBytes = MAX_BYTES } = options
+  const bytes = typeof input === 'string' ? readLimited(input, maxBytes) : input
+  if (bytes.byteLength > maxBytes) throw bad(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
+  if (bytes.byteLength === 0) throw bad(name, 'a picture', 'an empty file')
   try {
-    raw = await sharp(file, { limitInputPixels: MAX_PIXELS, failOn: 'truncated' })
-      .removeAlpha()
+    const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
+    const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
+    if (!format || !FORMATS.has(format)) throw bad(name, [...FORMATS].join(' '), format ?? 'an unknown format')
+    if (!width || !height || width * height > maxPixels)
+      throw bad(name, `at most ${maxPixels} pixels`, `${width} x ${height}`)
+    if (Math.max(width, height) > MAX_SIDE) throw bad(name, `sides up to ${MAX_SIDE}`, `${width} x ${height}`)
+    const { data, info } = await sharp(bytes, open)
+      .toColourspace('srgb')
       .raw({ depth: 'uchar' })
       .toBuffer({ resolveWithObject: true })
+    if (info.channels > 4 || data.length !== info.width * info.height * info.channels)
+      throw bad(name, '1 to 4 channels', `${info.channels}`)
+    return { ...toRgb(data, info.channels, options.alpha === true), width: info.width, height: info.height }
   } catch (e) {
-    return refuse(name, `a whole picture of at most ${MAX_PIXELS} pixels`, (e as Error).message)
+    if (e instanceof AlignGPTError) throw e
+    throw bad(name, 'a picture that can be decoded', (e as Error).message.split('\n')[0], e)
   }
-  const { width, height, channels } = raw.info
-  if (channels === 3) return { data: raw.data, width, height }
-  const data = new Uint8Array(width * height * 3)
-  for (let i = 0; i < width * height; i++) data.fill(raw.data[i * channels], i * 3, i * 3 + 3)
-  return { data, width, height }
 }
 
-/** Pads the short side on both ends with a colour (default: CLIP's mean); the odd pixel goes right or below. */
-export function padToSquare(img: Rgb, colour: readonly number[] = [122, 116, 104]): Rgb {
-  const { width, height } = img
-  if (width === height) return img
-  const side = Math.max(width, height)
-  const data = new Uint8Array(side * side * 3)
-  for (let i = 0; i < side * side; i++) data.set(colour, i * 3)
-  const left = (side - width) >> 1
-  const top = (side - height) >> 1
-  for (let y = 0; y < height; y++)
-    data.set(img.data.subarray(y * width * 3, (y + 1) * width * 3), ((y + top) * side + left) * 3)
-  return { data, width: side, height: side }
+/** Decodes a picture of a data set; see resolveImage and decodeImage. */
+export function loadImage(
+  root: string,
+  name: string,
+  options: ImageLimits & { alpha?: boolean } = {},
+): Promise<RgbImage> {
+  return decodeImage(resolveImage(root, name), { ...options, name })
 }
 
-function cubic(v: number): number {
-  const x = Math.abs(v)
-  if (x < 1) return (1.5 * x - 2.5) * x * x + 1
-  return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0
-}
+/** Colour of the padding: the mean, truncated to 8 bits, (122, 116, 104) for CLIP. */
+export const padColour = (mean: readonly number[]): [number, number, number] =>
+  [0, 1, 2].map((c) => Math.trunc(mean[c] * 255)) as [number, number, number]
 
-interface Weights {
+// ---- Pillow's bicubic resize ------------------------------------------------------------------------------------------
+
+const BITS = 22
+const HALF = 1 << (BITS - 1)
+
+/** Taps of one axis: output pixel i reads `count[i]` inputs from `first[i]` on with weights from `at[i]` on. */
+interface Taps {
   first: Int32Array
   count: Int32Array
-  /** [out, taps] in 22-bit fixed point */
-  fixed: Int32Array
-  taps: number
+  at: Int32Array
+  weights: Int32Array
+  /** sum of the weights that fall on the padding, per output pixel */
+  outside: Int32Array
 }
 
-/** Pillow's antialiased bicubic (a = -0.5) weights from n to m samples. */
-function weightsOf(n: number, m: number): Weights {
-  const scale = n / m
-  const stretch = Math.max(scale, 1)
-  const taps = Math.ceil(4 * stretch) + 2
-  const w: Weights = { first: new Int32Array(m), count: new Int32Array(m), fixed: new Int32Array(m * taps), taps }
-  for (let i = 0; i < m; i++) {
-    const center = (i + 0.5) * scale
-    const lo = Math.max(Math.trunc(center - 2 * stretch + 0.5), 0)
-    const hi = Math.min(Math.trunc(center + 2 * stretch + 0.5), n)
-    const k = Array.from({ length: hi - lo }, (_, j) => cubic((j + lo - center + 0.5) / stretch))
-    const total = k.reduce((a, b) => a + b, 0)
-    w.first[i] = lo
-    w.count[i] = hi - lo
-    for (const [j, v] of k.entries()) {
-      const share = v / total
-      w.fixed[i * taps + j] = Math.trunc((share < 0 ? -0.5 : 0.5) + share * 4194304)
+function cubic(x: number): number {
+  const a = Math.abs(x)
+  if (a < 1) return (1.5 * a - 2.5) * a * a + 1
+  return a < 2 ? ((-0.5 * a + 2.5) * a - 4) * a + 2 : 0
+}
+
+/**
+ * Pillow's precompute_coeffs (a = -0.5, antialiased) for output pixels `from`..`from + n - 1` of an axis that is resized
+ * from `inSize` to `outSize`; of the inputs only `inner` from `offset` on are real, the others are padding.
+ */
+function taps(inSize: number, outSize: number, from: number, n: number, offset: number, inner: number): Taps {
+  const scale = inSize / outSize
+  const filter = Math.max(scale, 1)
+  const support = 2 * filter
+  const width = Math.ceil(support) * 2 + 1
+  const t: Taps = {
+    first: new Int32Array(n),
+    count: new Int32Array(n),
+    at: new Int32Array(n),
+    weights: new Int32Array(n * width),
+    outside: new Int32Array(n),
+  }
+  const k = new Float64Array(width)
+  for (let i = 0; i < n; i++) {
+    const center = (from + i + 0.5) * scale
+    const lo = Math.max(Math.trunc(center - support + 0.5), 0)
+    const hi = Math.min(Math.trunc(center + support + 0.5), inSize)
+    let sum = 0
+    for (let j = 0; j < hi - lo; j++) {
+      k[j] = cubic((j + lo - center + 0.5) * (1 / filter))
+      sum += k[j]
+    }
+    const begin = Math.min(Math.max(lo, offset), offset + inner)
+    const end = Math.max(Math.min(hi, offset + inner), begin)
+    t.first[i] = begin - offset
+    t.count[i] = end - begin
+    t.at[i] = i * width
+    for (let j = 0; j < hi - lo; j++) {
+      const w = k[j] / sum
+      const fixed = Math.trunc((w < 0 ? -0.5 : 0.5) + w * (1 << BITS))
+      const at = lo + j
+      if (at >= begin && at < end) t.weights[i * width + at - begin] = fixed
+      else t.outside[i] += fixed
     }
   }
-  return w
+  return t
 }
 
-/** One pass: samples are `stride` apart, lines `lineStride`; both in bytes, channels side by side. */
-function resample(
+const clip8 = (v: number): number => (v < 0 ? 0 : v > 255 ? 255 : v)
+
+/** One pass along rows: source rows [h, w, 3] -> [h, n, 3]. */
+function horizontal(
   src: Uint8Array,
-  dst: Uint8Array,
-  w: Weights,
-  lines: number,
-  o: { srcStep: number; srcLine: number; dstStep: number; dstLine: number },
-): void {
-  const m = w.first.length
-  for (let line = 0; line < lines; line++)
-    for (let i = 0; i < m; i++) {
-      let [r, g, b] = [2097152, 2097152, 2097152]
-      let at = line * o.srcLine + w.first[i] * o.srcStep
-      for (let j = 0, k = i * w.taps; j < w.count[i]; j++, k++, at += o.srcStep) {
-        const f = w.fixed[k]
-        r += f * src[at]
-        g += f * src[at + 1]
-        b += f * src[at + 2]
+  w: number,
+  firstRow: number,
+  rows: number,
+  t: Taps,
+  pad: readonly number[],
+): Uint8Array {
+  const n = t.first.length
+  const out = new Uint8Array(rows * n * 3)
+  const { first, count, at, weights, outside } = t
+  for (let y = 0, d = 0; y < rows; y++) {
+    const row = (firstRow + y) * w * 3
+    for (let x = 0; x < n; x++, d += 3) {
+      const o = outside[x]
+      let r = HALF + Math.imul(o, pad[0])
+      let g = HALF + Math.imul(o, pad[1])
+      let b = HALF + Math.imul(o, pad[2])
+      let s = row + first[x] * 3
+      for (let j = at[x], e = at[x] + count[x]; j < e; j++, s += 3) {
+        const k = weights[j]
+        r = (r + Math.imul(src[s], k)) | 0
+        g = (g + Math.imul(src[s + 1], k)) | 0
+        b = (b + Math.imul(src[s + 2], k)) | 0
       }
-      const to = line * o.dstLine + i * o.dstStep
-      // sums stay below 2^53; clamping before the shift keeps it within 32 bits
-      dst[to] = r <= 0 ? 0 : r >= 1069547520 ? 255 : r >> 22
-      dst[to + 1] = g <= 0 ? 0 : g >= 1069547520 ? 255 : g >> 22
-      dst[to + 2] = b <= 0 ? 0 : b >= 1069547520 ? 255 : b >> 22
+      out[d] = clip8(r >> BITS)
+      out[d + 1] = clip8(g >> BITS)
+      out[d + 2] = clip8(b >> BITS)
     }
-}
-
-/** Pillow's 8-bit bicubic resize: horizontal, then vertical, each rounded to bytes. */
-export function resizeBicubic(img: Rgb, width: number, height: number): Rgb {
-  let current = img
-  if (img.width !== width) {
-    const data = new Uint8Array(img.height * width * 3)
-    resample(img.data, data, weightsOf(img.width, width), img.height, {
-      srcStep: 3,
-      srcLine: img.width * 3,
-      dstStep: 3,
-      dstLine: width * 3,
-    })
-    current = { data, width, height: img.height }
   }
-  if (current.height !== height) {
-    const data = new Uint8Array(height * width * 3)
-    resample(current.data, data, weightsOf(current.height, height), width, {
-      srcStep: width * 3,
-      srcLine: 3,
-      dstStep: width * 3,
-      dstLine: 3,
-    })
-    current = { data, width, height }
-  }
-  return current
-}
-
-/** Resize of the shortest edge and centre crop, after padding to a square if wanted. -> [crop, crop, 3] bytes */
-export function cropped(img: Rgb, c: PreprocessorConfig, pad: boolean): Rgb {
-  const source = pad
-    ? padToSquare(
-        img,
-        c.mean.map((m) => Math.trunc(m * 255)),
-      )
-    : img
-  const { width: w, height: h } = source
-  const long = Math.trunc((c.size * Math.max(w, h)) / Math.min(w, h))
-  const [nw, nh] = w <= h ? [c.size, long] : [long, c.size]
-  const resized = resizeBicubic(source, nw, nh)
-  if (nw === c.crop && nh === c.crop) return resized
-  const data = new Uint8Array(c.crop * c.crop * 3)
-  const left = Math.floor((nw - c.crop) / 2)
-  const top = Math.floor((nh - c.crop) / 2)
-  for (let y = 0; y < c.crop; y++)
-    for (let x = 0; x < c.crop; x++) {
-      const [sx, sy] = [x + left, y + top]
-      if (sx < 0 || sy < 0 || sx >= nw || sy >= nh) continue // a crop larger than the picture is filled with zeros
-      const from = (sy * nw + sx) * 3
-      data.set(resized.data.subarray(from, from + 3), (y * c.crop + x) * 3)
-    }
-  return { data, width: c.crop, height: c.crop }
-}
-
-/** Bytes [S, S, 3] -> (x / 255 - mean) / std as [3, S, S], in the float steps of CLIPImageProcessor. */
-export function normalize(img: Rgb, c: PreprocessorConfig, out: Float32Array, offset = 0): void {
-  const n = img.width * img.height
-  for (let ch = 0; ch < 3; ch++) {
-    const mean = Math.fround(c.mean[ch])
-    const std = Math.fround(c.std[ch])
-    const lut = Float32Array.from({ length: 256 }, (_, v) => Math.fround(Math.fround(v * (1 / 255)) - mean) / std)
-    for (let i = 0; i < n; i++) out[offset + ch * n + i] = lut[img.data[i * 3 + ch]]
-  }
-}
-
-/** File -> pixel values [3, crop, crop]. @throws ERR_IMAGE */
-export async function loadPixels(
-  file: string | Uint8Array,
-  c: PreprocessorConfig,
-  pad: boolean,
-): Promise<Float32Array> {
-  const out = new Float32Array(3 * c.crop * c.crop)
-  normalize(cropped(await decodeImage(file), c, pad), c, out)
   return out
+}
+
+/** One pass along columns: [rows, n, 3] -> [t.length, n, 3]; `pad` [n, 3] is what a row of padding became. */
+function vertical(src: Uint8Array, firstRow: number, stride: number, t: Taps, pad: Uint8Array): Uint8Array {
+  const m = t.first.length
+  const out = new Uint8Array(m * stride)
+  const acc = new Int32Array(stride)
+  for (let y = 0; y < m; y++) {
+    const o = t.outside[y]
+    for (let x = 0; x < stride; x++) acc[x] = HALF + Math.imul(o, pad[x])
+    for (let j = 0; j < t.count[y]; j++) {
+      const k = t.weights[t.at[y] + j]
+      const row = (t.first[y] - firstRow + j) * stride
+      for (let x = 0; x < stride; x++) acc[x] += Math.imul(src[row + x], k)
+    }
+    const d = y * stride
+    for (let x = 0; x < stride; x++) out[d + x] = clip8(acc[x] >> BITS)
+  }
+  return out
+}
+
+/** Part of a resized picture: `x, y, width, height` in output pixels. */
+interface Window {
+  x: number
+  y: number
+  width: number
+  height: number
+}
+
+/**
+ * Pillow's 8-bit bicubic resize (two passes, each rounded to 8 bits with 22-bit fixed-point weights), bit for bit.
+ * Only the window is computed. The padding is never stored, so a long thin picture costs no more than its own pixels.
+ * @param pad frame around the picture: side lengths of the whole, position of the picture in it, colour
+ * @returns [window.height, window.width, 3]
+ */
+export function resizeBicubic(
+  image: RgbImage,
+  width: number,
+  height: number,
+  window: Window = { x: 0, y: 0, width, height },
+  pad?: { width: number; height: number; left: number; top: number; colour: readonly number[] },
+): Uint8Array {
+  const colour = pad?.colour ?? [0, 0, 0]
+  const tx = taps(pad?.width ?? image.width, width, window.x, window.width, pad?.left ?? 0, image.width)
+  const ty = taps(pad?.height ?? image.height, height, window.y, window.height, pad?.top ?? 0, image.height)
+  let firstRow = image.height
+  let lastRow = 0
+  for (let i = 0; i < ty.first.length; i++) {
+    if (!ty.count[i]) continue
+    firstRow = Math.min(firstRow, ty.first[i])
+    lastRow = Math.max(lastRow, ty.first[i] + ty.count[i])
+  }
+  const rows = Math.max(lastRow - firstRow, 0)
+  const middle = horizontal(image.data, image.width, firstRow, rows, tx, colour)
+  // A row of padding through the first pass.
+  const blank = new Uint8Array(window.width * 3)
+  for (let x = 0; x < window.width; x++) {
+    let sum = tx.outside[x]
+    for (let j = 0; j < tx.count[x]; j++) sum += tx.weights[tx.at[x] + j]
+    for (let c = 0; c < 3; c++) blank[3 * x + c] = clip8((HALF + Math.imul(sum, colour[c])) >> BITS)
+  }
+  return vertical(middle, firstRow, window.width * 3, ty, blank)
+}
+
+/**
+ * Padding (if asked for), shortest edge to `size` with the long side floored, centre crop with floored offsets.
+ * @returns uint8 [crop, crop, 3]
+ */
+export function preprocessImage(image: RgbImage, p: Preprocess): Uint8Array {
+  const { width: w, height: h } = image
+  const side = Math.max(w, h)
+  const pad = p.pad && w !== h
+  const [fw, fh] = pad ? [side, side] : [w, h]
+  const long = Math.trunc((p.size * Math.max(fw, fh)) / Math.min(fw, fh))
+  const [nw, nh] = fw <= fh ? [p.size, long] : [long, p.size]
+  const window = { x: Math.floor((nw - p.crop) / 2), y: Math.floor((nh - p.crop) / 2), width: p.crop, height: p.crop }
+  if (!pad) return resizeBicubic(image, nw, nh, window)
+  // The odd pixel of padding goes to the right or the bottom.
+  const frame = { width: side, height: side, left: (side - w) >> 1, top: (side - h) >> 1, colour: padColour(p.mean) }
+  return resizeBicubic(image, nw, nh, window, frame)
+}
+
+/** Normalised value of every 8-bit value, per channel: [3 * 256], float32 arithmetic as numpy does it. */
+export function normaliseTable(p: Pick<Preprocess, 'mean' | 'std'>): Float32Array {
+  const table = new Float32Array(3 * 256)
+  for (let c = 0; c < 3; c++) {
+    const [mean, std] = [Math.fround(p.mean[c]), Math.fround(p.std[c])]
+    for (let v = 0; v < 256; v++) {
+      const scaled = Math.fround(v * (1 / 255))
+      table[256 * c + v] = Math.fround(Math.fround(scaled - mean) / std)
+    }
+  }
+  return table
+}
+
+/**
+ * Writes uint8 [S, S, 3] as normalised float32 [3, S, S] at `offset` of `out`.
+ * @param table from normaliseTable
+ */
+export function normaliseInto(u8: Uint8Array, table: Float32Array, out: Float32Array, offset = 0): void {
+  const n = u8.length / 3
+  if (offset + 3 * n > out.length)
+    throw mismatch('ERR_SHAPE', 'normalise', 'output', `at least ${offset + 3 * n} numbers`, `${out.length}`)
+  for (let i = 0, s = 0; i < n; i++, s += 3) {
+    out[offset + i] = table[u8[s]]
+    out[offset + n + i] = table[256 + u8[s + 1]]
+    out[offset + 2 * n + i] = table[512 + u8[s + 2]]
+  }
+}
+
+/** uint8 [S, S, 3] -> normalised float32 [3, S, S]. */
+export function normalise(u8: Uint8Array, p: Pick<Preprocess, 'mean' | 'std'>): Float32Array {
+  const out = new Float32Array(u8.length)
+  normaliseInto(u8, normaliseTable(p), out)
+  return out
+}
+
+// ---- augmentation -------------------------------------------------------------------------------------------------------
+
+/** Blends a picture with alpha over one colour; without alpha the picture itself. */
+export function compositeOver(image: RgbImage, colour: readonly number[]): RgbImage {
+  const { data, alpha, width, height } = image
+  if (!alpha) return image
+  const out = new Uint8Array(data.length)
+  for (let i = 0; i < alpha.length; i++)
+    for (let c = 0; c < 3; c++)
+      out[3 * i + c] = Math.round((data[3 * i + c] * alpha[i] + colour[c] * (255 - alpha[i])) / 255)
+  return { data: out, width, height }
+}
+
+/**
+ * Mild augmentation for training: random background where there is alpha, small rotation, scale and shift (edges are
+ * repeated, the background beside a picture with alpha is its colour), brightness, contrast and saturation.
+ * A pure function of the picture and the stream of random numbers.
+ */
+export function augment(image: RgbImage, rng: Rng): RgbImage {
+  const colour = [rng.int(256), rng.int(256), rng.int(256)]
+  const { data: src, width: w, height: h } = compositeOver(image, colour)
+  const between = (lo: number, hi: number): number => lo + (hi - lo) * rng.next()
+  const angle = between(-0.17, 0.17)
+  const zoom = between(0.85, 1.15)
+  const [dx, dy] = [between(-0.06, 0.06) * w, between(-0.06, 0.06) * h]
+  const [gain, contrast, saturation] = [between(0.85, 1.15), between(0.85, 1.15), between(0.7, 1.3)]
+  const [cos, sin] = [Math.cos(angle) / zoom, Math.sin(angle) / zoom]
+  const background = image.alpha ? colour : null
+  const out = new Uint8Array(src.length)
+  const rgb = [0, 0, 0]
+  for (let y = 0, d = 0; y < h; y++)
+    for (let x = 0; x < w; x++, d += 3) {
+      const [u, v] = [x - (w - 1) / 2 - dx, y - (h - 1) / 2 - dy]
+      sample(src, w, h, cos * u + sin * v + (w - 1) / 2, cos * v - sin * u + (h - 1) / 2, background, rgb)
+      const grey = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+      for (let c = 0; c < 3; c++) {
+        const saturated = grey + (rgb[c] - grey) * saturation
+        out[d + c] = clip8(Math.round(((saturated - 128) * contrast + 128) * gain))
+      }
+    }
+  return { data: out, width: w, height: h }
+}
+
+/** Bilinear sample at (x, y) into `rgb`; outside: the background colour, or the nearest edge. */
+function sample(
+  src: Uint8Array,
+  w: number,
+  h: number,
+  x: number,
+  y: number,
+  background: number[] | null,
+  rgb: number[],
+): void {
+  if (background && (x < -0.5 || y < -0.5 || x > w - 0.5 || y > h - 0.5)) {
+    for (let c = 0; c < 3; c++) rgb[c] = background[c]
+    return
+  }
+  const [cx, cy] = [Math.min(Math.max(x, 0), w - 1), Math.min(Math.max(y, 0), h - 1)]
+  const [x0, y0] = [Math.floor(cx), Math.floor(cy)]
+  const [x1, y1] = [Math.min(x0 + 1, w - 1), Math.min(y0 + 1, h - 1)]
+  const [fx, fy] = [cx - x0, cy - y0]
+  for (let c = 0; c < 3; c++) {
+    const at = (px: number, py: number): number => src[3 * (py * w + px) + c]
+    const top = at(x0, y0) * (1 - fx) + at(x1, y0) * fx
+    const bottom = at(x0, y1) * (1 - fx) + at(x1, y1) * fx
+    rgb[c] = top * (1 - fy) + bottom * fy
+  }
+}
+
+/** What a decode worker does for one picture; also the inline way. @returns uint8 [crop, crop, 3] */
+export async function preparePicture(task: PictureTask): Promise<Uint8Array> {
+  const { root, name, preprocess, augmentation } = task
+  const image = await loadImage(root, name, { ...task.limits, alpha: augmentation !== null })
+  if (!augmentation) return preprocessImage(image, preprocess)
+  const [seed, stream] = augmentation
+  return preprocessImage(augment(image, new Rng(seed, stream)), preprocess)
+}
+
+/** Everything needed to prepare a picture, in plain values that can be sent to a worker. */
+export interface PictureTask {
+  root: string
+  name: string
+  preprocess: Preprocess
+  /** null, or seed and stream of the random numbers */
+  augmentation: [number, number] | null
+  limits: ImageLimits
 }

@@ -23,7 +23,6 @@ export interface JsonProblem {
 
 const MAX_DEPTH = 500
 const NUMBER = /-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?/y
-const STRING = /"(?:[^"\\\u0000-\u001f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"/y
 const SPACE = /[ \t\n\r]*/y
 
 class Scanner {
@@ -45,13 +44,11 @@ class Scanner {
   }
   private string(what: string): string {
     const start = this.pos
-    const literal = this.match(STRING)
-    if (literal === null) {
-      if (this.text[start] !== '"') this.fail(what)
-      this.pos = badStringPosition(this.text, start)
-      this.fail('a string without control characters, with valid escapes, closed by "')
-    }
-    return literal
+    if (this.text[start] !== '"') this.fail(what)
+    const { end, ok } = scanString(this.text, start)
+    this.pos = end
+    if (!ok) this.fail('a string without control characters, with valid escapes, closed by "')
+    return this.text.slice(start, end)
   }
   value(depth: number): void {
     if (depth > MAX_DEPTH) this.fail(`at most ${MAX_DEPTH} nested values`)
@@ -109,20 +106,22 @@ class Scanner {
   }
 }
 
-/** Position of the first character that makes the string literal at `start` invalid. */
-function badStringPosition(text: string, start: number): number {
-  for (let i = start + 1; i < text.length; i++) {
+const ESCAPE = /\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})/y
+
+/** End of the string literal at `start`, or the position of the character that makes it invalid. */
+function scanString(text: string, start: number): { end: number; ok: boolean } {
+  let i = start + 1
+  while (i < text.length) {
     const c = text.charCodeAt(i)
-    if (c < 32 || c === 34) return i
+    if (c === 34) return { end: i + 1, ok: true }
+    if (c < 32) return { end: i, ok: false }
     if (c === 92) {
-      const ok = /["\\/bfnrt]|u[0-9a-fA-F]{4}/y
-      ok.lastIndex = i + 1
-      const m = ok.exec(text)
-      if (!m) return i
-      i += m[0].length
-    }
+      ESCAPE.lastIndex = i
+      if (!ESCAPE.test(text)) return { end: i, ok: false }
+      i = ESCAPE.lastIndex
+    } else i++
   }
-  return text.length
+  return { end: text.length, ok: false }
 }
 
 /**
@@ -162,6 +161,15 @@ export function parseJson(text: string, file: string, code: string, base = 0): u
     const rest = text.slice(problem.position, problem.position + 20)
     const got = rest ? JSON.stringify(rest) : 'the end'
     throw mismatch(code, 'json', `${file} at byte ${at}`, problem.expected, got, e)
+  }
+}
+
+/** Decodes UTF-8 and refuses what is none. `base` is the byte offset of `bytes` in the file. */
+export function decodeUtf8(bytes: Uint8Array, file: string, code: string, base = 0): string {
+  try {
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
+  } catch (e) {
+    throw mismatch(code, 'json', `${file}: text from byte ${base} on`, 'UTF-8', 'invalid bytes', e)
   }
 }
 

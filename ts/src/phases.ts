@@ -1,13 +1,13 @@
 /** What the two phases of the paper train, and their hyper-parameters (arXiv 2405.14129, section 4.1). */
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { Parameter } from './optim.js'
-import type { PromptStyle } from './prompt.js'
+import type { Style } from './prompt.js'
 
 export interface Phase {
   name: 'pretrain' | 'finetune'
   trainable: RegExp
   mix: Mix
-  style: PromptStyle
+  style: Style
   /** pictures padded to a square first */
   pad: boolean
   lr: number

@@ -1,172 +1,315 @@
 /**
- * Conversations -> token ids and labels. A prompt is rendered as pieces that know whether they carry loss, so labels
- * come from the rendering itself and never from tokenizing twice.
+ * Conversations -> token ids, labels and the gate's text. The prompt styles are LLaVA's (conversation.py): plain,
+ * vicuna_v1, llama_2, llama_3. A turn is rendered as pieces that say themselves whether they are learned; each stretch of
+ * text between pictures is tokenised once, as a whole, and a token is learned when it starts inside a learned piece.
  */
-import { AlignGPTError } from './errors.js'
+import { type AlignGPTError, mismatch, show } from './errors.js'
 import type { Tokenizer } from './tokenizer.js'
 
-export const IMAGE_PLACEHOLDER = -200
+export const IMAGE_TOKEN = -200
 export const IGNORE = -100
-export const IMAGE_TAG = '<image>'
+export const IMAGE_TEXT = '<image>'
+
+export const STYLES = ['plain', 'vicuna_v1', 'llama_2', 'llama_3'] as const
+export type Style = (typeof STYLES)[number]
 
 export interface Turn {
   from: 'human' | 'gpt' | 'system'
   value: string
 }
-export type PromptStyle = 'plain' | 'vicuna_v1' | 'llama_2' | 'llama_3'
-interface Piece {
+
+/** A record of LLaVA data after validation. */
+export interface DataRecord {
+  id: string
+  image: string | null
+  conversations: Turn[]
+  /** alignment level of phase 1, null when the pair has not been scored */
+  similarity: number | null
+}
+
+/** Rendered text, learned or not, or the place of the picture. */
+export type Piece = { text: string; loss: boolean } | { image: true }
+
+export const DEFAULT_SYSTEM: Record<Style, string> = {
+  plain: '',
+  vicuna_v1:
+    'A chat between a curious user and an artificial intelligence assistant. ' +
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+  llama_2:
+    'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  ' +
+    'Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. ' +
+    'Please ensure that your responses are socially unbiased and positive in nature.\n\n' +
+    'If a question does not make any sense, or is not factually coherent, explain why instead of answering something ' +
+    "not correct. If you don't know the answer to a question, please don't share false information.",
+  llama_3:
+    'You are a helpful language and vision assistant. ' +
+    'You are able to understand the visual content that the user provides, ' +
+    'and assist the user with a variety of tasks using natural language.',
+}
+
+export interface PromptOptions {
+  style: Style
+  /** replaces the style's system prompt; a system turn of the record wins over it */
+  system?: string
+}
+
+export interface SampleOptions extends PromptOptions {
+  /** rows a picture takes, P */
+  patches: number
+  /** longest sequence after splicing (BOS, ALIGN and picture rows count); default: no limit */
+  maxLength?: number
+}
+
+/** One sequence, ready to be packed. Lengths: L = kept ids, U = uncut ids. */
+export interface Sample {
+  id: string
+  /** rendered text with `<image>` for the picture */
   text: string
-  loss: boolean
+  /** [L] token ids, the picture is -200; starts with BOS; cut to maxLength */
+  ids: Int32Array
+  /** [L] label of each id (not shifted), -100 where nothing is learned */
+  labels: Int32Array
+  /** text tokens of the uncut sequence without BOS and picture: what the gate's mean sees */
+  gateIds: Int32Array
+  /** as gateIds: 1 = part of an answer, which `gateText: 'instruction'` leaves out */
+  gateAnswer: Uint8Array
+  /** file name of the picture, null for a text-only sample */
+  image: string | null
+  level: number | null
+  /** rows of the spliced sequence, after cutting */
+  length: number
+  /** rows of the spliced sequence, before cutting */
+  fullLength: number
+  /** why the sample cannot be used, null when it can */
+  skip: string | null
 }
 
-const VICUNA_SYSTEM =
-  'A chat between a curious user and an artificial intelligence assistant. ' +
-  "The assistant gives helpful, detailed, and polite answers to the user's questions."
-const LLAMA_2_SYSTEM =
-  'You are a helpful language and vision assistant. You are able to understand the visual content that the user ' +
-  'provides, and assist the user with a variety of tasks using natural language.'
+/** Common preparation of turns: system turn, leading answers, place of the picture. */
+interface Prepared {
+  turns: { from: 'human' | 'gpt'; value: string }[]
+  system: string
+  /** index of the turn whose front holds the picture; -1: none */
+  imageTurn: number
+}
 
-/** The placeholder moves to the front of its turn; a leading gpt turn is dropped; system turns become the system prompt. */
-function arrange(turns: readonly Turn[], hasImage: boolean, id: string): { system: string | undefined; turns: Turn[] } {
-  const system = turns.find((t) => t.from === 'system')?.value
-  let rest = turns.filter((t) => t.from !== 'system')
-  if (rest[0]?.from === 'gpt') rest = rest.slice(1)
-  let images = 0
-  const arranged = rest.map((t, i) => {
-    const expected = i % 2 === 0 ? 'human' : 'gpt'
-    if (t.from !== expected)
-      throw new AlignGPTError('ERR_DATA', `[prompt] ${id}: turn ${i}: expected from '${expected}', got '${t.from}'`)
-    if (!hasImage || !t.value.includes(IMAGE_TAG)) return t
-    images += t.value.split(IMAGE_TAG).length - 1
-    return { ...t, value: `${IMAGE_TAG}\n${t.value.replaceAll(IMAGE_TAG, '').trim()}`.trim() }
+const dataError = (id: string, what: string, expected: string, got: string): AlignGPTError =>
+  mismatch('ERR_DATA', 'prompt', `record ${show(id)}: ${what}`, expected, got)
+
+/**
+ * Moves the placeholder to the front of its turn and strips that turn; drops a leading answer.
+ * Without a placeholder the picture goes to the front of the first question. In a text-only record a literal `<image>`
+ * stays text.
+ */
+function prepare(id: string, hasImage: boolean, conversations: Turn[], options: PromptOptions): Prepared {
+  let system = options.system ?? DEFAULT_SYSTEM[options.style]
+  const turns: Prepared['turns'] = []
+  conversations.forEach(({ from, value }, i) => {
+    if (from !== 'system') turns.push({ from, value })
+    else if (i > 0) throw dataError(id, `turn ${i}`, 'a system turn only at the start', 'a system turn')
+    else system = value
   })
-  if (images > 1) throw new AlignGPTError('ERR_DATA', `[prompt] ${id}: expected one <image>, got ${images}`)
-  if (hasImage && images === 0)
-    throw new AlignGPTError(
-      'ERR_DATA',
-      `[prompt] ${id}: expected <image> in a turn of a record with an image, got none`,
-    )
-  return { system, turns: arranged }
-}
-
-function vicuna(turns: Turn[], open: boolean, system = VICUNA_SYSTEM): Piece[] {
-  const pieces: Piece[] = [{ text: `${system} `, loss: false }]
-  for (const t of turns)
-    if (t.from === 'human') pieces.push({ text: `USER: ${t.value} `, loss: false })
-    else pieces.push({ text: 'ASSISTANT:', loss: false }, { text: ` ${t.value}</s>`, loss: true })
-  if (open) pieces.push({ text: 'ASSISTANT:', loss: false })
-  return pieces
-}
-
-function llama2(turns: Turn[], _open: boolean, system = LLAMA_2_SYSTEM): Piece[] {
-  const pieces: Piece[] = []
-  for (const [i, t] of turns.entries()) {
-    const first = i === 0 ? `<<SYS>>\n${system}\n<</SYS>>\n\n` : ''
-    if (t.from === 'human') pieces.push({ text: `${i ? '<s>' : ''}[INST] ${first}${t.value} [/INST]`, loss: false })
-    else pieces.push({ text: ` ${t.value} </s>`, loss: true })
+  let imageTurn = -1
+  if (hasImage) {
+    const places = turns.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
+    if (places > 1) throw dataError(id, 'placeholder', `at most one ${IMAGE_TEXT}`, `${places}`)
+    imageTurn = turns.findIndex((t) => t.value.includes(IMAGE_TEXT))
+    if (imageTurn >= 0) turns[imageTurn].value = turns[imageTurn].value.replace(IMAGE_TEXT, '').trim()
   }
-  return pieces
-}
-
-function llama3(turns: Turn[], open: boolean, system = LLAMA_2_SYSTEM): Piece[] {
-  const head = (role: string): Piece => ({ text: `<|start_header_id|>${role}<|end_header_id|>\n\n`, loss: false })
-  const pieces: Piece[] = [head('system'), { text: `${system}<|eot_id|>`, loss: false }]
-  for (const t of turns)
-    pieces.push(head(t.from === 'human' ? 'user' : 'assistant'), {
-      text: `${t.value}<|eot_id|>`,
-      loss: t.from === 'gpt',
-    })
-  if (open) pieces.push(head('assistant'))
-  return pieces
-}
-
-/** What ends an answer in each style. */
-export const stopTokens: Record<PromptStyle, string[]> = {
-  plain: ['</s>'],
-  vicuna_v1: ['</s>'],
-  llama_2: ['</s>'],
-  llama_3: ['<|eot_id|>', '<|end_of_text|>'],
-}
-
-/** Text of a conversation in pieces. `open`: ends where the assistant is to answer. */
-export function render(
-  style: PromptStyle,
-  turns: readonly Turn[],
-  o: { image: boolean; open?: boolean; system?: string; id?: string },
-): Piece[] {
-  const id = o.id ?? 'prompt'
-  if (style === 'plain') {
-    const caption = turns.find((t) => t.from === 'gpt')
-    if (!caption && !o.open)
-      throw new AlignGPTError('ERR_DATA', `[prompt] ${id}: expected a caption (gpt turn), got none`)
-    const text = { text: caption ? `${caption.value}\n` : '', loss: true }
-    return o.image ? [{ text: IMAGE_TAG, loss: false }, text] : [text]
+  if (turns.length && turns[0].from === 'gpt') {
+    turns.shift()
+    imageTurn = Math.max(imageTurn - 1, -1)
   }
-  const arranged = arrange(turns, o.image, id)
-  const system = o.system ?? arranged.system
-  const format = style === 'vicuna_v1' ? vicuna : style === 'llama_2' ? llama2 : llama3
-  return format(arranged.turns, o.open ?? false, system)
-}
-
-export interface Encoded {
-  /** the rendered text, with the placeholder */
-  text: string
-  /** with -200 where the picture goes */
-  ids: number[]
-  /** aligned with ids, -100 where there is no loss */
-  labels: number[]
-}
-
-/** The stretch of pieces between two placeholders, tokenized as one text. */
-function encodeChunk(tokenizer: Tokenizer, pieces: readonly Piece[]): { ids: number[]; labels: number[] } {
-  const text = pieces.map((p) => p.text).join('')
-  const { ids, starts } = tokenizer.encodeWithOffsets(text)
-  const ends: number[] = []
-  for (const p of pieces) ends.push((ends.at(-1) ?? 0) + p.text.length)
-  let k = 0
-  const labels = starts.map((start, i) => {
-    while (k < ends.length - 1 && start >= ends[k]) k++
-    return pieces[k].loss ? ids[i] : IGNORE
+  if (hasImage && imageTurn < 0) {
+    if (!turns.length) throw dataError(id, 'conversations', 'a question', 'none')
+    imageTurn = 0
+    turns[0].value = turns[0].value.trim()
+  }
+  turns.forEach((t, i) => {
+    const expected = i % 2 ? 'gpt' : 'human'
+    if (t.from !== expected) throw dataError(id, `turn ${i}`, `from ${expected}`, `from ${t.from}`)
   })
-  return { ids, labels }
+  if (!turns.length) throw dataError(id, 'conversations', 'at least one question', 'none')
+  return { turns, system, imageTurn }
+}
+
+/** Text of a question, the picture in front where it belongs. */
+function question(p: Prepared, i: number, before: string, after: string): Piece[] {
+  const value = p.turns[i].value
+  if (i !== p.imageTurn) return [{ text: before + value + after, loss: false }]
+  const rest = value === '' ? '' : `\n${value}`
+  return [{ text: before, loss: false }, { image: true }, { text: rest + after, loss: false }]
+}
+
+type Renderer = (p: Prepared, i: number, eos: string) => Piece[]
+
+// LLaVA's TWO style: 'SYSTEM USER: q ASSISTANT: a</s>USER: q2 ...'. The space before an answer belongs to it.
+const vicuna: Renderer = (p, i, eos) =>
+  p.turns[i].from === 'human'
+    ? question(p, i, i === 0 ? `${p.system} USER: ` : 'USER: ', ' ')
+    : [
+        { text: 'ASSISTANT:', loss: false },
+        { text: ` ${p.turns[i].value}${eos}`, loss: true },
+      ]
+
+// LLaVA's LLAMA_2 style: '[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\nq [/INST] a </s><s>[INST] q2 [/INST] a2 </s>'.
+const llama2: Renderer = (p, i, eos) => {
+  if (p.turns[i].from === 'gpt') return [{ text: ` ${p.turns[i].value} ${eos}`, loss: true }]
+  const system = i === 0 && p.system ? `<<SYS>>\n${p.system}\n<</SYS>>\n\n` : ''
+  return question(p, i, `${i === 0 ? '' : '<s>'}[INST] ${system}`, ' [/INST]')
+}
+
+// The Llama 3 chat template (LLaVA-NeXT's LLAMA_3 style); BOS comes from the tokenizer. Contents are stripped.
+const header = (role: string): string => `<|start_header_id|>${role}<|end_header_id|>\n\n`
+const llama3: Renderer = (p, i) => {
+  const value = p.turns[i].value.trim()
+  const stripped: Prepared = { ...p, turns: p.turns.map((t, k) => (k === i ? { ...t, value } : t)) }
+  const system = i === 0 && p.system ? `${header('system')}${p.system.trim()}<|eot_id|>` : ''
+  return p.turns[i].from === 'human'
+    ? question(stripped, i, system + header('user'), '<|eot_id|>')
+    : [
+        { text: header('assistant'), loss: false },
+        { text: `${value}<|eot_id|>`, loss: true },
+      ]
+}
+
+const RENDERERS: Record<Exclude<Style, 'plain'>, { render: Renderer; open: string }> = {
+  vicuna_v1: { render: vicuna, open: 'ASSISTANT:' },
+  llama_2: { render: llama2, open: '' },
+  llama_3: { render: llama3, open: header('assistant') },
+}
+
+/** `plain`: the question is discarded; picture, caption, newline, and all text is learned. */
+function renderPlain(id: string, p: Prepared, open: boolean): Piece[] {
+  const image: Piece[] = p.imageTurn >= 0 ? [{ image: true }] : []
+  if (open) return image
+  if (p.turns.length !== 2)
+    throw dataError(id, 'conversations', 'one question and one caption (plain)', `${p.turns.length} turns`)
+  return [...image, { text: `${p.turns[1].value}\n`, loss: true }]
 }
 
 /**
- * Token ids of rendered pieces: BOS, then the stretches around the placeholder, each tokenized by itself (so each gets
- * its own word-start space, as the official code does).
- * @param image whether `<image>` is the placeholder; without one it stays text
+ * Renders turns as pieces.
+ * @param open ends with the opening of an answer (inference): the last turn must be a question then
+ * @param eos text of the end token (vicuna_v1 and llama_2 end answers with it)
+ * @throws AlignGPTError ERR_DATA: two placeholders, turns that do not alternate, nothing to render
  */
-export function encodePieces(tokenizer: Tokenizer, pieces: readonly Piece[], image: boolean): Encoded {
-  const ids: number[] = [tokenizer.bosId]
-  const labels: number[] = [IGNORE]
-  let chunk: Piece[] = []
-  const close = (): void => {
-    const encoded = encodeChunk(tokenizer, chunk.length ? chunk : [{ text: '', loss: false }])
-    ids.push(...encoded.ids)
-    labels.push(...encoded.labels)
-    chunk = []
-  }
-  for (const p of pieces) {
-    const parts = image ? p.text.split(IMAGE_TAG) : [p.text]
-    for (const [i, text] of parts.entries()) {
-      if (i > 0) {
-        close()
-        ids.push(IMAGE_PLACEHOLDER)
-        labels.push(IGNORE)
-      }
-      if (text) chunk.push({ text, loss: p.loss })
-    }
-  }
-  close()
-  return { text: pieces.map((p) => p.text).join(''), ids, labels }
+export function render(
+  record: Pick<DataRecord, 'id' | 'image' | 'conversations'>,
+  options: PromptOptions & { open?: boolean; eos?: string },
+): Piece[] {
+  const { style, open = false, eos = '</s>' } = options
+  if (!STYLES.includes(style)) throw mismatch('ERR_ARGUMENT', 'prompt', 'style', STYLES.join(' or '), show(style))
+  const p = prepare(record.id, record.image !== null, record.conversations, options)
+  if (open && p.turns[p.turns.length - 1].from !== 'human')
+    throw dataError(record.id, 'last turn', 'a question', 'an answer')
+  if (style === 'plain') return renderPlain(record.id, p, open)
+  const { render: one, open: opening } = RENDERERS[style]
+  const pieces = p.turns.flatMap((_, i) => one(p, i, eos))
+  if (open && opening) pieces.push({ text: opening, loss: false })
+  return pieces
 }
 
-/** Rendering and tokenizing in one. */
-export function encodeTurns(
+/** Text of rendered pieces, the picture as `<image>`. */
+export const textOf = (pieces: readonly Piece[]): string =>
+  pieces.map((p) => ('image' in p ? IMAGE_TEXT : p.text)).join('')
+
+/** Tokenises one stretch of text pieces as a whole. */
+function encodeStretch(
+  pieces: { text: string; loss: boolean }[],
   tokenizer: Tokenizer,
-  style: PromptStyle,
-  turns: readonly Turn[],
-  o: { image: boolean; open?: boolean; system?: string; id?: string },
-): Encoded {
-  return encodePieces(tokenizer, render(style, turns, o), o.image)
+  ids: number[],
+  labels: number[],
+): void {
+  const ends: number[] = []
+  let text = ''
+  for (const p of pieces) {
+    text += p.text
+    ends.push(text.length)
+  }
+  if (!text) return
+  const encoded = tokenizer.encodeWithOffsets(text)
+  let k = 0
+  encoded.ids.forEach((id, i) => {
+    while (k < ends.length - 1 && encoded.starts[i] >= ends[k]) k++
+    ids.push(id)
+    labels.push(pieces[k].loss ? id : IGNORE)
+  })
+}
+
+/**
+ * Token ids [BOS, ...] and labels of rendered pieces; the picture is -200 with label -100.
+ * Every stretch between pictures is tokenised separately, so each gets its own prefix space, as in LLaVA.
+ */
+export function encodePieces(pieces: readonly Piece[], tokenizer: Tokenizer): { ids: Int32Array; labels: Int32Array } {
+  const ids = [tokenizer.bosId]
+  const labels = [IGNORE]
+  let stretch: { text: string; loss: boolean }[] = []
+  for (const p of pieces) {
+    if (!('image' in p)) {
+      stretch.push(p)
+      continue
+    }
+    encodeStretch(stretch, tokenizer, ids, labels)
+    stretch = []
+    ids.push(IMAGE_TOKEN)
+    labels.push(IGNORE)
+  }
+  encodeStretch(stretch, tokenizer, ids, labels)
+  return { ids: Int32Array.from(ids), labels: Int32Array.from(labels) }
+}
+
+/** What the gate's mean sees: every id but BOS and the picture, and whether it belongs to an answer. */
+function gateText(ids: Int32Array, labels: Int32Array): { gateIds: Int32Array; gateAnswer: Uint8Array } {
+  const rows = [...ids.keys()].filter((i) => i > 0 && ids[i] !== IMAGE_TOKEN)
+  return {
+    gateIds: Int32Array.from(rows, (i) => ids[i]),
+    gateAnswer: Uint8Array.from(rows, (i) => (labels[i] === IGNORE ? 0 : 1)),
+  }
+}
+
+/**
+ * A training sample. Too long: the end of the text is cut; a picture that does not fit, or a sample of which nothing
+ * learnable is left, is marked in `skip`.
+ * @throws AlignGPTError ERR_DATA: see render; also a record without any answer
+ */
+export function buildSample(record: DataRecord, tokenizer: Tokenizer, options: SampleOptions): Sample {
+  const { patches, maxLength = Number.POSITIVE_INFINITY } = options
+  const pieces = render(record, { ...options, eos: tokenizer.eosToken })
+  const { ids, labels } = encodePieces(pieces, tokenizer)
+  if (!labels.some((x) => x !== IGNORE)) throw dataError(record.id, 'conversations', 'an answer to learn', 'none')
+  const sample = toSample(record, textOf(pieces), ids, labels, patches)
+  if (sample.length <= maxLength) return sample
+  // The picture's P rows and ALIGN take the place of one id.
+  const keep = record.image === null ? maxLength : maxLength - patches
+  const place = ids.indexOf(IMAGE_TOKEN)
+  if (record.image !== null && place >= keep)
+    return { ...sample, skip: `the picture ends at row ${place + 1 + patches}, the limit is ${maxLength}` }
+  const cut = { ...sample, ids: ids.slice(0, keep), labels: labels.slice(0, keep), length: maxLength }
+  const nothing = !cut.labels.some((x) => x !== IGNORE)
+  return nothing ? { ...cut, skip: `no answer is left within ${maxLength} rows` } : cut
+}
+
+function toSample(record: DataRecord, text: string, ids: Int32Array, labels: Int32Array, patches: number): Sample {
+  const length = record.image === null ? ids.length : ids.length + patches
+  const { id, image, similarity: level } = record
+  return { id, text, ids, labels, ...gateText(ids, labels), image, level, length, fullLength: length, skip: null }
+}
+
+/**
+ * A prompt that ends where the answer begins (`ASSISTANT:` without a space in vicuna_v1).
+ * @param turns the conversation so far, ending with a question
+ * @param image name of the picture, null for a text-only prompt
+ * @throws AlignGPTError ERR_DATA
+ */
+export function buildPrompt(
+  turns: Turn[],
+  image: string | null,
+  tokenizer: Tokenizer,
+  options: PromptOptions & { patches: number; id?: string },
+): Sample {
+  const record: DataRecord = { id: options.id ?? 'prompt', image, conversations: turns, similarity: null }
+  const pieces = render(record, { ...options, open: true, eos: tokenizer.eosToken })
+  const { ids, labels } = encodePieces(pieces, tokenizer)
+  // Earlier answers are part of a prompt; nothing of it is learned.
+  return toSample(record, textOf(pieces), ids, labels.fill(IGNORE), options.patches)
 }

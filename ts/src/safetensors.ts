@@ -39,7 +39,7 @@ export interface TensorEntry {
 }
 
 /** A tensor to write: its bytes, a function that makes them when their turn comes, or one that writes them itself. */
-export type TensorSource = { name: string; dtype: StoredDtype; shape: readonly number[] } & (
+export type TensorToWrite = { name: string; dtype: StoredDtype; shape: readonly number[] } & (
   | { data: Uint8Array | (() => Uint8Array) }
   | { write: (path: string, offset: number) => void }
 )
@@ -222,13 +222,13 @@ export function readFloats(entry: TensorEntry): Float32Array {
  * padded with spaces, so every tensor is aligned to its element size.
  */
 export function layoutSafetensors(
-  tensors: readonly TensorSource[],
+  tensors: readonly TensorToWrite[],
   metadata: Record<string, string> = {},
-): { header: Buffer; order: { tensor: TensorSource; offset: number; bytes: number }[]; size: number } {
+): { header: Buffer; order: { tensor: TensorToWrite; offset: number; bytes: number }[]; size: number } {
   const sorted = [...tensors].sort((a, b) => DTYPE_BYTES[b.dtype] - DTYPE_BYTES[a.dtype])
   const json: [string, unknown][] = Object.keys(metadata).length ? [['__metadata__', metadata]] : []
   const seen = new Set(['__metadata__'])
-  const order: { tensor: TensorSource; offset: number; bytes: number }[] = []
+  const order: { tensor: TensorToWrite; offset: number; bytes: number }[] = []
   let at = 0
   for (const tensor of sorted) {
     const { name, dtype, shape } = tensor
@@ -261,7 +261,7 @@ export function layoutSafetensors(
  */
 export function writeSafetensors(
   file: string,
-  tensors: Iterable<TensorSource>,
+  tensors: Iterable<TensorToWrite>,
   metadata: Record<string, string> = {},
 ): void {
   const { header, order, size } = layoutSafetensors([...tensors], metadata)

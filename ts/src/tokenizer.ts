@@ -35,7 +35,7 @@ export interface EncodedText {
   starts: number[]
 }
 
-const escape = (s: string): string => s.replace(/[.*+?^${}()|[\]\\]/g, '\\$&')
+const quote = (s: string): string => s.replace(/[.*+?^${}()|[\]\\]/g, '\\$&')
 
 /** Splits text at added tokens (leftmost, longest), which swallow white space beside them when they say so. */
 class Splitter {
@@ -44,7 +44,7 @@ class Splitter {
   constructor(tokens: AddedToken[]) {
     this.tokens = new Map(tokens.filter((t) => t.content).map((t) => [t.content, t]))
     const names = [...this.tokens.keys()].sort((a, b) => b.length - a.length)
-    this.pattern = names.length ? new RegExp(names.map(escape).join('|'), 'g') : null
+    this.pattern = names.length ? new RegExp(names.map(quote).join('|'), 'g') : null
   }
   split(text: string): Section[] {
     if (!this.pattern) return text ? [{ text, start: 0, added: false }] : []
@@ -121,7 +121,8 @@ function fromClipFiles(folder: string): Json {
   const merges = lines.filter((l) => l.trim() && !l.startsWith('#version')).map((l) => l.trimEnd().split(' '))
   const [bos, eos] = ['<|startoftext|>', '<|endoftext|>']
   for (const t of [bos, eos])
-    if (!Object.hasOwn(vocab, t)) throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}/vocab.json`, `a token ${t}`, 'none')
+    if (!Object.hasOwn(vocab, t))
+      throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}/vocab.json`, `a token ${t}`, 'none')
   const words = "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
   const added = (content: string): Json => ({ id: vocab[content], content, normalized: false, special: true })
   return {
@@ -418,7 +419,8 @@ export class Tokenizer {
   encodeWithOffsets(text: string): EncodedText {
     const starts: number[] = []
     const ids = this.idsOf(this.tokens(text, starts))
-    if (ids.length !== starts.length) throw mismatch('ERR_DATA', 'tokenizer', 'offsets', `${ids.length}`, `${starts.length}`)
+    if (ids.length !== starts.length)
+      throw mismatch('ERR_DATA', 'tokenizer', 'offsets', `${ids.length}`, `${starts.length}`)
     return { ids, starts }
   }
 
@@ -427,7 +429,8 @@ export class Tokenizer {
    * @returns Int32Array of 2..limit ids
    */
   encodeClip(text: string, limit: number): Int32Array {
-    if (!Number.isInteger(limit) || limit < 2) throw mismatch('ERR_ARGUMENT', 'encodeClip', 'limit', 'at least 2', show(limit))
+    if (!Number.isInteger(limit) || limit < 2)
+      throw mismatch('ERR_ARGUMENT', 'encodeClip', 'limit', 'at least 2', show(limit))
     const ids = this.encode(text)
     if (ids.length > limit) ids.splice(limit - 1, ids.length, ids[ids.length - 1])
     return Int32Array.from(ids)

@@ -1,0 +1,227 @@
+/** Accuracy on questions about pictures, each with the blind control: the same questions with the pictures shuffled. */
+import type { AlignGPT, Mix } from './aligngpt.js'
+import type { Dataset } from './data.js'
+import { AlignGPTError } from './errors.js'
+import { generateBatch, loadPixels, packWithPixels } from './generate.js'
+import { resolveImage } from './image.js'
+import { buildSample, type Sample, type Style, type Turn } from './prompt.js'
+import { permutation } from './rng.js'
+import { noGrad, scope } from './tensor.js'
+
+export interface Question {
+  id: string
+  /** path of the picture, below `images` where that is given */
+  image?: string
+  question: string
+  answer: string
+  /** choices in words; the answer is one of them */
+  options?: readonly string[]
+}
+
+/**
+ * How an answer is judged. yesno and choice: the most likely of the possible answers (mean log-likelihood of its tokens);
+ * letter: the most likely of A, B, C, ... after the lettered options; exact and contains: of the generated text, ignoring
+ * case and punctuation.
+ */
+export type Judge = 'yesno' | 'choice' | 'letter' | 'exact' | 'contains'
+
+export interface EvaluateOptions {
+  images?: string
+  /** default: choice where there are options, yesno where the answer is yes or no, else exact */
+  judge?: Judge
+  style?: Style
+  mix?: Mix
+  /** questions run at once, default 16 */
+  batch?: number
+  maxNewTokens?: number
+  /** also ask with shuffled pictures (default true where there are pictures) */
+  blind?: boolean
+  seed?: number
+  signal?: AbortSignal
+}
+
+export interface Answer {
+  id: string
+  answer: string
+  given: string
+  correct: boolean
+}
+export interface Evaluation {
+  accuracy: number
+  /** accuracy with the pictures shuffled; null when not asked for */
+  blind: number | null
+  /** accuracy of guessing; null for open questions */
+  chance: number | null
+  count: number
+  answers: Answer[]
+}
+
+const LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+
+function judgeOf(q: Question, o: EvaluateOptions): Judge {
+  if (o.judge) return o.judge
+  if (q.options) return 'choice'
+  return /^(yes|no)\b/i.test(q.answer) ? 'yesno' : 'exact'
+}
+
+/** What the model may say, and which of it is right. */
+function candidates(q: Question, judge: Judge): { prompt: string; texts: string[]; right: number } {
+  if (judge === 'yesno') return { prompt: q.question, texts: ['Yes', 'No'], right: /^yes\b/i.test(q.answer) ? 0 : 1 }
+  const options = q.options ?? []
+  const right = options.indexOf(q.answer)
+  if (right < 0)
+    throw new AlignGPTError(
+      'ERR_DATA',
+      `[evaluate] '${q.id}': answer: expected one of ${JSON.stringify(options)}, got ${q.answer}`,
+    )
+  if (judge === 'choice') return { prompt: q.question, texts: [...options], right }
+  const listed = options.map((text, i) => `${LETTERS[i]}. ${text}`).join('\n')
+  const prompt = `${q.question}\n${listed}\nAnswer with the option's letter from the given choices directly.`
+  return { prompt, texts: options.map((_, i) => LETTERS[i]), right }
+}
+
+const normal = (text: string): string =>
+  text
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}\s]/gu, '')
+    .replace(/\s+/g, ' ')
+    .trim()
+
+class Asker {
+  readonly #pixels = new Map<string, Promise<Float32Array>>()
+  constructor(
+    private readonly model: AlignGPT,
+    private readonly o: EvaluateOptions,
+  ) {}
+
+  file(image: string): string {
+    return this.o.images ? resolveImage(this.o.images, image) : image
+  }
+  #load(image: string): Promise<Float32Array> {
+    let p = this.#pixels.get(image)
+    if (!p) {
+      p = loadPixels(this.model, this.file(image))
+      this.#pixels.set(image, p)
+    }
+    return p
+  }
+
+  /** Mean log-likelihood of each candidate's answer tokens. */
+  async likelihoods(questions: readonly { q: Question; prompt: string; texts: string[] }[]): Promise<number[][]> {
+    const samples: Sample[] = []
+    const pixels: (Float32Array | null)[] = []
+    for (const { q, prompt, texts } of questions)
+      for (const text of texts) {
+        const conversations: Turn[] = [
+          { from: 'human', value: q.image ? `<image>\n${prompt}` : prompt },
+          { from: 'gpt', value: text },
+        ]
+        const record = { id: q.id, image: q.image ?? null, conversations, similarity: null }
+        const options = { style: this.o.style ?? 'vicuna_v1', patches: this.model.patches }
+        samples.push(buildSample(record, this.model.tokenizer, options))
+        pixels.push(q.image ? await this.#load(q.image) : null)
+      }
+    // gateText 'instruction': as at inference, the gate must not see the answer that is being judged
+    const batch = packWithPixels(this.model, samples, pixels, 'instruction')
+    const nll = scope(() => noGrad(() => this.model.loss(batch, this.o.mix ?? { mode: 'gate' }).nll.toFloats()))
+    const sums = samples.map(() => ({ sum: 0, n: 0 }))
+    let s = 0
+    for (const [i, row] of batch.lossRows.entries()) {
+      while (row >= batch.offsets[s + 1]) s++
+      sums[s].sum -= nll[i]
+      sums[s].n++
+    }
+    let at = 0
+    return questions.map(({ texts }) => texts.map(() => sums[at].sum / Math.max(1, sums[at++].n)))
+  }
+
+  async ask(questions: readonly Question[]): Promise<Answer[]> {
+    const judged = questions.map((q) => ({ q, judge: judgeOf(q, this.o) }))
+    const answers = new Map<Question, Answer>()
+    const closed = judged.filter(({ judge }) => judge !== 'exact' && judge !== 'contains')
+    const asked = closed.map(({ q, judge }) => ({ q, ...candidates(q, judge) }))
+    const scores = asked.length ? await this.likelihoods(asked) : []
+    for (const [i, { q, texts, right }] of asked.entries()) {
+      const best = scores[i].indexOf(Math.max(...scores[i]))
+      answers.set(q, { id: q.id, answer: texts[right], given: texts[best], correct: best === right })
+    }
+    const open = judged.filter(({ judge }) => judge === 'exact' || judge === 'contains')
+    const generated = await generateBatch(
+      this.model,
+      open.map(({ q }) => ({ prompt: q.question, ...(q.image && { image: this.file(q.image) }) })),
+      { maxNewTokens: this.o.maxNewTokens ?? 32, style: this.o.style, mix: this.o.mix, signal: this.o.signal },
+    )
+    for (const [i, { q, judge }] of open.entries()) {
+      const given = generated[i].text
+      const [a, b] = [normal(given), normal(q.answer)]
+      answers.set(q, { id: q.id, answer: q.answer, given, correct: judge === 'exact' ? a === b : a.includes(b) })
+    }
+    return questions.map((q) => answers.get(q) as Answer)
+  }
+}
+
+async function askAll(model: AlignGPT, questions: readonly Question[], o: EvaluateOptions): Promise<Answer[]> {
+  const asker = new Asker(model, o)
+  const answers: Answer[] = []
+  const size = o.batch ?? 16
+  for (let at = 0; at < questions.length; at += size) {
+    o.signal?.throwIfAborted()
+    answers.push(...(await asker.ask(questions.slice(at, at + size))))
+    await new Promise((resolve) => setImmediate(resolve))
+  }
+  return answers
+}
+
+/** The questions with each other's pictures: a random cycle, so nobody keeps their own place. */
+function shufflePictures(questions: readonly Question[], seed: number): Question[] {
+  const pictured = questions.filter((q) => q.image)
+  const order = permutation(pictured.length, seed, 7)
+  const image = new Map<Question, string | undefined>()
+  for (let i = 0; i < order.length; i++) image.set(pictured[order[i]], pictured[order[(i + 1) % order.length]].image)
+  return questions.map((q) => (q.image ? { ...q, image: image.get(q) } : q))
+}
+
+/** Asks every question, and once more blind. */
+export async function evaluate(
+  model: AlignGPT,
+  questions: readonly Question[],
+  o: EvaluateOptions = {},
+): Promise<Evaluation> {
+  if (questions.length === 0)
+    throw new AlignGPTError('ERR_DATA', '[evaluate] questions: expected at least one, got none')
+  const answers = await askAll(model, questions, o)
+  const share = (list: readonly Answer[]): number => list.filter((a) => a.correct).length / list.length
+  const control = o.blind ?? questions.some((q) => q.image)
+  const blind = control ? share(await askAll(model, shufflePictures(questions, o.seed ?? 0), o)) : null
+  const odds = questions.map((q) => {
+    const judge = judgeOf(q, o)
+    return judge === 'yesno'
+      ? 1 / 2
+      : judge === 'choice' || judge === 'letter'
+        ? 1 / (q.options?.length ?? 1)
+        : Number.NaN
+  })
+  const chance = odds.every(Number.isFinite) ? odds.reduce((a, b) => a + b, 0) / odds.length : null
+  return { accuracy: share(answers), blind, chance, count: questions.length, answers }
+}
+
+/** Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning. */
+export async function evaluateLoss(
+  model: AlignGPT,
+  data: Dataset,
+  o: { batch?: number; style?: Style; mix?: Mix } = {},
+): Promise<{ loss: number; tokens: number }> {
+  let [sum, tokens] = [0, 0]
+  const size = o.batch ?? 16
+  for (let at = 0; at < data.length; at += size) {
+    const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
+    const options = { style: o.style ?? 'vicuna_v1', patches: model.patches } as const
+    const samples = records.map((r) => buildSample(r, model.tokenizer, options))
+    const load = (name: string): Promise<Float32Array> => loadPixels(model, resolveImage(data.images as string, name))
+    const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))
+    const batch = packWithPixels(model, samples, pixels)
+    sum += scope(() => noGrad(() => model.loss(batch, o.mix ?? { mode: 'gate' }, 1).loss.item()))
+    tokens += batch.lossRows.length
+  }
+  return { loss: sum / Math.max(tokens, 1), tokens }
+}
