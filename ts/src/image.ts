@@ -392,44 +392,43 @@ export function augment(image: RgbImage, rng: Rng): RgbImage {
   const [cos, sin] = [Math.cos(angle) / zoom, Math.sin(angle) / zoom]
   const background = image.alpha ? colour : null
   const out = new Uint8Array(src.length)
-  const rgb = [0, 0, 0]
+  const beside = background !== null
   for (let y = 0, d = 0; y < h; y++)
     for (let x = 0; x < w; x++, d += 3) {
-      const [u, v] = [x - (w - 1) / 2 - dx, y - (h - 1) / 2 - dy]
-      sample(src, w, h, cos * u + sin * v + (w - 1) / 2, cos * v - sin * u + (h - 1) / 2, background, rgb)
-      const grey = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
-      for (let c = 0; c < 3; c++) {
-        const saturated = grey + (rgb[c] - grey) * saturation
-        out[d + c] = clip8(Math.round(((saturated - 128) * contrast + 128) * gain))
+      const u = x - (w - 1) / 2 - dx
+      const v = y - (h - 1) / 2 - dy
+      const px = cos * u + sin * v + (w - 1) / 2
+      const py = cos * v - sin * u + (h - 1) / 2
+      let r = colour[0]
+      let g = colour[1]
+      let b = colour[2]
+      if (!beside || (px >= -0.5 && py >= -0.5 && px <= w - 0.5 && py <= h - 0.5)) {
+        // bilinear, in scalars: this loop runs for every pixel of every training picture
+        const cx = px < 0 ? 0 : px > w - 1 ? w - 1 : px
+        const cy = py < 0 ? 0 : py > h - 1 ? h - 1 : py
+        const x0 = cx | 0
+        const y0 = cy | 0
+        const fx = cx - x0
+        const fy = cy - y0
+        const i00 = 3 * (y0 * w + x0)
+        const i01 = x0 + 1 < w ? i00 + 3 : i00
+        const below = y0 + 1 < h ? 3 * w : 0
+        const i10 = i00 + below
+        const i11 = i01 + below
+        const w00 = (1 - fx) * (1 - fy)
+        const w01 = fx * (1 - fy)
+        const w10 = (1 - fx) * fy
+        const w11 = fx * fy
+        r = src[i00] * w00 + src[i01] * w01 + src[i10] * w10 + src[i11] * w11
+        g = src[i00 + 1] * w00 + src[i01 + 1] * w01 + src[i10 + 1] * w10 + src[i11 + 1] * w11
+        b = src[i00 + 2] * w00 + src[i01 + 2] * w01 + src[i10 + 2] * w10 + src[i11 + 2] * w11
       }
+      const grey = 0.299 * r + 0.587 * g + 0.114 * b
+      out[d] = clip8(Math.round(((grey + (r - grey) * saturation - 128) * contrast + 128) * gain))
+      out[d + 1] = clip8(Math.round(((grey + (g - grey) * saturation - 128) * contrast + 128) * gain))
+      out[d + 2] = clip8(Math.round(((grey + (b - grey) * saturation - 128) * contrast + 128) * gain))
     }
   return { data: out, width: w, height: h }
-}
-
-/** Bilinear sample at (x, y) into `rgb`; outside: the background colour, or the nearest edge. */
-function sample(
-  src: Uint8Array,
-  w: number,
-  h: number,
-  x: number,
-  y: number,
-  background: number[] | null,
-  rgb: number[],
-): void {
-  if (background && (x < -0.5 || y < -0.5 || x > w - 0.5 || y > h - 0.5)) {
-    for (let c = 0; c < 3; c++) rgb[c] = background[c]
-    return
-  }
-  const [cx, cy] = [Math.min(Math.max(x, 0), w - 1), Math.min(Math.max(y, 0), h - 1)]
-  const [x0, y0] = [Math.floor(cx), Math.floor(cy)]
-  const [x1, y1] = [Math.min(x0 + 1, w - 1), Math.min(y0 + 1, h - 1)]
-  const [fx, fy] = [cx - x0, cy - y0]
-  for (let c = 0; c < 3; c++) {
-    const at = (px: number, py: number): number => src[3 * (py * w + px) + c]
-    const top = at(x0, y0) * (1 - fx) + at(x1, y0) * fx
-    const bottom = at(x0, y1) * (1 - fx) + at(x1, y1) * fx
-    rgb[c] = top * (1 - fy) + bottom * fy
-  }
 }
 
 /** What a decode worker does for one picture; also the inline way. @returns uint8 [crop, crop, 3] */

@@ -1,0 +1,244 @@
+/**
+ * The small models the quickstart starts from. No weights can be downloaded, so a CLIP is trained contrastively and a
+ * LLaMA on text, with this same package, and both are written as ordinary Hugging Face folders.
+ */
+import fs from 'node:fs'
+import path from 'node:path'
+import { initSource } from '../../ts/src/aligngpt.js'
+import { CLIPModel, offsetsOf } from '../../ts/src/clip.js'
+import { parseClipConfig, parseLlamaConfig, type PreprocessorConfig, readPreprocessor } from '../../ts/src/config.js'
+import { augment, decodeImage, normaliseInto, normaliseTable, preprocessImage, type RgbImage } from '../../ts/src/image.js'
+import { LlamaModel, RopeTable } from '../../ts/src/llama.js'
+import { native } from '../../ts/src/native.js'
+import { Linear, type Module } from '../../ts/src/nn.js'
+import { contrastiveLoss, embedding, lmHeadLoss } from '../../ts/src/ops.js'
+import { AdamW, cosineRate, type Parameter } from '../../ts/src/optim.js'
+import { encodePieces, render } from '../../ts/src/prompt.js'
+import { permutation, Rng } from '../../ts/src/rng.js'
+import { writeSafetensors } from '../../ts/src/safetensors.js'
+import { backward, scope, tensor } from '../../ts/src/tensor.js'
+import { Tokenizer } from '../../ts/src/tokenizer.js'
+import { SIDE, type Thing } from './data.js'
+
+/** A loss every now and then, for the report. */
+export type Curve = number[]
+export interface Budget {
+  /** training stops after this many steps */
+  steps: number
+  onStep?: (step: number, loss: number) => void
+}
+
+const write = (file: string, value: unknown): void => fs.writeFileSync(file, `${JSON.stringify(value, null, 2)}\n`)
+
+function saveWeights(folder: string, parameters: readonly Parameter[]): void {
+  writeSafetensors(
+    path.join(folder, 'model.safetensors'),
+    parameters.map(({ name, tensor: t }) => ({
+      name,
+      dtype: 'F32' as const,
+      shape: t.shape,
+      write: (file: string, offset: number) => native.writeFile(t.h, file, offset),
+    })),
+  )
+}
+const parametersOf = (m: Module): Parameter[] => [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
+
+// ---- CLIP -------------------------------------------------------------------------------------------------
+export const CLIP_TEXT_LENGTH = 24
+const CLIP = { width: 128, layers: 4, heads: 4, textLayers: 2, patch: 16, projection: 128 }
+
+/** Settings of the small CLIP; the tokenizer is already in the folder. */
+export function writeClipConfig(folder: string, vocab: number): void {
+  const tower = { hidden_size: CLIP.width, intermediate_size: 4 * CLIP.width, num_attention_heads: CLIP.heads, hidden_act: 'quick_gelu' }
+  write(path.join(folder, 'config.json'), {
+    architectures: ['CLIPModel'],
+    model_type: 'clip',
+    projection_dim: CLIP.projection,
+    logit_scale_init_value: 2.6592,
+    text_config: {
+      ...tower,
+      model_type: 'clip_text_model',
+      vocab_size: vocab,
+      num_hidden_layers: CLIP.textLayers,
+      max_position_embeddings: CLIP_TEXT_LENGTH,
+      bos_token_id: vocab - 2,
+      eos_token_id: vocab - 1,
+      pad_token_id: vocab - 1,
+    },
+    vision_config: { ...tower, model_type: 'clip_vision_model', num_hidden_layers: CLIP.layers, image_size: SIDE, patch_size: CLIP.patch },
+    torch_dtype: 'float32',
+  })
+  write(path.join(folder, 'preprocessor_config.json'), {
+    do_center_crop: true,
+    do_normalize: true,
+    do_resize: true,
+    size: SIDE,
+    crop_size: SIDE,
+    resample: 3,
+    image_mean: [0.48145466, 0.4578275, 0.40821073],
+    image_std: [0.26862954, 0.26130258, 0.27577711],
+  })
+}
+
+/** Training pictures in memory, each in several augmented versions made once. */
+export class Pictures {
+  private constructor(
+    /** normalised pixels by picture and version */
+    private readonly bytes: Map<string, Uint8Array[]>,
+    private readonly table: Float32Array,
+  ) {}
+  static async load(images: string, names: readonly string[], versions: number, p: PreprocessorConfig, seed: number): Promise<Pictures> {
+    const bytes = new Map<string, Uint8Array[]>()
+    const one = async (name: string, i: number): Promise<void> => {
+      const image: RgbImage = await decodeImage(path.join(images, name), { alpha: true })
+      const made = Array.from({ length: versions }, (_, v) =>
+        preprocessImage(v === 0 ? image : augment(image, new Rng(seed, i * 64 + v)), { ...p, pad: false }),
+      )
+      bytes.set(name, made)
+    }
+    for (let i = 0; i < names.length; i += 32) await Promise.all(names.slice(i, i + 32).map((n, k) => one(n, i + k)))
+    return new Pictures(bytes, normaliseTable(p))
+  }
+  fill(name: string, version: number, out: Float32Array, offset: number): void {
+    const list = this.bytes.get(name) as Uint8Array[]
+    normaliseInto(list[version % list.length], this.table, out, offset)
+  }
+}
+
+export interface ClipPair {
+  image: string
+  /** one of these is the text of a step */
+  captions: string[]
+}
+
+/** What is written below a picture when a CLIP is to learn what it shows. */
+export function clipCaptions(t: Thing): string[] {
+  return [`${t.name}, ${t.category}`, t.name, ...t.keywords.slice(0, 3).map((k) => `${t.name}, ${k}`), `${t.category}: ${t.name}`]
+}
+
+/** Trains a CLIP on pairs and writes it to `folder`. */
+export async function trainClip(
+  folder: string,
+  pictures: Pictures,
+  pairs: readonly ClipPair[],
+  o: Budget & { batch: number; lr: number; seed: number },
+): Promise<Curve> {
+  const config = parseClipConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
+  const tokenizer = Tokenizer.load(folder)
+  const model = new CLIPModel(initSource(o.seed, 'f32'), config)
+  const parameters = parametersOf(model)
+  const optimizer = new AdamW(parameters, { weightDecay: 0.1, beta2: 0.98 })
+  const texts = pairs.map((p) => p.captions.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH)))
+  const curve: Curve = []
+  const perEpoch = Math.floor(pairs.length / o.batch)
+  const plane = 3 * SIDE * SIDE
+  let order = permutation(pairs.length, o.seed, 0)
+  for (let step = 0; step < o.steps; step++) {
+    const epoch = Math.floor(step / perEpoch)
+    if (step % perEpoch === 0) order = permutation(pairs.length, o.seed, epoch)
+    const chosen = order.subarray((step % perEpoch) * o.batch, (step % perEpoch + 1) * o.batch)
+    const rng = new Rng(o.seed, 0x10000 + step)
+    const pixels = new Float32Array(o.batch * plane)
+    for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
+    const loss = scope(() => {
+      const image = model.imageEmbeds(tensor(pixels, [o.batch, 3, SIDE, SIDE]))
+      const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
+      const out = contrastiveLoss(image, text, model.logit_scale)
+      backward(out)
+      return out.item()
+    })
+    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
+    curve.push(loss)
+    o.onStep?.(step, loss)
+    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
+  }
+  saveWeights(folder, parameters)
+  optimizer.dispose()
+  model.dispose()
+  return curve
+}
+
+// ---- LLaMA ------------------------------------------------------------------------------------------------
+const LLAMA = { width: 192, layers: 4, heads: 6, inter: 512 }
+
+/** Settings of the small LLaMA; the tokenizer is already in the folder. */
+export function writeLlamaConfig(folder: string, vocab: number): void {
+  write(path.join(folder, 'config.json'), {
+    architectures: ['LlamaForCausalLM'],
+    model_type: 'llama',
+    vocab_size: vocab,
+    hidden_size: LLAMA.width,
+    intermediate_size: LLAMA.inter,
+    num_hidden_layers: LLAMA.layers,
+    num_attention_heads: LLAMA.heads,
+    num_key_value_heads: LLAMA.heads,
+    hidden_act: 'silu',
+    max_position_embeddings: 512,
+    rms_norm_eps: 1e-5,
+    rope_theta: 10000,
+    tie_word_embeddings: false,
+    bos_token_id: 1,
+    eos_token_id: 2,
+    pad_token_id: 0,
+    torch_dtype: 'float32',
+  })
+}
+
+/** Trains a LLaMA on plain texts and on conversations without pictures, and writes it to `folder`. */
+export async function trainLlama(
+  folder: string,
+  texts: readonly string[],
+  dialogues: readonly { question: string; answer: string }[],
+  o: Budget & { batch: number; lr: number; seed: number },
+): Promise<Curve> {
+  const config = parseLlamaConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
+  const tokenizer = Tokenizer.load(folder)
+  const source = initSource(o.seed, 'f32')
+  const model = new LlamaModel(source.at('model'), config)
+  const head = new Linear(source.at('lm_head'), config.hidden_size, config.vocab_size, { bias: false, init: { kind: 'normal', std: 0.02 } })
+  const parameters = [...model.namedParameters('model.'), ...head.namedParameters('lm_head.')].map(([name, t]) => ({ name, tensor: t }))
+  const optimizer = new AdamW(parameters, { weightDecay: 0.05, beta2: 0.95 })
+  const samples = [
+    ...texts.map((t) => Int32Array.from([tokenizer.bosId, ...tokenizer.encode(t, { addSpecialTokens: false })])),
+    ...dialogues.map(({ question, answer }, i) => {
+      const conversations = [{ from: 'human' as const, value: question }, { from: 'gpt' as const, value: answer }]
+      return encodePieces(render({ id: `text ${i}`, image: null, conversations }, { style: 'vicuna_v1' }), tokenizer).ids
+    }),
+  ]
+  const rope = new RopeTable(config, 'f32')
+  const curve: Curve = []
+  const perEpoch = Math.ceil(samples.length / o.batch)
+  for (let step = 0; step < o.steps; step++) {
+    const order = permutation(samples.length, o.seed, Math.floor(step / perEpoch))
+    const at = (step % perEpoch) * o.batch
+    const batch = Array.from(order.subarray(at, at + o.batch), (i) => samples[i])
+    const loss = scope(() => {
+      const ids = Int32Array.from(batch.flatMap((s) => [...s]))
+      const positions = Int32Array.from(batch.flatMap((s) => Array.from(s, (_, i) => i)))
+      const rows: number[] = []
+      let row = 0
+      for (const s of batch) {
+        for (let i = 0; i + 1 < s.length; i++) rows.push(row + i)
+        row += s.length
+      }
+      const packing = { offsets: offsetsOf(batch.map((s) => s.length)), positions: tensor(positions), ...rope.get(256) }
+      const h = model.layers.reduce((x, layer, i) => layer.forward(x, packing, i), embedding(tensor(ids), model.embed_tokens.weight))
+      const targets = Int32Array.from(rows, (r) => ids[r + 1])
+      const { loss } = lmHeadLoss(model.norm.forward(h), head.weight, tensor(Int32Array.from(rows)), tensor(targets), rows.length)
+      backward(loss)
+      return loss.item()
+    })
+    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
+    curve.push(loss)
+    o.onStep?.(step, loss)
+    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
+  }
+  saveWeights(folder, parameters)
+  optimizer.dispose()
+  rope.dispose()
+  model.dispose()
+  head.dispose()
+  return curve
+}
+
+export { readPreprocessor }
