@@ -52,7 +52,11 @@ async function stage<T>(name: string, what: string, run: () => Promise<T>): Prom
 /** Prints a loss ten times over a run. */
 function meter(steps: number): Budget {
   const every = Math.max(1, Math.floor(steps / 10))
-  return { steps, onStep: (step, loss) => void (step % every === 0 && console.log(`   step ${step}/${steps} loss ${loss.toFixed(3)}`)) }
+  return {
+    steps,
+    onStep: (step, loss) =>
+      void (step % every === 0 && console.log(`   step ${step}/${steps} loss ${loss.toFixed(3)}`)),
+  }
 }
 
 function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): void {
@@ -60,8 +64,15 @@ function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): voi
   writeClipConfig(clipDir, trainClipTokenizer(clipDir, captions, 1000, CLIP_TEXT_LENGTH))
   const prompt = `${DEFAULT_SYSTEM.vicuna_v1} USER: ASSISTANT:`
   const instructions = JSON.parse(fs.readFileSync(d.instructions, 'utf8')) as { conversations: { value: string }[] }[]
-  const spoken = instructions.slice(0, 3000).flatMap((r) => r.conversations.map((t) => t.value.replace('<image>', '').trim()))
-  const texts = [...d.texts, ...d.dialogues.flatMap((x) => [x.question, x.answer]), ...spoken, ...Array<string>(500).fill(prompt)]
+  const spoken = instructions
+    .slice(0, 3000)
+    .flatMap((r) => r.conversations.map((t) => t.value.replace('<image>', '').trim()))
+  const texts = [
+    ...d.texts,
+    ...d.dialogues.flatMap((x) => [x.question, x.answer]),
+    ...spoken,
+    ...Array<string>(500).fill(prompt),
+  ]
   writeLlamaConfig(llmDir, trainLlamaTokenizer(llmDir, texts, 1600))
 }
 
@@ -109,11 +120,14 @@ function auc(scores: readonly number[], wrong: readonly boolean[]): number {
 async function main(): Promise<void> {
   const out = path.resolve(args.out)
   const done = path.join(out, 'result.json')
-  if (fs.existsSync(out) && !fs.existsSync(done)) console.log(`An earlier run in ${out} did not finish; starting again.`)
+  if (fs.existsSync(out) && !fs.existsSync(done))
+    console.log(`An earlier run in ${out} did not finish; starting again.`)
   fs.rmSync(out, { recursive: true, force: true })
   fs.mkdirSync(out, { recursive: true })
   const { level, threads } = native.capabilities()
-  console.log(`AlignGPT quickstart, ${args.fast ? 'fast' : 'full'}: CPU level ${level}, ${threads} threads, writing to ${out}`)
+  console.log(
+    `AlignGPT quickstart, ${args.fast ? 'fast' : 'full'}: CPU level ${level}, ${threads} threads, writing to ${out}`,
+  )
 
   const [clipDir, llmDir] = ['clip', 'llama'].map((n) => path.join(out, 'models', n))
   const d = await stage('data', 'Data: real pictures and names, written as LLaVA JSON', async () => {
@@ -125,7 +139,9 @@ async function main(): Promise<void> {
   const pictures = await stage('augment', `Augmenting ${names.length} pictures`, () =>
     Pictures.load(d.images, names, SIZE.versions, readPreprocessor(clipDir), 5),
   )
-  const scores = await stage('levels', 'Alignment scores: two CLIPs, each judges the half it has not seen', () => scorePairs(d, clipDir, pictures, path.join(out, 'models')))
+  const scores = await stage('levels', 'Alignment scores: two CLIPs, each judges the half it has not seen', () =>
+    scorePairs(d, clipDir, pictures, path.join(out, 'models')),
+  )
 
   const data = await loadDataset(d.pairs, { images: d.images })
   const ids = [...data].map((r) => r.id)
@@ -140,10 +156,14 @@ async function main(): Promise<void> {
     histogram: cut.histogram,
     wrong: cut.histogram.map((_, l) => wrong.filter((w, i) => w && cut.levels[i] === l).length),
   }
-  console.log(`   wrong captions: AUC ${levels.auc.toFixed(3)}, ${(100 * levels.wrongInLowestQuarter).toFixed(0)} % in the lowest quarter; levels ${cut.histogram.join(' ')}`)
+  console.log(
+    `   wrong captions: AUC ${levels.auc.toFixed(3)}, ${(100 * levels.wrongInLowestQuarter).toFixed(0)} % in the lowest quarter; levels ${cut.histogram.join(' ')}`,
+  )
 
   const clipCurve = await stage('clip', 'CLIP on all training pictures (stands in for OpenAI’s)', () => {
-    const pairs = d.things.flatMap((t) => [t.noto, t.twemoji].flatMap((image) => (image ? [{ image, captions: clipCaptions(t) }] : [])))
+    const pairs = d.things.flatMap((t) =>
+      [t.noto, t.twemoji].flatMap((image) => (image ? [{ image, captions: clipCaptions(t) }] : [])),
+    )
     return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1e-3, seed: 7 })
   })
   const llamaCurve = await stage('llama', 'LLaMA on text (stands in for Vicuna)', () =>
@@ -156,11 +176,26 @@ async function main(): Promise<void> {
     return (s: { step: number; loss: number }): void => m.onStep?.(s.step, s.loss)
   }
   const first = await stage('pretrain', 'Phase 1, pre-training: projector and alignment vectors', () =>
-    pretrain(model, data, { batch: 64, steps: SIZE.pretrain, lr: 2e-3, augment: true, onStep: show(SIZE.pretrain), progress: false }),
+    pretrain(model, data, {
+      batch: 64,
+      steps: SIZE.pretrain,
+      lr: 2e-3,
+      augment: true,
+      onStep: show(SIZE.pretrain),
+      progress: false,
+    }),
   )
   const instructions = await loadDataset(d.instructions, { images: d.images })
   const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
-    finetune(model, instructions, { batch: 32, microBatch: 32, steps: SIZE.finetune, lr: 8e-4, augment: true, onStep: show(SIZE.finetune), progress: false }),
+    finetune(model, instructions, {
+      batch: 32,
+      microBatch: 32,
+      steps: SIZE.finetune,
+      lr: 8e-4,
+      augment: true,
+      onStep: show(SIZE.finetune),
+      progress: false,
+    }),
   )
   await model.save(path.join(out, 'model'))
 
@@ -173,7 +208,9 @@ async function main(): Promise<void> {
       accuracy[kind] = e.accuracy
       blind[kind] = e.blind as number
       chance[kind] = e.chance as number
-      console.log(`   ${kind}: ${(100 * e.accuracy).toFixed(1)} %, blind ${(100 * (e.blind as number)).toFixed(1)} %, chance ${(100 * (e.chance as number)).toFixed(1)} % (${e.count} questions)`)
+      console.log(
+        `   ${kind}: ${(100 * e.accuracy).toFixed(1)} %, blind ${(100 * (e.blind as number)).toFixed(1)} %, chance ${(100 * (e.chance as number)).toFixed(1)} % (${e.count} questions)`,
+      )
     }
   })
   const sampled = await answerSome(model, d)
@@ -189,10 +226,17 @@ async function main(): Promise<void> {
     settings: { things: d.things.length, pairs: ids.length, levels: LEVELS, ...SIZE, cpu: level, threads },
   }
   const examples = cut.histogram.map((_, l): Example[] =>
-    ids.flatMap((id, i) => (cut.levels[i] === l ? [i] : [])).slice(0, 6).map((i) => {
-      const r = data.record(i)
-      return { picture: fs.readFileSync(path.join(d.images, r.image as string)), caption: r.conversations[1].value, ...(wrong[i] && { note: 'wrong on purpose' }) }
-    }),
+    ids
+      .flatMap((_id, i) => (cut.levels[i] === l ? [i] : []))
+      .slice(0, 6)
+      .map((i) => {
+        const r = data.record(i)
+        return {
+          picture: fs.readFileSync(path.join(d.images, r.image as string)),
+          caption: r.conversations[1].value,
+          ...(wrong[i] && { note: 'wrong on purpose' }),
+        }
+      }),
   )
   writeReport(path.join(out, 'report.html'), result, examples, sampled)
   fs.writeFileSync(done, `${JSON.stringify(result, null, 2)}\n`)
@@ -212,10 +256,24 @@ Train on a folder of your own:
 
 /** A few generated answers with the gate's weights, for the report. */
 async function answerSome(model: AlignGPT, d: QuickstartData): Promise<Sampled[]> {
-  const list: Question[] = [...d.questions.category.slice(0, 4), ...d.questions.yesno.slice(6, 10), ...d.questions.name.slice(0, 4)]
+  const list: Question[] = [
+    ...d.questions.category.slice(0, 4),
+    ...d.questions.yesno.slice(6, 10),
+    ...d.questions.name.slice(0, 4),
+  ]
   const files = list.map((q) => path.join(d.images, q.image as string))
-  const given = await generateBatch(model, list.map((q, i) => ({ prompt: q.question, image: files[i] })), { maxNewTokens: 16 })
-  return list.map((q, i) => ({ picture: fs.readFileSync(files[i]), question: q.question, answer: q.answer, given: given[i].text, alpha: given[i].alpha ?? [] }))
+  const given = await generateBatch(
+    model,
+    list.map((q, i) => ({ prompt: q.question, image: files[i] })),
+    { maxNewTokens: 16 },
+  )
+  return list.map((q, i) => ({
+    picture: fs.readFileSync(files[i]),
+    question: q.question,
+    answer: q.answer,
+    given: given[i].text,
+    alpha: given[i].alpha ?? [],
+  }))
 }
 
 await main()

@@ -27,7 +27,16 @@ export interface Thing {
   twemoji: string | null
   fluent: string | null
 }
-export const CATEGORIES = ['faces', 'people', 'animals and plants', 'food', 'travel', 'activities', 'objects', 'symbols'] as const
+export const CATEGORIES = [
+  'faces',
+  'people',
+  'animals and plants',
+  'food',
+  'travel',
+  'activities',
+  'objects',
+  'symbols',
+] as const
 const GROUPS: Record<number, (typeof CATEGORIES)[number]> = {
   0: 'faces',
   1: 'people',
@@ -70,7 +79,11 @@ const bare = (code: string): string => code.toLowerCase().replace(/-fe0f/g, '')
 
 /** File of each code point sequence in a folder, variation selectors ignored. */
 function filesByCode(dir: string): Map<string, string> {
-  return new Map(fs.readdirSync(dir).flatMap((f) => (/\.(png|webp)$/.test(f) ? [[bare(path.parse(f).name), path.join(dir, f)]] : [])))
+  return new Map(
+    fs
+      .readdirSync(dir)
+      .flatMap((f) => (/\.(png|webp)$/.test(f) ? [[bare(path.parse(f).name), path.join(dir, f)]] : [])),
+  )
 }
 
 interface Entry {
@@ -100,7 +113,15 @@ function listThings(limit: number, seed: number): { thing: Thing; sources: Recor
     const file = (style: string): string | null => (sources[style] ? `${style}/${code}.png` : null)
     const name = e.label.toLowerCase().replace(/[“”:]/g, '')
     const keywords = (e.tags ?? []).map((k) => k.toLowerCase())
-    const thing: Thing = { code, name, keywords, category, noto: `noto/${code}.png`, twemoji: file('twemoji'), fluent: file('fluent') }
+    const thing: Thing = {
+      code,
+      name,
+      keywords,
+      category,
+      noto: `noto/${code}.png`,
+      twemoji: file('twemoji'),
+      fluent: file('fluent'),
+    }
     return [{ thing, sources }]
   })
   const order = permutation(all.length, seed, 1)
@@ -116,7 +137,8 @@ async function writePicture(source: string, target: string, rng: Rng): Promise<v
     .toBuffer({ resolveWithObject: true })
   const background = [0, 1, 2].map(() => 200 + rng.int(56))
   for (let i = 0; i < data.length; i += 4)
-    for (let c = 0; c < 3; c++) data[i + c] = Math.round((data[i + c] * data[i + 3] + background[c] * (255 - data[i + 3])) / 255)
+    for (let c = 0; c < 3; c++)
+      data[i + c] = Math.round((data[i + c] * data[i + 3] + background[c] * (255 - data[i + 3])) / 255)
   await sharp(data, { raw: { width: SIDE, height: SIDE, channels: 4 } })
     .png({ compressionLevel: 3 })
     .toFile(target)
@@ -137,7 +159,12 @@ function captionOf(thing: Thing, things: readonly Thing[], rng: Rng): { text: st
   return { text: thing.category, quality: 'category' }
 }
 
-const NAME_QUESTIONS = ['What is this?', 'What is shown in this picture?', 'What do you see?', 'Name the thing in the picture.']
+const NAME_QUESTIONS = [
+  'What is this?',
+  'What is shown in this picture?',
+  'What do you see?',
+  'Name the thing in the picture.',
+]
 const CATEGORY_QUESTION = (options: readonly string[]): string => `Which category fits: ${options.join(', ')}?`
 const THING_QUESTION = (name: string): string => `Is there ${a(name)} in the picture?`
 const CATEGORY_YESNO = (category: string): string => `Does this picture belong to ${category}?`
@@ -163,14 +190,18 @@ function askName(thing: Thing, rng: Rng): Asked {
   return { question: rng.pick(NAME_QUESTIONS), answer: thing.name }
 }
 function askCategory(thing: Thing, rng: Rng): Asked {
-  const others = shuffled(CATEGORIES.filter((c) => c !== thing.category), rng).slice(0, 3)
+  const others = shuffled(
+    CATEGORIES.filter((c) => c !== thing.category),
+    rng,
+  ).slice(0, 3)
   const options = shuffled([thing.category, ...others], rng)
   return { question: CATEGORY_QUESTION(options), answer: thing.category, options }
 }
 /** Yes and no in turn; what is not there comes from another category. */
 function askYesNo(thing: Thing, things: readonly Thing[], yes: boolean, rng: Rng): Asked {
   const answer = yes ? 'Yes' : 'No'
-  if (rng.next() < 0.5) return { question: CATEGORY_YESNO(yes ? thing.category : otherCategory(thing.category, rng)), answer }
+  if (rng.next() < 0.5)
+    return { question: CATEGORY_YESNO(yes ? thing.category : otherCategory(thing.category, rng)), answer }
   let other = thing
   while (!yes && other.category === thing.category) other = rng.pick(things)
   return { question: THING_QUESTION(yes ? thing.name : other.name), answer }
@@ -196,11 +227,15 @@ function makeInstructions(things: readonly Thing[], rng: Rng): Record_[] {
         [askYesNo(thing, things, false, rng), askCategory(thing, rng)],
         [askName(thing, rng), askYesNo(thing, things, rng.next() < 0.5, rng)],
       ]
-      for (const [k, list] of kinds.entries()) records.push({ id: `${id}-${k}`, image, conversations: turns(list, true) })
+      for (const [k, list] of kinds.entries())
+        records.push({ id: `${id}-${k}`, image, conversations: turns(list, true) })
       if (rng.next() < 0.2)
         records.push({
           id: `${id}-text`,
-          conversations: turns([{ question: `Which category does ${a(thing.name)} belong to?`, answer: thing.category }], false),
+          conversations: turns(
+            [{ question: `Which category does ${a(thing.name)} belong to?`, answer: thing.category }],
+            false,
+          ),
         })
     }
   return records
@@ -208,11 +243,17 @@ function makeInstructions(things: readonly Thing[], rng: Rng): Record_[] {
 
 /** Held-out questions on Fluent pictures, balanced by category and by yes and no. */
 function makeQuestions(things: readonly Thing[], count: number, rng: Rng): QuickstartData['questions'] {
-  const byCategory = CATEGORIES.map((c) => shuffled(things.filter((t) => t.fluent && t.category === c), rng))
-  const each = (n: number): Thing[] => Array.from({ length: n }, (_, i) => {
-    const list = byCategory[i % byCategory.length]
-    return list[Math.floor(i / byCategory.length) % list.length]
-  })
+  const byCategory = CATEGORIES.map((c) =>
+    shuffled(
+      things.filter((t) => t.fluent && t.category === c),
+      rng,
+    ),
+  )
+  const each = (n: number): Thing[] =>
+    Array.from({ length: n }, (_, i) => {
+      const list = byCategory[i % byCategory.length]
+      return list[Math.floor(i / byCategory.length) % list.length]
+    })
   const ask = (prefix: string, thing: Thing, i: number, q: Asked): Question => ({
     id: `${prefix}-${i}`,
     image: thing.fluent as string,
@@ -244,9 +285,14 @@ export async function prepareData(out: string, o: { fast: boolean; seed?: number
   const listed = listThings(o.fast ? 240 : Number.POSITIVE_INFINITY, seed)
   const things = listed.map((l) => l.thing)
   const jobs = listed.flatMap(({ thing, sources }, i) =>
-    Object.entries(sources).map(([style, source], k) => ({ source, target: path.join(images, style, `${thing.code}.png`), rng: new Rng(seed, 1000 + 8 * i + k) })),
+    Object.entries(sources).map(([style, source], k) => ({
+      source,
+      target: path.join(images, style, `${thing.code}.png`),
+      rng: new Rng(seed, 1000 + 8 * i + k),
+    })),
   )
-  for (let i = 0; i < jobs.length; i += 64) await Promise.all(jobs.slice(i, i + 64).map((j) => writePicture(j.source, j.target, j.rng)))
+  for (let i = 0; i < jobs.length; i += 64)
+    await Promise.all(jobs.slice(i, i + 64).map((j) => writePicture(j.source, j.target, j.rng)))
 
   const rng = new Rng(seed, 2)
   const quality = new Map<string, Quality>()
@@ -258,7 +304,16 @@ export async function prepareData(out: string, o: { fast: boolean; seed?: number
       const caption = captionOf(thing, things, rng)
       quality.set(id, caption.quality)
       thingOf.set(id, thing)
-      return [{ id, image, conversations: [{ from: 'human', value: '<image>' }, { from: 'gpt', value: caption.text }] }]
+      return [
+        {
+          id,
+          image,
+          conversations: [
+            { from: 'human', value: '<image>' },
+            { from: 'gpt', value: caption.text },
+          ],
+        },
+      ]
     }),
   )
   const dialogues = things.flatMap((t) => [

@@ -33,11 +33,11 @@ export interface Sampled {
   alpha: number[]
 }
 
-const escape = (text: string): string =>
+const html = (text: string): string =>
   text.replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c] as string)
 const percent = (x: number): string => `${(100 * x).toFixed(1)} %`
 const picture = (bytes: Uint8Array, alt: string): string =>
-  `<img width="64" height="64" alt="${escape(alt)}" src="data:image/png;base64,${Buffer.from(bytes).toString('base64')}">`
+  `<img width="64" height="64" alt="${html(alt)}" src="data:image/png;base64,${Buffer.from(bytes).toString('base64')}">`
 
 /** A smoothed loss curve as SVG. */
 function curve(title: string, values: readonly number[]): string {
@@ -54,11 +54,11 @@ function curve(title: string, values: readonly number[]): string {
   const x = (i: number): string => (pad + ((w - pad - 8) * i) / (values.length - 1)).toFixed(1)
   const y = (v: number): string => (h - 22 - ((h - 34) * (v - low)) / (top - low || 1)).toFixed(1)
   const line = smooth.map((v, i) => `${x(i)},${y(v)}`).join(' ')
-  return `<figure><svg viewBox="0 0 ${w} ${h}" role="img" aria-label="${escape(title)} loss">
+  return `<figure><svg viewBox="0 0 ${w} ${h}" role="img" aria-label="${html(title)} loss">
 <line class="axis" x1="${pad}" y1="${h - 22}" x2="${w - 8}" y2="${h - 22}"/><line class="axis" x1="${pad}" y1="8" x2="${pad}" y2="${h - 22}"/>
 <polyline class="line" points="${line}"/>
 <text x="2" y="16">${top.toFixed(1)}</text><text x="2" y="${h - 20}">${low.toFixed(1)}</text><text x="${w - 8}" y="${h - 6}" text-anchor="end">${values.length} steps</text>
-</svg><figcaption>${escape(title)}: ${values[0].toFixed(2)} &rarr; ${smooth[smooth.length - 1].toFixed(2)}</figcaption></figure>`
+</svg><figcaption>${html(title)}: ${values[0].toFixed(2)} &rarr; ${smooth[smooth.length - 1].toFixed(2)}</figcaption></figure>`
 }
 
 function histogram(r: Result): string {
@@ -93,25 +93,50 @@ function answers(list: readonly Sampled[]): string {
   return list
     .map((s) => {
       const right = s.given.trim().toLowerCase() === s.answer.toLowerCase()
-      const bars = s.alpha.map((v, i) => `<i style="height:${Math.round(Math.min(1, v) * 34)}px" title="${i === s.alpha.length - 1 ? 'global' : `level ${i}`}: ${v.toFixed(3)}"></i>`)
-      return `<div class="qa">${picture(s.picture, s.answer)}<div><b>${escape(s.question)}</b><br><span class="${right ? 'ok' : 'no'}">${escape(s.given || '(nothing)')}</span> <small>expected: ${escape(s.answer)}</small>
-<div class="gate" aria-label="gate weights">${bars.join('')}</div><small>gate: ${s.alpha.slice(0, -1).map((v) => v.toFixed(2)).join(' ')} + global</small></div></div>`
+      const bars = s.alpha.map(
+        (v, i) =>
+          `<i style="height:${Math.round(Math.min(1, v) * 34)}px" title="${i === s.alpha.length - 1 ? 'global' : `level ${i}`}: ${v.toFixed(3)}"></i>`,
+      )
+      return `<div class="qa">${picture(s.picture, s.answer)}<div><b>${html(s.question)}</b><br><span class="${right ? 'ok' : 'no'}">${html(s.given || '(nothing)')}</span> <small>expected: ${html(s.answer)}</small>
+<div class="gate" aria-label="gate weights">${bars.join('')}</div><small>gate: ${s.alpha
+        .slice(0, -1)
+        .map((v) => v.toFixed(2))
+        .join(' ')} + global</small></div></div>`
     })
     .join('\n')
 }
 
 /** Writes the page. @param examples a few pairs of each level */
-export function writeReport(file: string, r: Result, examples: readonly Example[][], sampled: readonly Sampled[]): void {
-  const kinds = [['yes/no', 'yesno'], ['category (one of 4)', 'category'], ['name (one of 10)', 'name']] as const
+export function writeReport(
+  file: string,
+  r: Result,
+  examples: readonly Example[][],
+  sampled: readonly Sampled[],
+): void {
+  const kinds = [
+    ['yes/no', 'yesno'],
+    ['category (one of 4)', 'category'],
+    ['name (one of 10)', 'name'],
+  ] as const
   const rows = kinds
-    .map(([title, k]) => `<tr><td>${title}</td><td><b>${percent(r.accuracy[k])}</b></td><td>${percent(r.blind[k])}</td><td>${percent(r.chance[k])}</td><td>+${(100 * (r.accuracy[k] - r.blind[k])).toFixed(1)}</td></tr>`)
+    .map(
+      ([title, k]) =>
+        `<tr><td>${title}</td><td><b>${percent(r.accuracy[k])}</b></td><td>${percent(r.blind[k])}</td><td>${percent(r.chance[k])}</td><td>+${(100 * (r.accuracy[k] - r.blind[k])).toFixed(1)}</td></tr>`,
+    )
     .join('')
   const levels = examples
-    .map((list, l) => `<div class="row"><div class="lv">level ${l}</div>${list.map((e) => `<div class="ex">${picture(e.picture, e.caption)}${escape(e.caption)}${e.note ? `<br><span class="no">${escape(e.note)}</span>` : ''}</div>`).join('')}</div>`)
+    .map(
+      (list, l) =>
+        `<div class="row"><div class="lv">level ${l}</div>${list.map((e) => `<div class="ex">${picture(e.picture, e.caption)}${html(e.caption)}${e.note ? `<br><span class="no">${html(e.note)}</span>` : ''}</div>`).join('')}</div>`,
+    )
     .join('\n')
-  const seconds = Object.entries(r.seconds).map(([k, v]) => `<tr><td>${escape(k)}</td><td>${v.toFixed(1)} s</td></tr>`).join('')
-  const settings = Object.entries(r.settings).map(([k, v]) => `<tr><td>${escape(k)}</td><td>${escape(String(v))}</td></tr>`).join('')
-  const html = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>AlignGPT quickstart</title><style>${STYLE}</style>
+  const seconds = Object.entries(r.seconds)
+    .map(([k, v]) => `<tr><td>${html(k)}</td><td>${v.toFixed(1)} s</td></tr>`)
+    .join('')
+  const settings = Object.entries(r.settings)
+    .map(([k, v]) => `<tr><td>${html(k)}</td><td>${html(String(v))}</td></tr>`)
+    .join('')
+  const page = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>AlignGPT quickstart</title><style>${STYLE}</style>
 <h1>AlignGPT quickstart</h1><p>A small multimodal model went through everything the paper describes, on this machine: alignment scores, levels, pre-training, instruction tuning. The pictures it is asked about are drawn in a style that no training has seen.</p>
 <div class="cards">${kinds.map(([title, k]) => `<div class="card"><b>${percent(r.accuracy[k])}</b><span>${title}</span></div>`).join('')}<div class="card"><b>${percent(r.levels.wrongInLowestQuarter)}</b><span>of the wrong captions in the lowest quarter of scores</span></div></div>
 <h2>Accuracy on held-out pictures</h2><table><tr><th>question</th><th>model</th><th>blind control</th><th>chance</th><th>points over blind</th></tr>${rows}</table><p>Blind control: the same questions with the pictures shuffled.</p>
@@ -122,5 +147,5 @@ ${levels}
 <h2>Time</h2><table>${seconds}</table><h2>Settings</h2><table>${settings}</table>
 <h2>Data</h2><p>Pictures: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and contributors, CC-BY-4.0), Fluent Emoji (Microsoft, MIT; test only). Names and keywords: Unicode CLDR through emojibase (MIT).</p></html>
 `
-  fs.writeFileSync(file, html)
+  fs.writeFileSync(file, page)
 }

@@ -6,8 +6,15 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { initSource } from '../../ts/src/aligngpt.js'
 import { CLIPModel, offsetsOf } from '../../ts/src/clip.js'
-import { parseClipConfig, parseLlamaConfig, type PreprocessorConfig, readPreprocessor } from '../../ts/src/config.js'
-import { augment, decodeImage, normaliseInto, normaliseTable, preprocessImage, type RgbImage } from '../../ts/src/image.js'
+import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig, readPreprocessor } from '../../ts/src/config.js'
+import {
+  augment,
+  decodeImage,
+  normaliseInto,
+  normaliseTable,
+  preprocessImage,
+  type RgbImage,
+} from '../../ts/src/image.js'
 import { LlamaModel, RopeTable } from '../../ts/src/llama.js'
 import { native } from '../../ts/src/native.js'
 import { Linear, type Module } from '../../ts/src/nn.js'
@@ -49,7 +56,12 @@ const CLIP = { width: 128, layers: 4, heads: 4, textLayers: 2, patch: 16, projec
 
 /** Settings of the small CLIP; the tokenizer is already in the folder. */
 export function writeClipConfig(folder: string, vocab: number): void {
-  const tower = { hidden_size: CLIP.width, intermediate_size: 4 * CLIP.width, num_attention_heads: CLIP.heads, hidden_act: 'quick_gelu' }
+  const tower = {
+    hidden_size: CLIP.width,
+    intermediate_size: 4 * CLIP.width,
+    num_attention_heads: CLIP.heads,
+    hidden_act: 'quick_gelu',
+  }
   write(path.join(folder, 'config.json'), {
     architectures: ['CLIPModel'],
     model_type: 'clip',
@@ -65,7 +77,13 @@ export function writeClipConfig(folder: string, vocab: number): void {
       eos_token_id: vocab - 1,
       pad_token_id: vocab - 1,
     },
-    vision_config: { ...tower, model_type: 'clip_vision_model', num_hidden_layers: CLIP.layers, image_size: SIDE, patch_size: CLIP.patch },
+    vision_config: {
+      ...tower,
+      model_type: 'clip_vision_model',
+      num_hidden_layers: CLIP.layers,
+      image_size: SIDE,
+      patch_size: CLIP.patch,
+    },
     torch_dtype: 'float32',
   })
   write(path.join(folder, 'preprocessor_config.json'), {
@@ -87,7 +105,13 @@ export class Pictures {
     private readonly bytes: Map<string, Uint8Array[]>,
     private readonly table: Float32Array,
   ) {}
-  static async load(images: string, names: readonly string[], versions: number, p: PreprocessorConfig, seed: number): Promise<Pictures> {
+  static async load(
+    images: string,
+    names: readonly string[],
+    versions: number,
+    p: PreprocessorConfig,
+    seed: number,
+  ): Promise<Pictures> {
     const bytes = new Map<string, Uint8Array[]>()
     const one = async (name: string, i: number): Promise<void> => {
       const image: RgbImage = await decodeImage(path.join(images, name), { alpha: true })
@@ -113,7 +137,12 @@ export interface ClipPair {
 
 /** What is written below a picture when a CLIP is to learn what it shows. */
 export function clipCaptions(t: Thing): string[] {
-  return [`${t.name}, ${t.category}`, t.name, ...t.keywords.slice(0, 3).map((k) => `${t.name}, ${k}`), `${t.category}: ${t.name}`]
+  return [
+    `${t.name}, ${t.category}`,
+    t.name,
+    ...t.keywords.slice(0, 3).map((k) => `${t.name}, ${k}`),
+    `${t.category}: ${t.name}`,
+  ]
 }
 
 /** Trains a CLIP on pairs and writes it to `folder`. */
@@ -136,7 +165,7 @@ export async function trainClip(
   for (let step = 0; step < o.steps; step++) {
     const epoch = Math.floor(step / perEpoch)
     if (step % perEpoch === 0) order = permutation(pairs.length, o.seed, epoch)
-    const chosen = order.subarray((step % perEpoch) * o.batch, (step % perEpoch + 1) * o.batch)
+    const chosen = order.subarray((step % perEpoch) * o.batch, ((step % perEpoch) + 1) * o.batch)
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(o.batch * plane)
     for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
@@ -195,14 +224,24 @@ export async function trainLlama(
   const tokenizer = Tokenizer.load(folder)
   const source = initSource(o.seed, 'f32')
   const model = new LlamaModel(source.at('model'), config)
-  const head = new Linear(source.at('lm_head'), config.hidden_size, config.vocab_size, { bias: false, init: { kind: 'normal', std: 0.02 } })
-  const parameters = [...model.namedParameters('model.'), ...head.namedParameters('lm_head.')].map(([name, t]) => ({ name, tensor: t }))
+  const head = new Linear(source.at('lm_head'), config.hidden_size, config.vocab_size, {
+    bias: false,
+    init: { kind: 'normal', std: 0.02 },
+  })
+  const parameters = [...model.namedParameters('model.'), ...head.namedParameters('lm_head.')].map(([name, t]) => ({
+    name,
+    tensor: t,
+  }))
   const optimizer = new AdamW(parameters, { weightDecay: 0.05, beta2: 0.95 })
   const samples = [
     ...texts.map((t) => Int32Array.from([tokenizer.bosId, ...tokenizer.encode(t, { addSpecialTokens: false })])),
     ...dialogues.map(({ question, answer }, i) => {
-      const conversations = [{ from: 'human' as const, value: question }, { from: 'gpt' as const, value: answer }]
-      return encodePieces(render({ id: `text ${i}`, image: null, conversations }, { style: 'vicuna_v1' }), tokenizer).ids
+      const conversations = [
+        { from: 'human' as const, value: question },
+        { from: 'gpt' as const, value: answer },
+      ]
+      return encodePieces(render({ id: `text ${i}`, image: null, conversations }, { style: 'vicuna_v1' }), tokenizer)
+        .ids
     }),
   ]
   const rope = new RopeTable(config, 'f32')
@@ -222,9 +261,18 @@ export async function trainLlama(
         row += s.length
       }
       const packing = { offsets: offsetsOf(batch.map((s) => s.length)), positions: tensor(positions), ...rope.get(256) }
-      const h = model.layers.reduce((x, layer, i) => layer.forward(x, packing, i), embedding(tensor(ids), model.embed_tokens.weight))
+      const h = model.layers.reduce(
+        (x, layer, i) => layer.forward(x, packing, i),
+        embedding(tensor(ids), model.embed_tokens.weight),
+      )
       const targets = Int32Array.from(rows, (r) => ids[r + 1])
-      const { loss } = lmHeadLoss(model.norm.forward(h), head.weight, tensor(Int32Array.from(rows)), tensor(targets), rows.length)
+      const { loss } = lmHeadLoss(
+        model.norm.forward(h),
+        head.weight,
+        tensor(Int32Array.from(rows)),
+        tensor(targets),
+        rows.length,
+      )
       backward(loss)
       return loss.item()
     })

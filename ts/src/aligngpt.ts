@@ -18,6 +18,13 @@ import {
   writeAlignGPTConfig,
 } from './config.js'
 import { AlignGPTError } from './errors.js'
+import {
+  type Generated,
+  type GeneratedPiece,
+  type GenerateOptions,
+  type GenerateRequest,
+  generate,
+} from './generate.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
 import { native } from './native.js'
 import { initialize, Linear, Module, Source } from './nn.js'
@@ -409,6 +416,15 @@ export class AlignGPT extends Module {
       for (let m = 0; m < images; m++) s += c[m * this.levels + l]
       return images ? s / images : 0
     })
+  }
+
+  // ---- inference ------------------------------------------------------------------------------------------
+  /**
+   * Streams the answer to a question about a picture; `alpha` of a piece are the weights of the alignment levels.
+   * @throws ERR_IMAGE, ERR_DATA
+   */
+  generate(o: GenerateRequest & GenerateOptions): AsyncGenerator<GeneratedPiece, Generated> {
+    return generate(this, o)
   }
 
   // ---- saving ---------------------------------------------------------------------------------------------

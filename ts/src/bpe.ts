@@ -79,7 +79,10 @@ export function trainLlamaTokenizer(folder: string, texts: readonly string[], vo
   const alphabet = ['▁', ...[...characters].sort()]
   const room = vocabSize - 259 - alphabet.length
   if (room < 1)
-    throw new AlignGPTError('ERR_ARGUMENT', `[bpe] vocabSize: expected more than ${259 + alphabet.length}, got ${vocabSize}`)
+    throw new AlignGPTError(
+      'ERR_ARGUMENT',
+      `[bpe] vocabSize: expected more than ${259 + alphabet.length}, got ${vocabSize}`,
+    )
   const words = countWords(texts, (t) =>
     t
       .split(/\s+/)
@@ -100,7 +103,11 @@ export function trainLlamaTokenizer(folder: string, texts: readonly string[], vo
     post_processor: {
       type: 'TemplateProcessing',
       single: [{ SpecialToken: { id: '<s>', type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }],
-      pair: [{ SpecialToken: { id: '<s>', type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }, { Sequence: { id: 'B', type_id: 1 } }],
+      pair: [
+        { SpecialToken: { id: '<s>', type_id: 0 } },
+        { Sequence: { id: 'A', type_id: 0 } },
+        { Sequence: { id: 'B', type_id: 1 } },
+      ],
       special_tokens: { '<s>': { id: '<s>', ids: [1], tokens: ['<s>'] } },
     },
     decoder: {
@@ -126,7 +133,14 @@ export function trainLlamaTokenizer(folder: string, texts: readonly string[], vo
     },
   }
   const special = { bos_token: '<s>', eos_token: '</s>', unk_token: '<unk>', pad_token: '<unk>' }
-  writeTokenizer(folder, json, { ...special, tokenizer_class: 'LlamaTokenizer', legacy: false, add_bos_token: true, add_eos_token: false, model_max_length: 2048 })
+  writeTokenizer(folder, json, {
+    ...special,
+    tokenizer_class: 'LlamaTokenizer',
+    legacy: false,
+    add_bos_token: true,
+    add_eos_token: false,
+    model_max_length: 2048,
+  })
   return order.length
 }
 
@@ -137,10 +151,16 @@ function byteAlphabet(): string[] {
   return Array.from({ length: 256 }, (_, b) => String.fromCharCode(keep(b) ? b : 256 + extra++))
 }
 
-const CLIP_WORDS = "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
+const CLIP_WORDS =
+  "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
 
 /** Trains a CLIP-style tokenizer (lower case, words end in </w>) and writes tokenizer.json. @returns the vocabulary's size */
-export function trainClipTokenizer(folder: string, texts: readonly string[], merges: number, maxLength: number): number {
+export function trainClipTokenizer(
+  folder: string,
+  texts: readonly string[],
+  merges: number,
+  maxLength: number,
+): number {
   const alphabet = byteAlphabet()
   const pattern = new RegExp(CLIP_WORDS, 'gu')
   const words = countWords(texts, (t) =>
@@ -162,7 +182,11 @@ export function trainClipTokenizer(folder: string, texts: readonly string[], mer
     added_tokens: [added(bos, '<|startoftext|>'), added(eos, '<|endoftext|>')],
     normalizer: {
       type: 'Sequence',
-      normalizers: [{ type: 'NFC' }, { type: 'Replace', pattern: { Regex: '\\s+' }, content: ' ' }, { type: 'Lowercase' }],
+      normalizers: [
+        { type: 'NFC' },
+        { type: 'Replace', pattern: { Regex: '\\s+' }, content: ' ' },
+        { type: 'Lowercase' },
+      ],
     },
     pre_tokenizer: {
       type: 'Sequence',
@@ -192,7 +216,12 @@ export function trainClipTokenizer(folder: string, texts: readonly string[], mer
       merges: learned,
     },
   }
-  const special = { bos_token: '<|startoftext|>', eos_token: '<|endoftext|>', unk_token: '<|endoftext|>', pad_token: '<|endoftext|>' }
+  const special = {
+    bos_token: '<|startoftext|>',
+    eos_token: '<|endoftext|>',
+    unk_token: '<|endoftext|>',
+    pad_token: '<|endoftext|>',
+  }
   writeTokenizer(folder, json, { ...special, tokenizer_class: 'CLIPTokenizer', model_max_length: maxLength })
   return order.length
 }

@@ -332,7 +332,7 @@ export class Tokenizer {
     const source = this.sourceOffsets(spaced(section.text), spaced(target), bytes.length)
     const unknown = this.library.model?.unk_token
     const matches = (t: Uint8Array, at: number, from: number): boolean =>
-      bytes.compare(t, from, t.length, at, at + t.length - from) === 0 && at + t.length - from <= bytes.length
+      at + t.length - from <= bytes.length && bytes.compare(t, from, t.length, at, at + t.length - from) === 0
     let pos = 0
     for (const tokens of parts) {
       tokens.forEach((token, i) => {

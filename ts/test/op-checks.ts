@@ -94,8 +94,10 @@ function gradcheck(spec: Spec, c: Case, fail: (why: string) => void): void {
       x[j] = at
       const want = (up - down) / 2e-6
       const got = grads[i][j]
-      if (!(Math.abs(got - want) <= 1e-5 + 1e-3 * Math.abs(want)))
-        return fail(`gradient of input ${i}[${j}] ${JSON.stringify(c.inputs)}: got ${got}, differences give ${want}`)
+      if (!(Math.abs(got - want) <= 1e-5 + 1e-3 * Math.abs(want))) {
+        fail(`gradient of input ${i}[${j}] ${JSON.stringify(c.inputs)}: got ${got}, differences give ${want}`)
+        return
+      }
     }
   }
 }

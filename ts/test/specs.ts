@@ -8,6 +8,8 @@ import * as ops from '../src/ops.js'
 import { Tensor, tensor } from '../src/tensor.js'
 
 type A = Float64Array
+// biome-ignore lint/suspicious/noExplicitAny: each row has its own options
+type Options = any
 export interface Case {
   /** shapes of the float inputs */
   inputs: number[][]
@@ -19,8 +21,8 @@ export interface Spec {
   /** native exports this row covers */
   covers: string[]
   cases: Case[]
-  run(x: Tensor[], o: any): Tensor
-  ref(x: A[], shapes: number[][], o: any): A
+  run(x: Tensor[], o: Options): Tensor
+  ref(x: A[], shapes: number[][], o: Options): A
   /** longest sum, for the f32 tolerance */
   depth?(c: Case): number
   /** values are drawn from [-range, range] */
@@ -76,7 +78,7 @@ const rows = (x: A, cols: number, f: (row: A) => ArrayLike<number>): A => {
 const i32 = (values: number[]): Tensor => tensor(Int32Array.from(values))
 
 /** Softmax attention of one head, spelled out. */
-export function attentionRef(q: A, k: A, v: A, o: any): A {
+export function attentionRef(q: A, k: A, v: A, o: Options): A {
   const { heads, kvHeads, causal, qo, ko } = o as {
     heads: number
     kvHeads: number
@@ -272,7 +274,8 @@ const elementwise: Spec[] = [
       const outer = size(shapes[0].slice(0, o.d))
       const widths = shapes.map((s) => size(s.slice(o.d)))
       const y: number[] = []
-      for (let r = 0; r < outer; r++) xs.forEach((x, i) => y.push(...x.subarray(r * widths[i], (r + 1) * widths[i])))
+      for (let r = 0; r < outer; r++)
+        for (const [i, x] of xs.entries()) y.push(...x.subarray(r * widths[i], (r + 1) * widths[i]))
       return Float64Array.from(y)
     },
   },

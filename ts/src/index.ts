@@ -1,0 +1,27 @@
+/** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
+export { AlignGPT, type CreateOptions, type LoadOptions, loadClip, type Mix } from './aligngpt.js'
+export { trainClipTokenizer, trainLlamaTokenizer } from './bpe.js'
+export { type Dataset, type Dropped, loadDataset } from './data.js'
+export { AlignGPTError } from './errors.js'
+export {
+  type Answer,
+  type EvaluateOptions,
+  type Evaluation,
+  evaluate,
+  evaluateLoss,
+  type Judge,
+  type Question,
+} from './evaluate.js'
+export {
+  type Generated,
+  type GeneratedPiece,
+  type GenerateOptions,
+  type GenerateRequest,
+  generateBatch,
+  type Sampling,
+} from './generate.js'
+export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
+export type { DataRecord, Style, Turn } from './prompt.js'
+export { clipScores, type LevelsOptions, levels, type Pair } from './score.js'
+export { memory } from './tensor.js'
+export { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from './train.js'

@@ -1,0 +1,126 @@
+/** Scopes, handles and the tape. */
+import { expect, test } from 'vitest'
+import { native } from '../src/native.js'
+import * as ops from '../src/ops.js'
+import { backward, memory, noGrad, scope, type Tensor, tensor } from '../src/tensor.js'
+
+test('a scope frees what was made in it, except its result', () => {
+  const before = memory()
+  let inner: Tensor | undefined
+  const kept = scope(() => {
+    inner = tensor([1, 2])
+    return { sum: ops.add(inner, inner), list: [ops.scale(inner, 3)] }
+  })
+  expect(inner?.live).toBe(false)
+  expect(Array.from(kept.sum.toFloats())).toEqual([2, 4])
+  expect(Array.from(kept.list[0].toFloats())).toEqual([3, 6])
+  kept.sum.dispose()
+  kept.list[0].dispose()
+  expect(memory().handles).toBe(before.handles)
+  expect(memory().inUse).toBe(before.inUse)
+})
+
+test('a tensor handed through several scopes survives exactly as far as it is handed', () => {
+  let middle: Tensor | undefined
+  scope(() => {
+    middle = scope(() => scope(() => tensor([7])))
+    expect(middle.item()).toBe(7)
+  })
+  expect(middle?.live).toBe(false)
+})
+
+test('what lives outside is not moved by being returned', () => {
+  const outside = tensor([1]).persist()
+  scope(() => scope(() => outside))
+  expect(outside.live).toBe(true)
+  outside.dispose()
+})
+
+test('scopes end in order, also when the function throws or is asynchronous', () => {
+  const before = memory().handles
+  expect(() =>
+    scope(() => {
+      tensor([1])
+      throw new Error('inside')
+    }),
+  ).toThrow('inside')
+  expect(() => scope(async () => tensor([1]))).toThrow(/expected a synchronous one/)
+  expect(() => native.scopeEnd(5)).toThrow(/depth/)
+  expect(memory().handles).toBe(before)
+})
+
+test('gradients accumulate until they are zeroed; unreached parameters read zero', () => {
+  scope(() => {
+    const w = tensor([2]).requiresGrad()
+    const unused = tensor([5]).requiresGrad()
+    const buffer = tensor([9])
+    native.setGrad(unused.h, buffer.h)
+    for (const expected of [3, 6]) {
+      backward(ops.scale(w, 3))
+      expect(w.grad()?.item()).toBe(expected)
+    }
+    native.zeroGrad([w.h])
+    backward(ops.scale(w, 3))
+    expect(w.grad()?.item()).toBe(3)
+    expect(unused.grad()?.item()).toBe(0)
+  })
+})
+
+test('a value used twice gets both gradients, and sharing does not corrupt either', () => {
+  scope(() => {
+    const x = tensor([1, 2, 3]).requiresGrad()
+    const y = ops.add(x, x) // both gradients are the same storage
+    const z = ops.add(ops.mul(y, y), y)
+    backward(ops.sum(z))
+    // z = 4x^2 + 2x
+    expect(Array.from(x.grad()?.toFloats() ?? [])).toEqual([10, 18, 26])
+  })
+})
+
+test('a graph can be used once; without recording there is none', () => {
+  scope(() => {
+    const x = tensor([3]).requiresGrad()
+    const y = ops.mul(x, x)
+    backward(y)
+    expect(() => backward(y)).toThrow(/already used/)
+    const z = noGrad(() => ops.mul(x, x))
+    expect(() => backward(z)).toThrow(/does not/)
+    expect(() => backward(ops.concat([x, x], 0))).toThrow(/single element/)
+    expect(() => y.requiresGrad()).toThrow(/expected a leaf/)
+    expect(() => tensor(Int32Array.of(1)).requiresGrad()).toThrow(/float/)
+  })
+})
+
+test('saved tensors die with their node, also in a chain of 20,000 ops', () => {
+  const before = memory()
+  scope(() => {
+    let y: Tensor = tensor(new Float32Array(64)).requiresGrad()
+    for (let i = 0; i < 20_000; i++) y = ops.scale(y, 1)
+    backward(ops.sum(y))
+  })
+  scope(() => {
+    let y: Tensor = tensor(new Float32Array(64)).requiresGrad()
+    for (let i = 0; i < 20_000; i++) y = ops.scale(y, 1) // and never differentiated
+  })
+  expect(memory().inUse).toBe(before.inUse)
+})
+
+test('2,000 steps leave bytes and handles flat', () => {
+  const w = tensor(new Float32Array(32 * 16).fill(0.01), [32, 16])
+    .persist()
+    .requiresGrad()
+  const step = (): void =>
+    scope(() => {
+      const x = tensor(new Float32Array(8 * 16).fill(1), [8, 16])
+      backward(ops.mean(ops.linear(x, w, null, 'gelu')))
+      native.zeroGrad([w.h])
+    })
+  step()
+  const before = memory()
+  for (let i = 0; i < 2000; i++) step()
+  const after = memory()
+  expect(after.inUse).toBe(before.inUse)
+  expect(after.handles).toBe(before.handles)
+  expect(after.reserved).toBe(before.reserved)
+  w.dispose()
+})

@@ -1,0 +1,560 @@
+import { execFileSync } from 'node:child_process'
+import fs from 'node:fs'
+import path from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { Worker } from 'node:worker_threads'
+import fc from 'fast-check'
+import sharp from 'sharp'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { ALIGN_ROW, IMAGE_ROW, type PackedBatch, packBatch } from '../src/batch.js'
+import { readPreprocessor } from '../src/config.js'
+import { type Dataset, groupByModalityLength, loadDataset } from '../src/data.js'
+import { loadImage, normalise, preprocessImage } from '../src/image.js'
+import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/loader.js'
+import { buildSample, IGNORE, type Sample } from '../src/prompt.js'
+import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/safetensors.js'
+import { Tokenizer } from '../src/tokenizer.js'
+import { CASES, caseDir, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
+
+const dir = tempDir()
+afterAll(() => fs.rmSync(dir, { recursive: true }))
+let serial = 0
+const put = (text: string | Buffer): string => {
+  const f = path.join(dir, `d${serial++}.json`)
+  fs.writeFileSync(f, text)
+  return f
+}
+const turns = [
+  { from: 'human', value: 'q' },
+  { from: 'gpt', value: 'an answer' },
+]
+const rec = (id: unknown, more: object = {}): object => ({ id, conversations: turns, ...more })
+const ints = (e: TensorEntry): number[] => [...new Int32Array(Uint8Array.from(readEntry(e)).buffer)]
+
+describe('reading data files', () => {
+  it('reads arrays, indented arrays, JSON lines, numbers as ids, a BOM, and finds the same records again', async () => {
+    const list = [
+      rec('a'),
+      rec(2, { image: 'x.png', similarity: 3 }),
+      rec('c "]}{[', { extra: [{ a: '\\"}' }] }),
+      rec('é🙂'),
+    ]
+    const texts = [
+      JSON.stringify(list),
+      JSON.stringify(list, null, 2),
+      `\ufeff ${JSON.stringify(list, null, '\t')}\n\n`,
+      list.map((r) => JSON.stringify(r)).join('\n'),
+      `${list.map((r) => JSON.stringify(r, null, 1)).join('\r\n\r\n')}\n`,
+    ]
+    for (const text of texts) {
+      const d = await loadDataset(put(text), { images: dir })
+      expect([...d].map((r) => r.id)).toEqual(['a', '2', 'c "]}{[', 'é🙂'])
+      expect(d.record(1)).toEqual({ id: '2', image: 'x.png', conversations: turns, similarity: 3 })
+      expect(d.record(0).image).toBeNull()
+      d.close()
+      expect(d.record(3).id).toBe('é🙂')
+    }
+    expect((await loadDataset(put('[]'))).length).toBe(0)
+    expect(
+      (
+        await loadDataset(
+          put(
+            JSON.stringify([
+              {
+                conversations: [
+                  { from: 'user', value: 'a' },
+                  { from: 'assistant', value: 'b' },
+                ],
+              },
+            ]),
+          ),
+        )
+      ).record(0),
+    ).toMatchObject({ id: '0', conversations: [{ from: 'human' }, { from: 'gpt' }] })
+  })
+
+  it('splits records wherever the pieces of the file end', async () => {
+    const big = [...Array(40).keys()].map((i) => rec(`r${i}`, { pad: `${'x{"\\'.repeat(1000 * i)}` }))
+    const d = await loadDataset(put(JSON.stringify(big)))
+    expect(fs.statSync(d.file).size).toBeGreaterThan(3 << 20)
+    expect([...d].map((r) => r.id)).toEqual(big.map((_, i) => `r${i}`))
+  })
+
+  const good = JSON.stringify(rec('a'))
+  const n = good.length
+  it.each<[string, string, number, RegExp]>([
+    ['an empty file', '', 0, /'\[' of an array or '\{' of a record, got an empty file/],
+    ['a number', ' 17', 1, /'\[' of an array or '\{'/],
+    ['an array of numbers', '[1]', 1, /'\{' of a record, got "1"/],
+    ['an open array', `[${good}`, n + 1, /',' or '\]', got the end of the file/],
+    ['a missing comma', `[${good} ${good}]`, n + 2, /',' or '\]', got "\{"/],
+    ['a trailing comma', `[${good},]`, n + 2, /'\{' of a record, got "\]"/],
+    ['a comma and the end', `[${good},`, n + 2, /'\{' of a record, got the end/],
+    ['something behind the array', `[${good}] x`, n + 3, /nothing after the array, got "x"/],
+    ['an open record', `[${good.slice(0, -1)}`, n, /'\}' of the record that starts at byte 1, got the end/],
+    ['an open string', `[{"id": "a`, 10, /'"' and '\}'/],
+    ['a bad value', `[${good}, {"id": é}]`, n + 10, /a value/],
+    ['a bad value behind a two-byte letter', `[{"é": 1, "b": x}]`, 16, /a value, got "x\}"/],
+    ['a missing colon', `[{"id" 1}]`, 7, /':'/],
+    ['a raw newline in a string', `[{"id": "a\nb"}]`, 10, /control characters/],
+    ['a bad escape', `[{"id": "a\\q"}]`, 10, /valid escapes/],
+    ['brackets that do not match', `[{"id": [1}]`, 10, /',' or '\]'/],
+    ['a second line that is broken', `${good}\n{"id": }`, n + 8, /a value/],
+    ['a line that is no record', `${good}\n"x"`, n + 1, /'\{' of a record/],
+  ])('names file, byte and expectation: %s', async (_, text, at, pattern) => {
+    const file = put(text)
+    const e = await errorOf(() => loadDataset(file))
+    expect(e.code).toBe('ERR_DATA')
+    expect(e.message).toContain(file)
+    expect(e.message).toMatch(pattern)
+    expect(e.message).toMatch(new RegExp(`at byte ${at}[,:]`))
+  })
+  it.each<[string, unknown, RegExp]>([
+    ['no conversations', { id: 'a' }, /record 0 \(id "a"\) conversations, expected an array of turns, got nothing/],
+    ['empty conversations', { id: 'a', conversations: [] }, /array of turns, got \[\]/],
+    ['an object as id', { id: {}, conversations: turns }, /id, expected a string or number/],
+    ['a list of images', rec('a', { image: ['x'] }), /image, expected a file name, got \["x"\]/],
+    [
+      'a foreign role',
+      { id: 'a', conversations: [{ from: 'bot', value: 'x' }] },
+      /conversations\[0\]\.from, expected human \| user/,
+    ],
+    ['a role from Object', { id: 'a', conversations: [{ from: 'constructor', value: 'x' }] }, /\.from/],
+    [
+      'a value that is no text',
+      { id: 'a', conversations: [{ from: 'human', value: 1 }] },
+      /\.value, expected a string, got 1/,
+    ],
+    ['a turn that is null', { id: 'a', conversations: [null] }, /\.from/],
+    ['half a level', rec('a', { similarity: 1.5 }), /similarity, expected an integer level/],
+    ['a negative level', rec('a', { similarity: -1 }), /similarity/],
+    ['a picture without a folder', rec('a', { image: 'x.png' }), /an images folder/],
+  ])('refuses %s', (_, r, pattern) => refuses(() => loadDataset(put(JSON.stringify([r]))), 'ERR_DATA', pattern))
+  it('refuses what is not there', async () => {
+    await refuses(() => loadDataset(path.join(dir, 'no.json')), 'ERR_DATA', /ENOENT/)
+    await refuses(
+      () => loadDataset(put('[]'), { images: path.join(dir, 'no') }),
+      'ERR_DATA',
+      /images, expected a folder/,
+    )
+    await refuses(
+      () => loadDataset(put(Buffer.from([0x5b, 0x7b, 0x22, 0xff, 0x22, 0x3a, 0x31, 0x7d, 0x5d]))),
+      'ERR_DATA',
+      /UTF-8/,
+    )
+    const d = await loadDataset(put('[]'))
+    await refuses(() => d.record(0), 'ERR_ARGUMENT', /record index/)
+  })
+  it('damaged files: a data set or an own error', async () => {
+    const bytes = Buffer.from(JSON.stringify([rec('a'), rec('b', { x: [1, { y: 'z' }] })], null, 1))
+    await fc.assert(
+      fc.asyncProperty(
+        fc.array(
+          fc.tuple(fc.nat(bytes.length - 1), fc.oneof(fc.nat(255), fc.constantFrom(...Buffer.from('{}[]",:\\')))),
+          { maxLength: 4 },
+        ),
+        fc.nat(bytes.length),
+        async (flips, cut) => {
+          const b = Buffer.from(bytes)
+          for (const [at, v] of flips) b[at] = v
+          const f = path.join(dir, 'fuzz.json')
+          fs.writeFileSync(f, b.subarray(0, cut))
+          try {
+            for (const r of await loadDataset(f)) expect(typeof r.id).toBe('string')
+          } catch (e) {
+            expect((e as { code?: string }).code, String((e as Error).stack)).toBe('ERR_DATA')
+          }
+        },
+      ),
+      { numRuns: 300, seed: 13 },
+    )
+  })
+})
+
+describe('order', () => {
+  let d: Dataset
+  beforeAll(async () => {
+    const value = (k: number): object[] => [
+      { from: 'human', value: 'w '.repeat(k) },
+      { from: 'gpt', value: 'a' },
+    ]
+    d = await loadDataset(
+      put(
+        JSON.stringify(
+          [...Array(103).keys()].map((i) => ({
+            id: i,
+            conversations: value((i * 7) % 50),
+            ...(i % 3 ? { image: 'x' } : {}),
+          })),
+        ),
+      ),
+      { images: dir },
+    )
+  })
+  const sorted = (a: Int32Array): number[] => [...a].sort((x, y) => x - y)
+  const everything = [...Array(103).keys()]
+  it('is a permutation, a pure function of seed and epoch', () => {
+    for (const groupByLength of [false, true]) {
+      const o = (seed: number, epoch: number): Int32Array => d.order({ seed, epoch, batch: 8, groupByLength })
+      expect(sorted(o(1, 0))).toEqual(everything)
+      expect(o(1, 0)).toEqual(o(1, 0))
+      expect(o(1, 0)).not.toEqual(o(1, 1))
+      expect(o(1, 0)).not.toEqual(o(2, 0))
+      expect(o(2 ** 40 + 1, 0)).not.toEqual(o(1, 0))
+    }
+    expect([...d.order({ seed: 1, epoch: 0, batch: 8, shuffle: false })]).toEqual(everything)
+  })
+  it('batches cut the order; a run can start anywhere', () => {
+    const o = { seed: 3, epoch: 2, batch: 8 }
+    const all = [...d.batches(o)]
+    expect(all.length).toBe(d.stepsPerEpoch(8))
+    expect(all.flatMap((b) => [...b])).toEqual([...d.order(o)])
+    expect([...d.batches({ ...o, start: 5 })]).toEqual(all.slice(5))
+    expect(() => [...d.batches({ ...o, batch: 0 })]).toThrow(/positive integer/)
+  })
+  it('groups by modality and length: full batches are of one kind, longest first', () => {
+    const words = Int32Array.from({ length: 103 }, (_, i) => (i % 3 ? 1 : -1) * (((i * 7) % 50) + 1))
+    const o = groupByModalityLength(words, 8, 1, 0)
+    expect(o).toEqual(d.order({ seed: 1, epoch: 0, batch: 8, groupByLength: true }))
+    // 68 with picture and 35 without: 8 and 4 full batches.
+    for (let b = 0; b < 12; b++) {
+      const w = [...o.slice(8 * b, 8 * b + 8)].map((i) => words[i])
+      expect(new Set(w.map(Math.sign)).size).toBe(1)
+      expect(w.map(Math.abs)).toEqual(w.map(Math.abs).sort((x, y) => y - x))
+    }
+    expect(sorted(groupByModalityLength(words.map(Math.abs), 8, 1, 0))).toEqual(everything)
+  })
+})
+
+/** Bookkeeping of a batch that must always hold. */
+function checkBatch(b: PackedBatch, patches: number): void {
+  const T = b.tokens.length
+  expect([b.labels.length, b.positions.length, b.offsets[b.ids.length]]).toEqual([T, T, T])
+  expect(b.offsets.length).toBe(b.ids.length + 1)
+  for (let s = 0; s < b.ids.length; s++)
+    for (let t = b.offsets[s]; t < b.offsets[s + 1]; t++) expect(b.positions[t]).toBe(t - b.offsets[s])
+  const targets: [number, number][] = []
+  for (let t = 0; t + 1 < T; t++)
+    if (b.labels[t + 1] !== IGNORE && b.positions[t + 1] > 0) targets.push([t, b.labels[t + 1]])
+  expect([...b.lossRows].map((r, i) => [r, b.lossTargets[i]])).toEqual(targets)
+  b.imageRows.forEach((row, m) => {
+    expect([...b.tokens.slice(row, row + patches)].every((x) => x === IMAGE_ROW)).toBe(true)
+    const start = b.offsets[b.imageSamples[m]]
+    expect([b.alignRows[m], b.tokens[b.alignRows[m]]]).toEqual([start + 1, ALIGN_ROW])
+  })
+  expect(b.tokens.filter((x) => x === IMAGE_ROW).length).toBe(b.imageRows.length * patches)
+  expect(b.tokens.filter((x) => x === ALIGN_ROW).length).toBe(b.imageRows.length)
+  expect(b.gateOffsets.length).toBe(b.imageRows.length + 1)
+  expect(b.pixels.length).toBe(b.imageRows.length * 3 * b.imageSize ** 2)
+}
+
+describe.each(CASES)('packing, %s', (name) => {
+  const expected = openSafetensors(caseDir(name, 'expected.safetensors')).entries
+  const tokenizer = Tokenizer.load(caseDir(name, 'model', 'llm'))
+  const patches = (expected.get('phase2.vision_features') as TensorEntry).shape[1]
+  it.each([
+    ['phase1', 'data_phase1.json', 'plain'],
+    ['phase2', 'data_phase2.json', 'vicuna_v1'],
+  ] as const)('%s: labels, lengths and loss rows of the reference, without its padding', (phase, file, style) => {
+    const records = recordsOf(name, file)
+    const samples = expectedOf(name)[phase].batch_ids.map((id) => {
+      const r = records.find((x) => x.id === id)
+      return buildSample(r as (typeof records)[0], tokenizer, { style, patches })
+    })
+    const b = packBatch(samples, patches)
+    checkBatch(b, patches)
+    const entry = (k: string): TensorEntry => expected.get(`${phase}.${k}`) as TensorEntry
+    const width = entry('spliced_labels').shape[1]
+    const [labels, mask] = [ints(entry('spliced_labels')), ints(entry('spliced_attention_mask'))]
+    samples.forEach((_, s) => {
+      const length = mask.slice(s * width, (s + 1) * width).reduce((x, y) => x + y, 0)
+      expect(b.offsets[s + 1] - b.offsets[s]).toBe(length)
+      expect([...b.labels.slice(b.offsets[s], b.offsets[s + 1])]).toEqual(labels.slice(s * width, s * width + length))
+    })
+    const index = ints(entry('loss_index'))
+    expect([...b.lossRows]).toEqual(
+      Array.from({ length: index.length / 2 }, (_, i) => b.offsets[index[2 * i]] + index[2 * i + 1]),
+    )
+    const withImage = samples.filter((s) => s.image !== null)
+    expect(b.images).toEqual(withImage.map((s) => s.image))
+    expect([...b.levels]).toEqual(withImage.map((s) => s.level ?? -1))
+    withImage.forEach((s, m) => {
+      expect(b.gateIds.slice(b.gateOffsets[m], b.gateOffsets[m + 1])).toEqual(s.gateIds)
+    })
+    const instruction = packBatch(samples, patches, { gateText: 'instruction' })
+    expect(instruction.gateIds.length).toBe(withImage.reduce((n, s) => n + s.gateAnswer.filter((x) => !x).length, 0))
+  })
+})
+
+describe('packing refuses', () => {
+  it('unusable samples', async () => {
+    const t = Tokenizer.load(caseDir('base', 'model', 'llm'))
+    const s = buildSample(
+      {
+        id: 'a',
+        image: 'x',
+        conversations: [
+          { from: 'human', value: 'q' },
+          { from: 'gpt', value: 'a' },
+        ],
+        similarity: null,
+      },
+      t,
+      { style: 'vicuna_v1', patches: 4 },
+    )
+    await refuses(() => packBatch([{ ...s, skip: 'no' }], 4), 'ERR_DATA', /"a", expected a usable sample, got no/)
+    await refuses(() => packBatch([{ ...s, image: null }], 4), 'ERR_DATA', /one placeholder/)
+    expect(packBatch([], 4).tokens.length).toBe(0)
+  })
+})
+
+describe('loader', () => {
+  const name = 'base'
+  const tokenizer = Tokenizer.load(caseDir(name, 'model', 'llm'))
+  const preprocess = { ...readPreprocessor(caseDir(name, 'model', 'clip')), pad: true }
+  const options: LoaderOptions = {
+    tokenizer,
+    preprocess,
+    style: 'vicuna_v1',
+    patches: 16,
+    batch: 4,
+    micro: 3,
+    seed: 7,
+    steps: 6,
+    workers: 0,
+  }
+  const open = (): Promise<Dataset> =>
+    loadDataset(caseDir(name, 'data_phase1.json'), { images: caseDir(name, 'images') })
+  const collect = async (o: Partial<LoaderOptions>, d?: Dataset): Promise<LoadedBatch[]> => {
+    const loader = await openLoader(d ?? (await open()), { ...options, ...o })
+    const out: LoadedBatch[] = []
+    try {
+      for await (const b of loader) out.push(b)
+    } finally {
+      await loader.close()
+    }
+    return out
+  }
+
+  it('gives the same batches with 0, 1 and 2 workers, ahead 1 or 3, and when a run continues', async () => {
+    const want = await collect({})
+    expect(want.map((b) => [b.step, b.epoch, b.micro, b.microCount])).toEqual([
+      [0, 0, 0, 2],
+      [0, 0, 1, 2],
+      [1, 0, 0, 2],
+      [1, 0, 1, 2],
+      [2, 0, 0, 2],
+      [2, 0, 1, 2],
+      [3, 0, 0, 1],
+      [4, 1, 0, 2],
+      [4, 1, 1, 2],
+      [5, 1, 0, 2],
+      [5, 1, 1, 2],
+    ])
+    for (const b of want) checkBatch(b.packed as PackedBatch, 16)
+    expect(await collect({ workers: 1, ahead: 3 })).toEqual(want)
+    expect(await collect({ workers: 2, ahead: 1 })).toEqual(want)
+    expect(await collect({ workers: 1, startStep: 4 })).toEqual(want.slice(7))
+    const first = want[0].packed as PackedBatch
+    const pixels = normalise(
+      preprocessImage(await loadImage(caseDir(name, 'images'), first.images[1]), preprocess),
+      preprocess,
+    )
+    expect(first.pixels.slice(pixels.length, 2 * pixels.length)).toEqual(pixels)
+  })
+  it('takes batches without the event loop', async () => {
+    const want = await collect({})
+    const loader = await openLoader(await open(), { ...options, workers: 1 })
+    const got: LoadedBatch[] = []
+    for (let b = loader.nextSync(); b; b = loader.nextSync()) got.push(b)
+    expect(got).toEqual(want)
+    await loader.close()
+    await refuses(() => loader.nextSync(), 'ERR_ARGUMENT', /a closed one/)
+  })
+  it('augments by seed, epoch and record, the same with and without workers', async () => {
+    const a = await collect({ augment: true, steps: 1 })
+    expect(await collect({ augment: true, steps: 1, workers: 1 })).toEqual(a)
+    expect(a[0].packed?.pixels).not.toEqual((await collect({ steps: 1 }))[0].packed?.pixels)
+    expect(a[0].packed?.tokens).toEqual((await collect({ steps: 1 }))[0].packed?.tokens)
+  })
+
+  /** 30 records on good pictures, some broken. */
+  async function broken(bad: Record<number, string>): Promise<Dataset> {
+    const images = tempDir()
+    await sharp({ create: { width: 20, height: 12, channels: 3, background: '#336699' } })
+      .png()
+      .toFile(path.join(images, 'ok.png'))
+    fs.writeFileSync(path.join(images, 'text.png'), 'not a picture')
+    const list = [...Array(30).keys()].map((i) => rec(`r${i}`, { image: bad[i] ?? 'ok.png' }))
+    return loadDataset(put(JSON.stringify(list)), { images })
+  }
+  it.each([0, 1])(
+    'drops bad pictures, names and counts them, and leaves the order alone (%i workers)',
+    async (workers) => {
+      const o: Partial<LoaderOptions> = { workers, micro: undefined, steps: undefined, maxBad: 0.2 }
+      const good = await collect(o, await broken({}))
+      const d = await broken({ 3: 'missing.png', 11: '../ok.png', 20: 'text.png' })
+      const got = await collect(o, d)
+      expect(d.state.bad.map((x) => [x.index, x.id, x.image]).sort()).toEqual([
+        [11, 'r11', '../ok.png'],
+        [20, 'r20', 'text.png'],
+        [3, 'r3', 'missing.png'],
+      ])
+      expect(d.state.bad.find((x) => x.index === 3)?.reason).toMatch(/missing\.png, expected a file, got ENOENT/)
+      const lost = new Set(['r3', 'r11', 'r20'])
+      expect(got.map((b) => b.packed?.ids)).toEqual(good.map((b) => b.packed?.ids.filter((id) => !lost.has(id))))
+      const again = await broken({})
+      again.restore(d.state)
+      expect(again.state).toEqual(d.state)
+      await refuses(
+        () => collect({ ...o, maxBad: 0.05 }, d),
+        'ERR_DATA',
+        /at most 5 % of the records, got 3 of 30:\n {2}r\d+: .*\n {2}r\d+: .*\n/,
+      )
+    },
+  )
+  it('a micro-batch of bad pictures alone is null', async () => {
+    const d = await broken({ 0: 'missing.png' })
+    const got = await collect({ batch: 1, micro: 1, shuffle: false, steps: 2, maxBad: 1 }, d)
+    expect(got.map((b) => b.packed?.ids ?? null)).toEqual([null, ['r1']])
+  })
+  it('skips and counts what does not fit, counts what is cut', async () => {
+    const d = await broken({})
+    const fits = Math.max(
+      ...(await collect({ steps: 1 }, d)).flatMap((b) =>
+        (b.packed as PackedBatch).positions.reduce((n, p) => Math.max(n, p + 1), 0),
+      ),
+    )
+    await collect({ steps: undefined, maxLength: fits - 1, micro: undefined }, d)
+    expect(d.state.truncated.length).toBe(30)
+    const e = await broken({})
+    await collect({ steps: undefined, maxLength: 20, micro: undefined }, e)
+    expect(e.state.skipped.length).toBe(30)
+    expect(e.state.skipped[0].reason).toMatch(/picture ends/)
+  })
+  it('reports a record that cannot be rendered, misuse, and an empty data set', async () => {
+    const bad = await loadDataset(
+      put(
+        JSON.stringify([
+          {
+            id: 'two',
+            image: 'x',
+            conversations: [
+              { from: 'human', value: '<image><image>' },
+              { from: 'gpt', value: 'a' },
+            ],
+          },
+        ]),
+      ),
+      { images: dir },
+    )
+    await refuses(() => collect({ workers: 1 }, bad), 'ERR_DATA', /record "two": placeholder/)
+    await refuses(() => collect({ batch: 0 }), 'ERR_ARGUMENT', /batch/)
+    await refuses(() => collect({ workers: -1 }), 'ERR_ARGUMENT', /workers/)
+    const empty = await loadDataset(put('[]'))
+    await refuses(() => collect({}, empty), 'ERR_DATA', /at least one record/)
+    const loader = await openLoader(await open(), options)
+    await refuses(() => loader.nextSync(), 'ERR_ARGUMENT', /at least one worker/)
+    const both = await Promise.allSettled([loader.next(), loader.next()])
+    expect(both.map((x) => x.status)).toEqual(['fulfilled', 'rejected'])
+    await loader.close()
+    await loader.close()
+  })
+
+  // The same in fresh processes: TypeScript through tsx, compiled JavaScript in plain node, and inside a worker thread.
+  const root = fileURLToPath(new URL('../../', import.meta.url))
+  const program = (src: string, ext: string, close: boolean): string => `
+    import { loadDataset } from ${JSON.stringify(`${src}/data.${ext}`)}
+    import { openLoader } from ${JSON.stringify(`${src}/loader.${ext}`)}
+    import { Tokenizer } from ${JSON.stringify(`${src}/tokenizer.${ext}`)}
+    const c = ${JSON.stringify(caseDir(name))}
+    const d = await loadDataset(c + '/data_phase1.json', { images: c + '/images' })
+    const preprocess = { size: 32, crop: 32, mean: [0.48, 0.46, 0.41], std: [0.27, 0.26, 0.28], pad: true }
+    const l = await openLoader(d, { tokenizer: Tokenizer.load(c + '/model/llm'), preprocess, style: 'plain', patches: 16, batch: 4, seed: 1, workers: 2 })
+    let n = 0
+    ${close ? 'for await (const b of l) n += b.packed.images.length; await l.close()' : 'n = l.nextSync().packed.images.length'}
+    console.log('pictures', n)
+  `
+  const run = (file: string, args: string[]): string =>
+    execFileSync(process.execPath, [...args, file], {
+      encoding: 'utf8',
+      timeout: 60_000,
+      env: { ...process.env, NODE_OPTIONS: '' },
+    })
+  const tsx = ['--import', 'tsx']
+  it('runs under tsx, ends by itself when it is not closed', () => {
+    // Inside the repository, so that `tsx` is found from there.
+    const file = path.join(root, 'ts/test', `.loader-${process.pid}.mts`)
+    try {
+      for (const [close, want] of [
+        [true, 14],
+        [false, 4],
+      ] as const) {
+        fs.writeFileSync(file, program('../src', 'js', close))
+        expect(run(file, tsx)).toBe(`pictures ${want}\n`)
+      }
+    } finally {
+      fs.rmSync(file, { force: true })
+    }
+  })
+  it('runs compiled, in plain node, in a folder with a space, also inside a worker thread', async () => {
+    const out = path.join(root, 'ts/test', `.dist ${process.pid}`)
+    try {
+      fs.mkdirSync(out)
+      fs.writeFileSync(path.join(out, 'package.json'), '{"type":"module"}')
+      const ts = await import('typescript')
+      for (const f of [
+        'data',
+        'loader',
+        'batch',
+        'decode-worker',
+        'image',
+        'prompt',
+        'tokenizer',
+        'sentencepiece',
+        'json',
+        'errors',
+        'rng',
+        'config',
+      ])
+        fs.writeFileSync(
+          path.join(out, `${f}.js`),
+          ts.default.transpileModule(fs.readFileSync(path.join(root, 'ts/src', `${f}.ts`), 'utf8'), {
+            compilerOptions: {
+              module: ts.default.ModuleKind.ESNext,
+              target: ts.default.ScriptTarget.ES2023,
+              verbatimModuleSyntax: false,
+              isolatedModules: true,
+            },
+          }).outputText,
+        )
+      for (const [close, want] of [
+        [true, 14],
+        [false, 4],
+      ] as const) {
+        fs.writeFileSync(path.join(out, 'main.js'), program('.', 'js', close))
+        expect(run(path.join(out, 'main.js'), [])).toBe(`pictures ${want}\n`)
+      }
+      const worker = new Worker(path.join(out, 'main.js'), { stdout: true, execArgv: [] })
+      let text = ''
+      worker.stdout.on('data', (x) => {
+        text += x
+      })
+      expect(await new Promise((resolve, reject) => worker.on('exit', resolve).on('error', reject))).toBe(0)
+      expect(text).toBe('pictures 4\n')
+    } finally {
+      fs.rmSync(out, { recursive: true, force: true })
+    }
+  })
+  it('prepares a sample of the type the trainer takes', () => {
+    const s: Sample = buildSample(recordsOf(name, 'data_phase2.json')[0], tokenizer, {
+      style: 'vicuna_v1',
+      patches: 16,
+    })
+    expect(
+      readFloats(openSafetensors(caseDir(name, 'inputs.safetensors')).entries.get('phase2.pixel_values') as TensorEntry)
+        .length,
+    ).toBe(3 * 3 * 32 * 32)
+    expect(s.image).toBe('a00.png')
+  })
+})
