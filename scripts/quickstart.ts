@@ -7,7 +7,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { AlignGPT, loadClip } from '../ts/src/aligngpt.js'
-import { trainClipTokenizer, trainLlamaTokenizer } from '../ts/src/bpe.js'
+import { saveTokenizer, trainBpe, trainClipBpe } from '../ts/src/bpe.js'
 import { loadDataset } from '../ts/src/data.js'
 import { evaluate, type Question } from '../ts/src/evaluate.js'
 import { generateBatch } from '../ts/src/generate.js'
@@ -21,7 +21,6 @@ import { prepareData, type QuickstartData, type Thing } from './quickstart/data.
 import { type Example, type Result, type Sampled, writeReport } from './quickstart/report.js'
 import {
   type Budget,
-  CLIP_TEXT_LENGTH,
   type ClipPair,
   clipCaptions,
   Pictures,
@@ -61,7 +60,9 @@ function meter(steps: number): Budget {
 
 function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): void {
   const captions = d.things.flatMap(clipCaptions)
-  writeClipConfig(clipDir, trainClipTokenizer(clipDir, captions, 1000, CLIP_TEXT_LENGTH))
+  const clip = trainClipBpe(captions, { vocabSize: 1500 })
+  saveTokenizer(clip, clipDir)
+  writeClipConfig(clipDir, clip.vocabSize)
   const prompt = `${DEFAULT_SYSTEM.vicuna_v1} USER: ASSISTANT:`
   const instructions = JSON.parse(fs.readFileSync(d.instructions, 'utf8')) as { conversations: { value: string }[] }[]
   const spoken = instructions
@@ -73,7 +74,9 @@ function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): voi
     ...spoken,
     ...Array<string>(500).fill(prompt),
   ]
-  writeLlamaConfig(llmDir, trainLlamaTokenizer(llmDir, texts, 1600))
+  const llm = trainBpe(texts, { vocabSize: 1600 })
+  saveTokenizer(llm, llmDir)
+  writeLlamaConfig(llmDir, llm.vocabSize)
 }
 
 /** Both renderings of a thing are in the same half, so a CLIP never judges a thing it has seen. */

@@ -1,0 +1,392 @@
+/** Properties of training and inference that no golden case shows. */
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
+import type { PackedBatch } from '../src/batch.js'
+import { loadDataset } from '../src/data.js'
+import type { AlignGPTError } from '../src/errors.js'
+import { evaluate, evaluateLoss } from '../src/evaluate.js'
+import { Decoding, generateBatch } from '../src/generate.js'
+import { openLoader } from '../src/loader.js'
+import { AdamW } from '../src/optim.js'
+import { FINETUNE, PRETRAIN, trainable } from '../src/phases.js'
+import { openSafetensors, readEntry } from '../src/safetensors.js'
+import { memory, noGrad, scope } from '../src/tensor.js'
+import { finetune, pretrain } from '../src/train.js'
+
+const base = new URL('golden/base/', import.meta.url).pathname
+const folder = path.join(base, 'model/aligngpt')
+const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'train test '))
+afterAll(() => fs.rmSync(scratch, { recursive: true }))
+const images = path.join(base, 'images')
+const open = (name: string) => loadDataset(path.join(base, name), { images })
+
+async function batchOf(model: AlignGPT, file: string, phase = FINETUNE): Promise<PackedBatch> {
+  const data = await open(file)
+  const loader = await openLoader(data, {
+    tokenizer: model.tokenizer,
+    preprocess: { ...model.preprocessor, pad: phase.pad },
+    style: phase.style,
+    patches: model.patches,
+    batch: data.length,
+    shuffle: false,
+    seed: 0,
+    workers: 0,
+  })
+  const loaded = await loader.next()
+  await loader.close()
+  return loaded?.packed as PackedBatch
+}
+/** Loss and flat gradients of one pass. */
+function gradients(
+  model: AlignGPT,
+  b: PackedBatch[],
+  o: { recompute?: boolean } = {},
+): { loss: number; flat: Float64Array } {
+  const parameters = trainable(model, FINETUNE)
+  const optimizer = new AdamW(parameters)
+  const total = b.reduce((n, x) => n + x.lossRows.length, 0)
+  let loss = 0
+  for (const x of b) loss += model.lossAndGradients(x, FINETUNE.mix, { denominator: total, ...o }).loss
+  optimizer.gradientNorm()
+  const flat = scope(() => Float64Array.from(parameters.flatMap((p) => Array.from(p.tensor.grad()?.toFloats() ?? []))))
+  optimizer.dispose()
+  return { loss, flat }
+}
+const worst = (a: ArrayLike<number>, b: ArrayLike<number>): number => {
+  let d = 0
+  let top = 0
+  for (let i = 0; i < a.length; i++) {
+    d = Math.max(d, Math.abs(a[i] - b[i]))
+    top = Math.max(top, Math.abs(a[i]))
+  }
+  return d / top
+}
+
+describe('one step', () => {
+  let model: AlignGPT
+  let batch: PackedBatch
+  beforeAll(async () => {
+    model = await AlignGPT.load(folder)
+    batch = await batchOf(model, 'data_phase2.json')
+  })
+  afterAll(() => model.dispose())
+
+  test('recompute gives the same loss and the same gradients, bit for bit', () => {
+    const kept = gradients(model, [batch])
+    const again = gradients(model, [batch], { recompute: true })
+    expect(again.loss).toBe(kept.loss)
+    expect(again.flat).toEqual(kept.flat)
+  })
+
+  test('micro-batches accumulate to the gradient of the whole batch', async () => {
+    const data = await open('data_phase2.json')
+    const loader = await openLoader(data, {
+      tokenizer: model.tokenizer,
+      preprocess: { ...model.preprocessor, pad: true },
+      style: 'vicuna_v1',
+      patches: model.patches,
+      batch: data.length,
+      micro: 1,
+      shuffle: false,
+      seed: 0,
+      workers: 0,
+    })
+    const micro: PackedBatch[] = []
+    for await (const b of loader) if (b.packed) micro.push(b.packed)
+    await loader.close()
+    expect(micro.length).toBe(data.length)
+    const whole = gradients(model, [batch])
+    const parts = gradients(model, micro)
+    expect(parts.loss).toBeCloseTo(whole.loss, 5)
+    expect(worst(whole.flat, parts.flat)).toBeLessThan(2e-6)
+  })
+
+  test('a level that is missing is named', () => {
+    const unscored = { ...batch, levels: batch.levels.map(() => -1) }
+    expect(() => scope(() => model.embed(unscored, PRETRAIN.mix))).toThrow(
+      /record '.*': expected a level in 'similarity'/,
+    )
+  })
+
+  test('ablations: fixed weights equal to the gate give the same vector; local only leaves the global row out', () => {
+    scope(() =>
+      noGrad(() => {
+        const gate = model.embed(batch, { mode: 'gate' })
+        const row = Array.from(gate.coefficients.toFloats().subarray(0, model.levels))
+        const fixed = model.embed(batch, { mode: 'fixed', coefficients: row })
+        const at = batch.alignRows[0] * model.config.llm.hidden_size
+        const vector = (e: typeof gate) =>
+          Array.from(e.inputsEmbeds.toFloats().subarray(at, at + model.config.llm.hidden_size))
+        expect(vector(fixed)).toEqual(vector(gate))
+        const local = model.embed(batch, { mode: 'gate', global: false })
+        const global = model.align_indicators.indicator_embs.toFloats().subarray(-model.config.llm.hidden_size)
+        for (const [i, v] of vector(local).entries()) expect(v + global[i]).toBeCloseTo(vector(gate)[i], 5)
+      }),
+    )
+  })
+})
+
+test('bf16 follows f32: ten steps of both phases', async () => {
+  for (const [phase, file, train] of [
+    [PRETRAIN, 'data_phase1.json', pretrain],
+    [FINETUNE, 'data_phase2.json', finetune],
+  ] as const) {
+    const curves: number[][] = []
+    for (const dtype of ['f32', 'bf16'] as const) {
+      const model = await AlignGPT.load(folder, { dtype })
+      const data = await open(file)
+      curves.push((await train(model, data, { batch: 4, steps: 10, lr: phase.lr, workers: 0, progress: false })).loss)
+      model.dispose()
+      data.close()
+    }
+    const [f32, bf16] = curves
+    for (const [i, loss] of f32.entries()) expect(Math.abs(bf16[i] - loss)).toBeLessThan(0.02 * loss)
+    if (phase === PRETRAIN) expect(f32.at(-1)).toBeLessThan(f32[0])
+  }
+})
+
+test('the cache gives what a full forward pass gives', async () => {
+  const model = await AlignGPT.load(folder)
+  const whole = await batchOf(model, 'data_phase2.json')
+  // text-only sample: feed all but three tokens, then one by one, and compare with prefilling everything
+  const text = Array.from(whole.tokens.subarray(whole.offsets[2], whole.offsets[3]))
+  expect(text.every((t) => t >= 0)).toBe(true)
+  const pack = (ids: number[]): PackedBatch => ({
+    tokens: Int32Array.from(ids),
+    labels: new Int32Array(ids.length).fill(-100),
+    offsets: Int32Array.of(0, ids.length),
+    positions: Int32Array.from(ids, (_, i) => i),
+    lossRows: new Int32Array(0),
+    lossTargets: new Int32Array(0),
+    imageRows: new Int32Array(0),
+    alignRows: new Int32Array(0),
+    imageSamples: new Int32Array(0),
+    gateIds: new Int32Array(0),
+    gateOffsets: new Int32Array(1),
+    pixels: new Float32Array(0),
+    levels: new Int32Array(0),
+    imageSize: model.imageSize,
+    ids: ['text'],
+    images: [],
+  })
+  const full = new Decoding(model, pack(text), FINETUNE.mix, 1)
+  const stepped = new Decoding(model, pack(text.slice(0, -3)), FINETUNE.mix, 4)
+  for (const id of text.slice(-3)) stepped.push([id])
+  expect(worst(full.logits.toFloats(), stepped.logits.toFloats())).toBeLessThan(5e-6)
+  full.dispose()
+  stepped.dispose()
+  model.dispose()
+})
+
+test('a batch of requests answers as each alone, streams, and stops at stop texts', async () => {
+  const model = await AlignGPT.load(folder)
+  const requests = [
+    { prompt: 'What is this?', image: path.join(images, 'a00.png') },
+    { prompt: 'What is a gradient?' },
+    { prompt: 'Describe the picture in one sentence.', image: path.join(images, 'a15.jpg') },
+  ]
+  const together = await generateBatch(model, requests, { maxNewTokens: 12 })
+  const before = memory() // the model keeps its rotary tables
+  for (const [i, r] of requests.entries()) {
+    const [alone] = await generateBatch(model, [r], { maxNewTokens: 12 })
+    expect(alone.ids).toEqual(together[i].ids)
+    let text = ''
+    for await (const piece of model.generate({ ...r, maxNewTokens: 12 })) {
+      text += piece.text
+      expect(piece.alpha === null).toBe(r.image === undefined)
+    }
+    expect(text.trim()).toBe(together[i].text)
+  }
+  expect(together[0].alpha?.length).toBe(model.levels)
+  expect(together[0].alpha?.slice(0, -1).reduce((a, b) => a + b)).toBeCloseTo(1, 5)
+  expect(together[1].alpha).toBeNull()
+  const cut = together[0].text.slice(2, 5)
+  const [stopped] = await generateBatch(model, [requests[0]], { maxNewTokens: 12, stop: [cut] })
+  expect(stopped.text).toBe(together[0].text.slice(0, together[0].text.indexOf(cut)).trim())
+  expect(stopped.finish).toBe('end')
+  const sampled = await generateBatch(model, requests, { maxNewTokens: 8, temperature: 1, topP: 0.9, seed: 5 })
+  expect(await generateBatch(model, requests, { maxNewTokens: 8, temperature: 1, topP: 0.9, seed: 5 })).toEqual(sampled)
+  const controller = new AbortController()
+  controller.abort()
+  await expect(generateBatch(model, requests, { signal: controller.signal })).rejects.toThrow()
+  expect(memory().inUse).toBe(before.inUse)
+  model.dispose()
+})
+
+test('saving and loading is identical, weights and answers', async () => {
+  const model = await AlignGPT.load(folder)
+  const out = path.join(scratch, 'saved')
+  await model.save(out)
+  const again = await AlignGPT.load(out)
+  const [a, b] = [
+    openSafetensors(path.join(folder, 'model.safetensors')),
+    openSafetensors(path.join(out, 'model.safetensors')),
+  ]
+  expect([...b.entries.keys()].sort()).toEqual([...a.entries.keys()].sort())
+  for (const [name, e] of a.entries)
+    expect(readEntry(b.entries.get(name) as typeof e).equals(readEntry(e)), name).toBe(true)
+  const ask = (m: AlignGPT) =>
+    generateBatch(m, [{ prompt: 'What is this?', image: path.join(images, 'a00.png') }], { maxNewTokens: 6 })
+  expect(await ask(again)).toEqual(await ask(model))
+  model.dispose()
+  again.dispose()
+})
+
+test('a run is a pure function of its seed, and says what it did', async () => {
+  const runs: string[] = []
+  for (const name of ['one', 'two']) {
+    const model = await AlignGPT.load(folder)
+    const data = await open('data_phase1.json')
+    const seen: number[] = []
+    const out = path.join(scratch, name)
+    const result = await pretrain(model, data, {
+      out,
+      batch: 4,
+      epochs: 2,
+      seed: 3,
+      progress: false,
+      onStep: (s) => seen.push(s.loss),
+    })
+    expect(result.steps).toBe(Math.ceil(14 / 4) * 2)
+    expect(seen).toEqual(result.loss)
+    const log = fs
+      .readFileSync(path.join(out, 'log.jsonl'), 'utf8')
+      .trim()
+      .split('\n')
+      .map((l) => JSON.parse(l))
+    expect(log.map((l) => l.loss)).toEqual(result.loss)
+    expect(log[0]).toMatchObject({ phase: 'pretrain', step: 0, steps: 8, lr: 0 })
+    expect(log[0].tokensPerSecond).toBeGreaterThan(0)
+    runs.push(fs.readFileSync(path.join(out, 'model.safetensors')).toString('base64'))
+    model.dispose()
+  }
+  expect(runs[1]).toBe(runs[0])
+})
+
+test('only what a phase trains moves', async () => {
+  const model = await AlignGPT.load(folder)
+  const values = () =>
+    new Map([...model.namedParameters()].map(([n, t]) => [n, Buffer.from(t.toFloats().buffer).toString('base64')]))
+  const before = values()
+  const data = await open('data_phase1.json')
+  await pretrain(model, data, { batch: 7, steps: 3, progress: false, workers: 0 })
+  const moved = [...values()].filter(([n, v]) => before.get(n) !== v).map(([n]) => n)
+  expect(moved.sort()).toEqual([
+    'align_indicators.indicator_embs',
+    'mm_projector.0.bias',
+    'mm_projector.0.weight',
+    'mm_projector.2.bias',
+    'mm_projector.2.weight',
+  ])
+  model.dispose()
+})
+
+test('a loss that is not finite stops before the update and names the records', async () => {
+  const model = await AlignGPT.load(folder)
+  const w = model.align_indicators.indicator_embs
+  const values = w.toFloats()
+  values[0] = Number.NaN
+  w.write(values)
+  const projector = [...model.namedParameters()].find(([n]) => n === 'mm_projector.2.weight')?.[1]
+  const before = projector?.toFloats()
+  const data = await open('data_phase1.json')
+  const error = (await pretrain(model, data, { batch: 14, steps: 1, progress: false, workers: 0 }).catch(
+    (e) => e,
+  )) as AlignGPTError
+  expect(error.code).toBe('ERR_NOT_FINITE')
+  expect(error.message).toMatch(/weights unchanged, records of the step: .*a-pre-0/)
+  expect(projector?.toFloats()).toEqual(before)
+  model.dispose()
+})
+
+test('bad pictures are left out, named and counted; too many stop the run with a list', async () => {
+  const dir = path.join(scratch, 'bad')
+  fs.cpSync(images, dir, { recursive: true })
+  fs.truncateSync(path.join(dir, 'a02.jpg'), 300)
+  fs.writeFileSync(path.join(dir, 'a05.png'), 'not a picture')
+  const model = await AlignGPT.load(folder)
+  const data = await loadDataset(path.join(base, 'data_phase1.json'), { images: dir })
+  const result = await pretrain(model, data, { batch: 14, steps: 1, maxBad: 0.2, progress: false })
+  expect(result.bad.map((b) => b.image).sort()).toEqual(['a02.jpg', 'a05.png'])
+  const strict = await loadDataset(path.join(base, 'data_phase1.json'), { images: dir })
+  await expect(pretrain(model, strict, { batch: 14, steps: 1, progress: false })).rejects.toThrow(/a02\.jpg|a05\.png/)
+  model.dispose()
+})
+
+test('missing and ill-fitting weights are named', async () => {
+  const copy = path.join(scratch, 'broken')
+  fs.cpSync(folder, copy, { recursive: true })
+  fs.cpSync(path.join(base, 'model/clip'), path.join(copy, 'vision_tower'), { recursive: true })
+  const config = JSON.parse(fs.readFileSync(path.join(copy, 'config.json'), 'utf8'))
+  const write = (change: object): void =>
+    fs.writeFileSync(
+      path.join(copy, 'config.json'),
+      JSON.stringify({ ...config, mm_vision_tower: 'vision_tower', ...change }),
+    )
+  write({ intermediate_size: 80 })
+  await expect(AlignGPT.load(copy)).rejects.toThrow(
+    /'model\.layers\.0\.mlp\.gate_proj\.weight': expected shape \[80,48\], got \[72,48\]/,
+  )
+  write({ num_hidden_layers: 3 })
+  await expect(AlignGPT.load(copy)).rejects.toThrow(/'model\.layers\.2\..*': expected a tensor \[.*\], got none/)
+  write({ hidden_act: 'relu' })
+  await expect(AlignGPT.load(copy)).rejects.toThrow(/hidden_act/)
+  await expect(AlignGPT.load(path.join(scratch, 'nowhere'))).rejects.toThrow(/nowhere/)
+  await expect(AlignGPT.load(folder, { device: 'cuda' as 'cpu' })).rejects.toThrow(
+    /device: expected auto or cpu, got cuda/,
+  )
+})
+
+test('evaluation: yes/no, choices, letters and generated answers, each with its control', async () => {
+  const model = await AlignGPT.load(folder)
+  const question = (id: string, rest: object) => ({
+    id,
+    image: 'a00.png',
+    question: 'What is this?',
+    answer: 'circle',
+    ...rest,
+  })
+  const list = [
+    question('1', { options: ['circle', 'square'] }),
+    question('2', { image: 'a15.jpg', options: ['page', 'stripes'], answer: 'page' }),
+    question('3', { image: 'a05.png', options: ['page', 'stripes'], answer: 'stripes' }),
+  ]
+  const choice = await evaluate(model, list, { images })
+  expect(choice).toMatchObject({ count: 3, chance: 0.5 })
+  expect(choice.accuracy).toBe(choice.answers.filter((a) => a.given === a.answer).length / 3)
+  expect(choice.blind).not.toBeNull()
+  const letters = await evaluate(model, list, { images, judge: 'letter' })
+  for (const a of letters.answers) expect(['A', 'B']).toContain(a.given)
+  const yesno = await evaluate(
+    model,
+    [
+      question('4', { question: 'Is it red?', answer: 'No' }),
+      question('5', { image: 'a05.png', question: 'Is it red?', answer: 'yes' }),
+    ],
+    { images },
+  )
+  expect(yesno.chance).toBe(0.5)
+  const open_ = await evaluate(model, [question('6', {})], { images, maxNewTokens: 4, blind: false })
+  expect(open_).toMatchObject({ chance: null, blind: null, count: 1 })
+  expect(
+    (
+      await evaluate(model, [question('7', { answer: open_.answers[0].given.slice(1, 4) })], {
+        images,
+        judge: 'contains',
+        maxNewTokens: 4,
+        blind: false,
+      })
+    ).accuracy,
+  ).toBe(1)
+  await expect(evaluate(model, [question('8', { options: ['a', 'b'] })], { images })).rejects.toThrow(
+    /answer: expected one of/,
+  )
+  const data = await open('data_phase2.json')
+  const { loss, tokens } = await evaluateLoss(model, data)
+  expect(tokens).toBe(94)
+  expect(loss).toBeCloseTo(6.469256, 4)
+  model.dispose()
+})

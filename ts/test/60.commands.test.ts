@@ -1,0 +1,165 @@
+/** The four commands of the README on a foreign folder: other models, other pictures, other JSON than the quickstart's. */
+import { spawn } from 'node:child_process'
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import sharp from 'sharp'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+
+const root = new URL('../..', import.meta.url)
+const golden = new URL('golden/wide/model/', import.meta.url).pathname
+const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'my own däta '))
+const pictures = path.join(dir, 'pictures')
+const [pairs, instructions] = ['pairs.json', 'instructions.json'].map((f) => path.join(dir, f))
+afterAll(() => fs.rmSync(dir, { recursive: true }))
+
+function npm(script: string, args: string[]): Promise<{ status: number | null; out: string; err: string }> {
+  return new Promise((resolve) => {
+    const child = spawn('npm', ['run', '--silent', script, '--', ...args], { cwd: root })
+    let [out, err] = ['', '']
+    child.stdout.on('data', (d) => (out += d))
+    child.stderr.on('data', (d) => (err += d))
+    child.on('close', (status) => resolve({ status, out, err }))
+  })
+}
+
+beforeAll(async () => {
+  fs.mkdirSync(pictures)
+  const records: object[] = []
+  for (let i = 0; i < 12; i++) {
+    const name = `photo ${i}.${i % 2 ? 'jpg' : 'webp'}`
+    const background = { r: (i * 40) % 256, g: (i * 90) % 256, b: 80 }
+    await sharp({ create: { width: 90 + i, height: 60 + 3 * i, channels: 3, background } }).toFile(
+      path.join(pictures, name),
+    )
+    records.push({
+      id: i,
+      image: name,
+      conversations: [
+        { from: 'human', value: 'Describe.\n<image>' },
+        { from: 'gpt', value: `colour number ${i}` },
+      ],
+    })
+  }
+  fs.writeFileSync(pairs, JSON.stringify(records))
+  const asked = [
+    ...records.slice(0, 6).map((r, i) => ({
+      ...r,
+      id: `q${i}`,
+      conversations: [
+        { from: 'human', value: '<image>\nWhat is it?' },
+        { from: 'gpt', value: 'A colour.' },
+        { from: 'human', value: 'Sure?' },
+        { from: 'gpt', value: 'Yes.' },
+      ],
+    })),
+    {
+      id: 'text',
+      conversations: [
+        { from: 'human', value: 'Hello?' },
+        { from: 'gpt', value: 'Hello.' },
+      ],
+    },
+  ]
+  fs.writeFileSync(instructions, asked.map((r) => JSON.stringify(r)).join('\n')) // JSON lines this time
+})
+
+test('levels, pretrain, finetune, chat', async () => {
+  const levels = await npm('levels', [
+    '--data',
+    pairs,
+    '--images',
+    pictures,
+    '--clip',
+    path.join(golden, 'clip'),
+    '--levels',
+    '5',
+    '--buckets',
+    'quantile',
+  ])
+  expect(levels.status, levels.err).toBe(0)
+  expect(levels.out).toMatch(/level 4 /)
+  const scored = JSON.parse(fs.readFileSync(pairs, 'utf8')) as { similarity: number }[]
+  expect(new Set(scored.map((r) => r.similarity))).toEqual(new Set([0, 1, 2, 3, 4]))
+
+  const first = path.join(dir, 'first')
+  const pretrain = await npm('pretrain', [
+    '--llm',
+    path.join(golden, 'llm'),
+    '--clip',
+    path.join(golden, 'clip'),
+    '--data',
+    pairs,
+    '--images',
+    pictures,
+    '--out',
+    first,
+    '--levels',
+    '5',
+    '--batch',
+    '4',
+    '--epochs',
+    '2',
+  ])
+  expect(pretrain.status, pretrain.err).toBe(0)
+  expect(pretrain.out).toMatch(/6 steps in .* loss \d/)
+  const config = JSON.parse(fs.readFileSync(path.join(first, 'config.json'), 'utf8'))
+  expect(config).toMatchObject({ model_type: 'aligngpt', n_indicators: 5, mm_projector_type: 'mlp2x_gelu' })
+
+  const second = path.join(dir, 'second')
+  const finetune = await npm('finetune', [
+    '--model',
+    first,
+    '--data',
+    instructions,
+    '--images',
+    pictures,
+    '--out',
+    second,
+    '--batch',
+    '4',
+    '--dtype',
+    'bf16',
+    '--recompute',
+  ])
+  expect(finetune.status, finetune.err).toBe(0)
+  expect(finetune.out).toMatch(/2 steps in/)
+
+  const chat = await npm('chat', [
+    '--model',
+    second,
+    '--image',
+    path.join(pictures, 'photo 3.jpg'),
+    '--max-new-tokens',
+    '5',
+    'What is it?',
+  ])
+  expect(chat.status, chat.err).toBe(0)
+  expect(chat.err).toMatch(/alignment: 0 0\.\d{3} {2}1 0\.\d{3} .* global 1\.000/)
+})
+
+test('mistakes are answered in one line', async () => {
+  const runs = await Promise.all([
+    npm('levels', ['--data', path.join(dir, 'none.json'), '--images', pictures, '--clip', path.join(golden, 'clip')]),
+    npm('pretrain', [
+      '--llm',
+      path.join(golden, 'clip'),
+      '--clip',
+      path.join(golden, 'clip'),
+      '--data',
+      pairs,
+      '--images',
+      pictures,
+      '--out',
+      path.join(dir, 'x'),
+    ]),
+    npm('chat', ['--model', path.join(golden, 'aligngpt'), '--image', path.join(dir, 'missing.png'), 'What?']),
+    npm('finetune', ['--data', instructions, '--images', pictures, '--out', path.join(dir, 'y')]),
+  ])
+  const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /required option '--model/]
+  for (const [i, run] of runs.entries()) {
+    expect(run.status).not.toBe(0)
+    expect(run.err).toMatch(expected[i])
+    expect(run.err).not.toMatch(/\n\s+at /)
+  }
+})
