@@ -62,6 +62,8 @@ export interface LevelsOptions {
   /** width: equal parts of the score range (the paper's rule, default); quantile: equal counts */
   buckets?: Buckets
   batch?: number
+  /** false: only compute, do not write `similarity` into the file */
+  write?: boolean
   onProgress?: (done: number, total: number) => void
 }
 
@@ -112,7 +114,7 @@ export async function levels(
       all[p.index] = result.levels[i]
       every[p.index] = scores[i]
     }
-    await writeLevels(data, all)
+    if (o.write !== false) await writeLevels(data, all)
     return { ...result, scores: every, bad }
   } finally {
     clip.dispose()
