@@ -1,4 +1,5 @@
 // The CPU backend's table: device services, and the kernels of the best level this machine has.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -7,6 +8,7 @@
 #include "pool.h"
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #elif defined(_WIN32)
 #include <malloc.h>
 #endif
@@ -20,7 +22,7 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
   void* p = _aligned_malloc(size_t(bytes), align);
 #else
   void* p = nullptr;
-  if (posix_memalign(&p, align, size_t(bytes))) p = nullptr;
+  if (posix_memalign(&p, align, bytes > 0 ? size_t(bytes) : 1)) p = nullptr;
 #endif
   if (!p) return AG_OUT_OF_MEMORY;
 #if defined(__linux__)
@@ -67,58 +69,59 @@ const T* as(const void* p) {
   return static_cast<const T*>(p);
 }
 
-#define AG_LEVEL_TABLE(level)                                                              \
-  void table_##level(AgBackend& b) {                                                       \
-    b.pack_bytes = level::pack_bytes;                                                      \
-    b.pack = level::pack;                                                                  \
-    b.fill = level::fill;                                                                  \
-    b.copy2d = level::copy2d;                                                              \
-    b.cast = level::cast;                                                                  \
-    b.random = level::random;                                                              \
-    b.unary = level::unary;                                                                \
-    b.unary_grad = level::unary_grad;                                                      \
-    b.binary = level::binary;                                                              \
-    b.silu_mul = level::silu_mul;                                                          \
-    b.silu_mul_grad = level::silu_mul_grad;                                                \
-    b.col_sum = level::col_sum;                                                            \
-    b.sum = level::sum;                                                                    \
-    b.sum_squares = level::sum_squares;                                                    \
-    b.gather_rows = level::gather_rows;                                                    \
-    b.scatter_rows = level::scatter_rows;                                                  \
-    b.scatter_add = level::scatter_add;                                                    \
-    b.gemm = level::gemm;                                                                  \
-    b.norm = level::norm;                                                                  \
-    b.norm_grad = level::norm_grad;                                                        \
-    b.softmax = level::softmax;                                                            \
-    b.softmax_grad = level::softmax_grad;                                                  \
-    b.l2norm = level::l2norm;                                                              \
-    b.l2norm_grad = level::l2norm_grad;                                                    \
-    b.rope = level::rope;                                                                  \
-    b.attention = level::attention;                                                        \
-    b.attention_grad = level::attention_grad;                                              \
-    b.attention_cached = level::attention_cached;                                          \
-    b.align_mix = level::align_mix;                                                        \
-    b.align_mix_grad = level::align_mix_grad;                                              \
-    b.cross_entropy = level::cross_entropy;                                                \
-    b.patchify = level::patchify;                                                          \
-    b.adamw = level::adamw;                                                                \
-    b.sample = level::sample;                                                              \
-  }                                                                                        \
-  int64_t workspace_##level(AgKernel k, const void* a) {                                   \
-    switch (k) {                                                                           \
-      case AG_K_GEMM: return level::gemm_workspace(as<AgGemm>(a));                         \
-      case AG_K_NORM_GRAD: return level::norm_grad_workspace(as<AgNormGrad>(a));           \
-      case AG_K_ATTENTION: return level::attention_workspace(as<AgAttention>(a));          \
-      case AG_K_ATTENTION_GRAD: return level::attention_grad_workspace(as<AgAttention>(a)); \
+#define AG_LEVEL_TABLE(level)                                                                         \
+  void table_##level(AgBackend& b) {                                                                  \
+    b.pack_bytes = level::pack_bytes;                                                                 \
+    b.pack = level::pack;                                                                             \
+    b.fill = level::fill;                                                                             \
+    b.copy2d = level::copy2d;                                                                         \
+    b.cast = level::cast;                                                                             \
+    b.random = level::random;                                                                         \
+    b.unary = level::unary;                                                                           \
+    b.unary_grad = level::unary_grad;                                                                 \
+    b.binary = level::binary;                                                                         \
+    b.silu_mul = level::silu_mul;                                                                     \
+    b.silu_mul_grad = level::silu_mul_grad;                                                           \
+    b.col_sum = level::col_sum;                                                                       \
+    b.sum = level::sum;                                                                               \
+    b.sum_squares = level::sum_squares;                                                               \
+    b.gather_rows = level::gather_rows;                                                               \
+    b.scatter_rows = level::scatter_rows;                                                             \
+    b.scatter_add = level::scatter_add;                                                               \
+    b.gemm = level::gemm;                                                                             \
+    b.norm = level::norm;                                                                             \
+    b.norm_grad = level::norm_grad;                                                                   \
+    b.softmax = level::softmax;                                                                       \
+    b.softmax_grad = level::softmax_grad;                                                             \
+    b.l2norm = level::l2norm;                                                                         \
+    b.l2norm_grad = level::l2norm_grad;                                                               \
+    b.rope = level::rope;                                                                             \
+    b.attention = level::attention;                                                                   \
+    b.attention_grad = level::attention_grad;                                                         \
+    b.attention_cached = level::attention_cached;                                                     \
+    b.align_mix = level::align_mix;                                                                   \
+    b.align_mix_grad = level::align_mix_grad;                                                         \
+    b.cross_entropy = level::cross_entropy;                                                           \
+    b.patchify = level::patchify;                                                                     \
+    b.adamw = level::adamw;                                                                           \
+    b.sample = level::sample;                                                                         \
+  }                                                                                                   \
+  int64_t workspace_##level(AgKernel k, const void* a) {                                              \
+    switch (k) {                                                                                      \
+      case AG_K_GEMM: return level::gemm_workspace(as<AgGemm>(a));                                    \
+      case AG_K_NORM_GRAD: return level::norm_grad_workspace(as<AgNormGrad>(a));                      \
+      case AG_K_ATTENTION: return level::attention_workspace(as<AgAttention>(a));                     \
+      case AG_K_ATTENTION_GRAD: return level::attention_grad_workspace(as<AgAttention>(a));           \
       case AG_K_ATTENTION_CACHED: return level::attention_cached_workspace(as<AgAttentionCached>(a)); \
-      case AG_K_ALIGN_MIX: return level::align_mix_workspace(as<AgAlignMix>(a));           \
-      case AG_K_ALIGN_MIX_GRAD: return level::align_mix_grad_workspace(as<AgAlignMix>(a)); \
-      case AG_K_COL_SUM: return level::col_sum_workspace(as<AgColSum>(a));                 \
-      case AG_K_SUM: return level::sum_workspace(as<AgSum>(a));                            \
-      case AG_K_SUM_SQUARES: return level::sum_squares_workspace(as<AgSumSquares>(a));     \
-      case AG_K_SAMPLE: return level::sample_workspace(as<AgSample>(a));                   \
-      default: return 0;                                                                   \
-    }                                                                                      \
+      case AG_K_ALIGN_MIX: return level::align_mix_workspace(as<AgAlignMix>(a));                      \
+      case AG_K_ALIGN_MIX_GRAD: return level::align_mix_grad_workspace(as<AgAlignMix>(a));            \
+      case AG_K_COL_SUM: return level::col_sum_workspace(as<AgColSum>(a));                            \
+      case AG_K_SUM: return level::sum_workspace(as<AgSum>(a));                                       \
+      case AG_K_SUM_SQUARES: return level::sum_squares_workspace(as<AgSumSquares>(a));                \
+      case AG_K_SCATTER_ADD: return level::scatter_add_workspace(as<AgScatterAdd>(a));                \
+      case AG_K_SAMPLE: return level::sample_workspace(as<AgSample>(a));                              \
+      default: return 0;                                                                              \
+    }                                                                                                 \
   }
 
 AG_LEVEL_TABLE(portable)
@@ -144,46 +147,90 @@ const Level kLevels[] = {
 #endif
     {"portable", always, table_portable, workspace_portable},
 };
+constexpr int kLevelCount = int(sizeof kLevels / sizeof *kLevels);
+
+void device_name(char* out, size_t size) {
+  std::strncpy(out, "CPU", size - 1);
+#if defined(__linux__)
+  std::FILE* f = std::fopen("/proc/cpuinfo", "r");
+  if (!f) return;
+  char line[256];
+  while (std::fgets(line, sizeof line, f)) {
+    const char* colon = std::strchr(line, ':');
+    if (std::strncmp(line, "model name", 10) != 0 || !colon) continue;
+    std::snprintf(out, size, "%.*s", int(std::strcspn(colon + 2, "\n")), colon + 2);
+    break;
+  }
+  std::fclose(f);
+#endif
+}
+
+template <int level>
+void capabilities(AgCapabilities* c) {
+  std::memset(c, 0, sizeof *c);
+  std::strcpy(c->name, "cpu");
+  std::strcpy(c->level, kLevels[level].name);
+  device_name(c->device, sizeof c->device);
+  c->threads = ag_threads();
+#if defined(__linux__)
+  c->memory_bytes = int64_t(sysconf(_SC_PHYS_PAGES)) * int64_t(sysconf(_SC_PAGE_SIZE));
+#endif
+}
+
+template <int level>
+const AgBackend* table() {
+  static const AgBackend made = [] {
+    AgBackend b{};
+    b.version = AG_BACKEND_VERSION;
+    b.struct_size = int32_t(sizeof(AgBackend));
+    b.capabilities = capabilities<level>;
+    b.alloc = alloc;
+    b.free = release;
+    b.copy = copy;
+    b.synchronize = synchronize;
+    b.event_create = event_create;
+    b.event_record = event_nothing;
+    b.event_wait = event_nothing;
+    b.event_destroy = nothing;
+    b.graph_begin = no_graph;
+    b.graph_end = no_graph_end;
+    b.graph_launch = no_graph_launch;
+    b.graph_destroy = nothing;
+    b.workspace = kLevels[level].workspace;
+    kLevels[level].table(b);
+    return b;
+  }();
+  return &made;
+}
+const AgBackend* table_of(int level) {
+#ifdef AG_X86
+  if (level == 0) return table<0>();
+  if (level == 1) return table<1>();
+#endif
+  (void)level;
+  return table<kLevelCount - 1>();
+}
 
 struct Chosen {
-  AgBackend table{};
-  const Level* level = nullptr;
+  const AgBackend* table = nullptr;
   std::string error;
 };
-
-void capabilities(AgCapabilities* c);
 
 Chosen choose() {
   Chosen c;
   const char* wanted = std::getenv("ALIGNGPT_CPU_LEVEL");
+  if (wanted && !*wanted) wanted = nullptr;
   std::string names;
-  for (const Level& l : kLevels) {
-    bool match = !wanted || !*wanted || std::strcmp(wanted, l.name) == 0;
-    if (match && !c.level && l.supported()) c.level = &l;
-    names += (names.empty() ? "" : ", ") + std::string(l.name) + (l.supported() ? "" : " (not on this CPU)");
+  for (int i = 0; i < kLevelCount; i++) {
+    const Level& l = kLevels[i];
+    bool runs = l.supported();
+    if ((!wanted || std::strcmp(wanted, l.name) == 0) && !c.table && runs) c.table = table_of(i);
+    names += (names.empty() ? "" : ", ") + std::string(l.name) + (runs ? "" : " (not on this CPU)");
   }
-  if (!c.level) {
+  if (!c.table) {  // whoever loads the backend asks for the error first; the table stays usable all the same
     c.error = "[cpu] ALIGNGPT_CPU_LEVEL: expected one of " + names + ", got '" + wanted + "'";
-    c.level = &kLevels[sizeof kLevels / sizeof *kLevels - 1];
+    c.table = table_of(kLevelCount - 1);
   }
-  AgBackend& b = c.table;
-  b.version = AG_BACKEND_VERSION;
-  b.struct_size = int32_t(sizeof(AgBackend));
-  b.capabilities = capabilities;
-  b.alloc = alloc;
-  b.free = release;
-  b.copy = copy;
-  b.synchronize = synchronize;
-  b.event_create = event_create;
-  b.event_record = event_nothing;
-  b.event_wait = event_nothing;
-  b.event_destroy = nothing;
-  b.graph_begin = no_graph;
-  b.graph_end = no_graph_end;
-  b.graph_launch = no_graph_launch;
-  b.graph_destroy = nothing;
-  b.workspace = c.level->workspace;
-  c.level->table(b);
   return c;
 }
 
@@ -192,16 +239,12 @@ const Chosen& chosen() {
   return *c;
 }
 
-void capabilities(AgCapabilities* c) {
-  std::memset(c, 0, sizeof *c);
-  std::strcpy(c->name, "cpu");
-  std::strncpy(c->level, chosen().level->name, sizeof c->level - 1);
-  std::strcpy(c->device, "CPU");
-  c->threads = ag_threads();
-}
-
 }  // namespace
 
-extern "C" const AgBackend* ag_cpu_backend(void) { return &chosen().table; }
-// Null, or why ALIGNGPT_CPU_LEVEL cannot be honoured.
+extern "C" const AgBackend* ag_cpu_backend(void) { return chosen().table; }
 extern "C" const char* ag_cpu_level_error(void) { return chosen().error.empty() ? nullptr : chosen().error.c_str(); }
+const AgBackend* ag_cpu_level(const char* name) {
+  for (int i = 0; i < kLevelCount; i++)
+    if (std::strcmp(kLevels[i].name, name) == 0 && kLevels[i].supported()) return table_of(i);
+  return nullptr;
+}

@@ -1,54 +1,84 @@
-// Matrix product: B and A are packed block by block into panels (transposition and conversion happen there), the micro
-// kernel runs over tiles of C shared out to the pool, the epilogue runs on a tile while it is in cache.
-#include "tile.h"
+// Matrix product. One operand is packed whole and shared, the tasks cut the other side of C and pack their share of the
+// other operand themselves, so that it is hot when the micro kernel reads it. Transposition and conversion from bf16
+// happen while packing. Depth is cut into blocks; sums between blocks stay in C or in a task's own scratch, never
+// rounded. Few rows against an unpacked matrix take a path that reads it once, as it lies.
+//
+// A kernel with tiles of another kind (AMX) brings its own Panels: how operands are packed and one tile is multiplied.
+#include "microkernel.h"
 
 namespace AG_LEVEL {
 namespace {
 
-constexpr int64_t kKC = 384;   // depth of a block: a B panel stays in L1
-constexpr int64_t kNC = 2048;  // columns of B packed at a time
-constexpr int64_t kTileN = 256;
+#if defined(AG_LEVEL_PORTABLE)
+constexpr int64_t kKC = 128;  // depth of a block; without fused multiply-add shorter sums keep the error down
+#else
+constexpr int64_t kKC = 384;
+#endif
+constexpr int64_t kSharedRows = 560;  // at most so many rows of A are shared; beyond that B is
+constexpr int64_t kSharedElements = int64_t(4) << 20;
+constexpr int64_t kNarrow = 8;  // rows that are not worth packing B for
 
-template <class C>
-constexpr int64_t kTileM = kMR<C> * (64 / kMR<C> + 1);  // rows of a task
-template <class C>
-constexpr int64_t kMC = kTileM<C> * 16;  // rows of A packed at a time
+int64_t size_of(AgDtype dt) { return dt == AG_BF16 ? 2 : dt == AG_F64 ? 8 : 4; }
 
-// Sums between blocks of k live in C itself where its type and layout allow, else in scratch.
+// Between blocks of k the sums live in C itself where its type and layout allow it.
 bool sums_in_c(const AgGemm* g) { return g->dt_c != AG_BF16 && !g->c_rows; }
-bool tiny(const AgGemm* g) { return g->m * g->n * g->k < 64 * 64 * 64; }
-// Decode: a few rows against a big matrix read once, without packing.
-bool skinny(const AgGemm* g) { return g->m <= 4 && g->trans_b && !g->trans_a && !g->c_rows && g->n >= 64 && g->b; }
+bool tiny(const AgGemm* g) { return double(g->m) * double(g->n) * double(g->k) < 64.0 * 64 * 128; }
+// A few rows against the rows of B: dot products.
+bool skinny(const AgGemm* g) { return g->m <= kNarrow && g->trans_b && !g->trans_a && !g->b_packed; }
 
+// How a product is cut: by shape and level only.
 template <class C>
 struct Plan {
-  int64_t kc, nc, mc;
-  int64_t b_elements, a_elements, sum_elements;
+  bool share_a, direct_b;     // direct_b: B is read as it lies
+  int64_t blocks, kc;         // blocks of depth
+  int64_t chunk;              // columns of B packed at a time when B is shared
+  int64_t task, tasks;        // rows (columns when A is shared) of a task; tasks of a chunk
+  int64_t shared, own, sums;  // elements: the shared operand; a task's panels and sums
+
   explicit Plan(const AgGemm* g) {
-    int64_t blocks = div_up(max_of(g->k, 1), kKC);
-    kc = div_up(max_of(g->k, 1), blocks);
-    nc = min_of(g->n, kNC);
-    mc = min_of(g->m, kMC<C>);
-    b_elements = panel_b_elements<C>(nc, kc);
-    a_elements = panel_a_elements<C>(mc, kc);
-    sum_elements = blocks > 1 && !sums_in_c(g) ? g->m * g->n : 0;
+    constexpr int64_t MR = kMR<C>, NR = kNR<C>;
+    int64_t k = max_of(g->k, 1);
+    blocks = div_up(k, kKC);
+    kc = blocks == 1 ? k : round_up(div_up(k, blocks), 16);
+    blocks = div_up(k, kc);
+    share_a = g->m <= kSharedRows && g->m < g->n;
+    direct_b = g->m <= kNarrow && !g->trans_b && !g->b_packed;
+    if (direct_b) share_a = true;
+    bool pack_b = !g->b_packed && !direct_b;
+    if (share_a) {
+      chunk = g->n;
+      task = NR * max_of(1, min_of(4, div_up(g->n, NR) / 32));
+      tasks = div_up(g->n, task);
+      shared = round_up(g->m, MR) * k;
+      own = pack_b || direct_b ? NR * kc : 0;  // a panel at a time
+      sums = round_up(g->m, MR) * task;
+    } else {
+      chunk = round_up(max_of(512, min_of(2048, kSharedElements / k)), NR);
+      chunk = min_of(chunk, round_up(g->n, NR));
+      task = MR * max_of(1, min_of(5, div_up(g->m, MR) / 24));
+      tasks = div_up(g->m, task);
+      shared = pack_b ? chunk * k : 0;
+      own = task * kc;
+      sums = task * chunk;
+    }
+    if (sums_in_c(g) || blocks == 1) sums = 0;
   }
-  int64_t bytes() const {
-    return arena_bytes(b_elements, sizeof(C)) + arena_bytes(a_elements, sizeof(C)) + arena_bytes(sum_elements, sizeof(C));
-  }
+  int64_t shared_bytes() const { return arena_bytes(shared, sizeof(C)); }
+  int64_t own_bytes() const { return arena_bytes(own, sizeof(C)) + arena_bytes(sums, sizeof(C)); }
+  int64_t bytes() const { return shared_bytes() + own_bytes() * max_of(1, min_of(ag_threads(), tasks)); }
 };
 
 template <class F>
-void chunks(bool inline_only, int64_t n, const F& f) {
-  if (inline_only)
-    for (int64_t i = 0; i < n; i++) f(i);
+void spread(bool here, int64_t n, int64_t workers, const F& f) {
+  if (here)
+    for (int64_t i = 0; i < n; i++) f(i, 0);
   else
-    parallel_for(n, f);
+    parallel_workers(n, workers, f);
 }
 
-// Writes finished sums t [rows, cols] (leading dimension ldt) to rows i0.., columns j0.. of C.
+// Writes finished sums t [rows, cols] (leading dimension ldt) to rows i0.., columns j0.. of C. add: C has more to add.
 template <class S, class D, class C>
-void epilogue(const AgGemm* g, const C* t, int64_t ldt, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
+void epilogue(const AgGemm* g, const C* t, int64_t ldt, int64_t i0, int64_t j0, int64_t rows, int64_t cols, bool add) {
   constexpr int W = kWidth<C>;
   const S* bias = static_cast<const S*>(g->bias);
   for (int64_t r = 0; r < rows; r++) {
@@ -59,7 +89,7 @@ void epilogue(const AgGemm* g, const C* t, int64_t ldt, int64_t i0, int64_t j0, 
       int64_t n = min_of(W, cols - q);
       bool whole = n == W;
       Vec<C> v = whole ? load(t + r * ldt + q) : load_n(t + r * ldt + q, n);
-      if (g->accumulate) v += whole ? load(c + q) : load_n(c + q, n);
+      if (add) v += whole ? load(c + q) : load_n(c + q, n);
       if (bias) v += whole ? load(bias + j0 + q) : load_n(bias + j0 + q, n);
       if (pre) {
         whole ? store(pre + q, v) : store_n(pre + q, v, n);
@@ -71,116 +101,234 @@ void epilogue(const AgGemm* g, const C* t, int64_t ldt, int64_t i0, int64_t j0, 
   }
 }
 
-// One task: rows i0.. of the packed A block, columns j0.. of the packed B block, depth kc.
-template <class S, class D, class C>
-void compute_tile(const AgGemm* g, const C* a, const C* b, C* sums, int64_t kc, bool first, bool last, int64_t i0, int64_t j0,
-                  int64_t rows, int64_t cols) {
-  constexpr int MR = kMR<C>, NR = kNR<C>;
-  alignas(64) C t[MR * NR];
-  bool in_c = sums_in_c(g);
-  bool plain = in_c && sizeof(D) == sizeof(C) && (!last || (!g->bias && g->act == AG_NONE && !g->pre));
-  C* base = in_c ? reinterpret_cast<C*>(g->c) : sums;
-  int64_t ld = in_c ? g->ldc : g->n;
-  for (int64_t j = 0; j < cols; j += NR)
-    for (int64_t i = 0; i < rows; i += MR) {
-      int64_t m = min_of(MR, rows - i), n = min_of(NR, cols - j);
-      const C *pa = a + i * kc, *pb = b + j * kc;
-      C* home = base ? base + (i0 + i) * ld + j0 + j : nullptr;
-      bool add = !first || (in_c && g->accumulate && first);
-      if (plain && m == MR && n == NR) {
-        micro<C>(kc, pa, pb, home, ld, add);
-        continue;
-      }
-      micro<C>(kc, pa, pb, t, NR, false);
-      bool carry = plain ? add : !first;  // what earlier blocks of k left
-      if (carry)
-        for (int64_t r = 0; r < m; r++)
-          for (int64_t q = 0; q < n; q++) t[r * NR + q] += home[r * ld + q];
-      if (plain || !last)
-        for (int64_t r = 0; r < m; r++) memcpy(home + r * ld, t + r * NR, size_t(n) * sizeof(C));
-      else
-        epilogue<S, D, C>(g, t, NR, i0 + i, j0 + j, m, n);
-    }
-}
-
-template <class S, class D>
-void gemm_blocks(AgCtx* ctx, const AgGemm* g) {
+// S: storage of A and B, D: of C, P: of the panels of B (the blob of `pack` keeps bf16).
+template <class S, class D, class P>
+struct Product {
   typedef Acc<S> C;
-  Plan<C> plan(g);
-  Arena arena(ctx->workspace);
-  C *pb = arena.take<C>(plan.b_elements), *pa = arena.take<C>(plan.a_elements), *sums = arena.take<C>(plan.sum_elements);
-  const S *A = static_cast<const S*>(g->a), *B = static_cast<const S*>(g->b);
-  bool alone = tiny(g);
-  int64_t k = max_of(g->k, 1);
-  for (int64_t jc = 0; jc < g->n; jc += plan.nc) {
-    int64_t nc = min_of(plan.nc, g->n - jc);
-    for (int64_t pc = 0; pc < k; pc += plan.kc) {
-      int64_t kc = min_of(plan.kc, g->k - pc);
-      bool first = pc == 0, last = pc + plan.kc >= k;
-      chunks(alone, div_up(nc, kNR<C>), [&](int64_t p) {
-        int64_t j = p * kNR<C>;
-        const S* from = g->trans_b ? B + (jc + j) * g->ldb + pc : B + pc * g->ldb + jc + j;
-        pack_panel<kNR<C>>(g->trans_b, from, g->ldb, min_of(kNR<C>, nc - j), kc, pb + j * kc);
-      });
-      for (int64_t ic = 0; ic < g->m; ic += plan.mc) {
-        int64_t mc = min_of(plan.mc, g->m - ic);
-        chunks(alone, div_up(mc, kMR<C>), [&](int64_t p) {
-          int64_t i = p * kMR<C>;
-          const S* from = g->trans_a ? A + pc * g->lda + ic + i : A + (ic + i) * g->lda + pc;
-          pack_panel<kMR<C>>(!g->trans_a, from, g->lda, min_of(kMR<C>, mc - i), kc, pa + i * kc);
-        });
-        int64_t tiles_m = div_up(mc, kTileM<C>), tiles_n = div_up(nc, kTileN);
-        chunks(alone, tiles_m * tiles_n, [&](int64_t task) {
-          int64_t i = task / tiles_n * kTileM<C>, j = task % tiles_n * kTileN;
-          compute_tile<S, D, C>(g, pa + i * kc, pb + j * kc, sums, kc, first, last, ic + i, jc + j, min_of(kTileM<C>, mc - i),
-                                min_of(kTileN, nc - j));
-        });
+  static constexpr int64_t MR = kMR<C>, NR = kNR<C>;
+  const AgGemm* g;
+  Plan<C> plan;
+  C* shared;
+  char* own;
+  int64_t workers;
+  bool here, in_c, epilogue_wanted;
+
+  Product(AgCtx* ctx, const AgGemm* args) : g(args), plan(args) {
+    shared = static_cast<C*>(ctx->workspace);
+    own = static_cast<char*>(ctx->workspace) + plan.shared_bytes();
+    int64_t left = ctx->workspace_bytes - plan.shared_bytes(), per = plan.own_bytes();
+    workers = per ? max_of(1, left / per) : plan.tasks;
+    here = tiny(g);
+    in_c = sums_in_c(g);
+    epilogue_wanted = g->bias || g->pre || g->act != AG_NONE;
+  }
+
+  void pack_a_panel(int64_t i, int64_t pc, int64_t kc, C* to) const {
+    const S* a = static_cast<const S*>(g->a);
+    int64_t count = min_of(MR, g->m - i);
+    if (g->trans_a)
+      pack_along<MR, C>([&](int64_t kk) { return a + (pc + kk) * g->lda + i; }, count, kc, to);
+    else
+      pack_across<MR, C>(a + i * g->lda + pc, g->lda, count, kc, to);
+  }
+  void pack_b_panel(int64_t j, int64_t pc, int64_t kc, C* to) const {
+    const S* b = static_cast<const S*>(g->b);
+    int64_t count = min_of(NR, g->n - j);
+    if (g->trans_b)
+      pack_across<NR, C>(b + j * g->ldb + pc, g->ldb, count, kc, to);
+    else
+      pack_along<NR, C>([&](int64_t kk) { return b + (pc + kk) * g->ldb + j; }, count, kc, to);
+  }
+
+  void pack_shared(int64_t jc, int64_t nc) {
+    if (plan.shared == 0) return;
+    bool a = plan.share_a;
+    int64_t width = a ? MR : NR, panels = div_up(a ? g->m : nc, width);
+    spread(here, panels * plan.blocks, 1 << 20, [&](int64_t i, int64_t) {
+      int64_t panel = i / plan.blocks, pc = i % plan.blocks * plan.kc, kc = min_of(plan.kc, g->k - pc);
+      if (kc <= 0) return;
+      C* to = shared + pc * panels * width + panel * width * kc;
+      a ? pack_a_panel(panel * MR, pc, kc, to) : pack_b_panel(jc + panel * NR, pc, kc, to);
+    });
+  }
+
+  // One tile of C: m x n at (i, j), depth kc, the block of depth first and/or last of all. sums: its place in scratch.
+  template <class B>
+  void tile(int64_t i, int64_t j, int64_t m, int64_t n, int64_t kc, const C* a, const B* b, int64_t ldb, C* sums,
+            int64_t lds, bool first, bool last) const {
+    alignas(64) C t[MR * NR];
+    bool finish = last && (epilogue_wanted || !in_c);
+    bool add = !first || (in_c && g->accumulate);
+    if (!in_c) {
+      C* home = sums ? sums : t;
+      int64_t ld = sums ? lds : NR;
+      micro_edge<C, B>(m, kc, a, MR, b, ldb, home, ld, !first);
+      if (last) epilogue<S, D, C>(g, home, ld, i, j, m, n, g->accumulate);
+      return;
+    }
+    C* home = reinterpret_cast<C*>(g->c) + i * g->ldc + j;
+    if (n == NR && m == rows_computed<C>(m)) {
+      micro_edge<C, B>(m, kc, a, MR, b, ldb, home, g->ldc, add);
+      if (finish) epilogue<S, D, C>(g, home, g->ldc, i, j, m, n, false);
+      return;
+    }
+    micro_edge<C, B>(m, kc, a, MR, b, ldb, t, NR, false);
+    if (finish) return finish_edge(t, i, j, m, n, add);
+    for (int64_t r = 0; r < m; r++)
+      for (int64_t q = 0; q < n; q++) home[r * g->ldc + q] = add ? home[r * g->ldc + q] + t[r * NR + q] : t[r * NR + q];
+  }
+  void finish_edge(const C* t, int64_t i, int64_t j, int64_t m, int64_t n, bool add) const {
+    epilogue<S, D, C>(g, t, NR, i, j, m, n, add);
+  }
+
+  // Rows i0.. and columns j0.. of C over the whole depth. jc: where the shared columns begin.
+  void task(int64_t i0, int64_t rows, int64_t j0, int64_t cols, int64_t jc, int64_t nc, char* scratch) const {
+    Arena arena(scratch);
+    C *mine = arena.take<C>(plan.own), *sums = plan.sums ? arena.take<C>(plan.sums) : nullptr;
+    int64_t padded_m = round_up(g->m, MR), padded_n = round_up(g->b_packed ? g->n : nc, NR), lds = round_up(cols, NR);
+    for (int64_t pc = 0; pc < plan.blocks * plan.kc; pc += plan.kc) {
+      int64_t kc = max_of(0, min_of(plan.kc, g->k - pc));
+      bool first = pc == 0, last = pc + plan.kc >= g->k;
+      const C* a = plan.share_a ? shared + pc * padded_m : mine;
+      if (!plan.share_a)
+        for (int64_t i = 0; i < rows; i += MR) pack_a_panel(i0 + i, pc, kc, mine + i * kc);
+      for (int64_t j = 0; j < cols; j += NR) {
+        int64_t n = min_of(NR, cols - j);
+        auto column = [&](auto* b, int64_t ldb) {
+          for (int64_t i = 0; i < rows; i += MR)
+            tile(i0 + i, j0 + j, min_of(MR, rows - i), n, kc, a + i * kc, b, ldb, sums ? sums + i * lds + j : nullptr,
+                 lds, first, last);
+        };
+        if (g->b_packed) {
+          column(static_cast<const P*>(g->b_packed) + pc * padded_n + (j0 + j) * kc, NR);
+        } else if (plan.direct_b && n == NR) {
+          column(static_cast<const S*>(g->b) + pc * g->ldb + j0 + j, g->ldb);
+        } else if (plan.share_a) {
+          pack_b_panel(j0 + j, pc, kc, mine);
+          column(static_cast<const C*>(mine), NR);
+        } else {
+          column(static_cast<const C*>(shared) + pc * padded_n + (j0 + j - jc) * kc, NR);
+        }
       }
     }
   }
-}
 
-// Rows of A against rows of B: dot products, B read once from memory.
-template <class S, class D>
-void gemm_skinny(const AgGemm* g) {
+  void run() {
+    for (int64_t jc = 0; jc < g->n; jc += plan.chunk) {
+      int64_t nc = min_of(plan.chunk, g->n - jc);
+      pack_shared(jc, nc);
+      spread(here, plan.tasks, workers, [&](int64_t i, int64_t worker) {
+        int64_t at = i * plan.task;
+        char* scratch = own + worker * plan.own_bytes();
+        if (plan.share_a)
+          task(0, g->m, at, min_of(plan.task, g->n - at), 0, g->n, scratch);
+        else
+          task(at, min_of(plan.task, g->m - at), jc, nc, jc, nc, scratch);
+      });
+    }
+  }
+};
+
+// ---- few rows ---------------------------------------------------------------------------------------
+// t[r*ldt + q] += <a[r], row q of b> for R rows of A and Q rows of B.
+template <int R, int Q, class S>
+__attribute__((noinline)) void dots(const S* const* a, const S* b, int64_t ldb, int64_t k, Acc<S>* t, int64_t ldt) {
   typedef Acc<S> C;
   constexpr int W = kWidth<C>;
-  const S *A = static_cast<const S*>(g->a), *B = static_cast<const S*>(g->b);
-  parallel_range(g->n, 32, [&](int64_t lo, int64_t hi) {
-    C t[4 * 32];
-    for (int64_t j = lo; j < hi; j++) {
-      Vec<C> s[4][2] = {};
-      const S* b = B + j * g->ldb;
-      int64_t i = 0;
-      for (; i + 2 * W <= g->k; i += 2 * W) {
-        Vec<C> b0 = load(b + i), b1 = load(b + i + W);
-        for (int64_t r = 0; r < g->m; r++) {
-          s[r][0] += load(A + r * g->lda + i) * b0;
-          s[r][1] += load(A + r * g->lda + i + W) * b1;
-        }
-      }
-      for (; i < g->k; i += W) {
-        int64_t n = min_of(W, g->k - i);
-        Vec<C> b0 = load_n(b + i, n);
-        for (int64_t r = 0; r < g->m; r++) s[r][0] += load_n(A + r * g->lda + i, n) * b0;
-      }
-      for (int64_t r = 0; r < g->m; r++) t[r * 32 + j - lo] = lane_sum(s[r][0] + s[r][1]);
+  Vec<C> x[R][Q];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) x[r][q] = Vec<C>{};
+  auto step = [&](int64_t i, auto get) __attribute__((always_inline)) {
+    Vec<C> y[Q];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) y[q] = get(b + q * ldb + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Vec<C> v = get(a[r] + i);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) x[r][q] += v * y[q];
     }
-    epilogue<S, D, C>(g, t, 32, 0, lo, g->m, hi - lo);
+  };
+  int64_t i = 0;
+  for (; i + W <= k; i += W) step(i, [](const S* p) __attribute__((always_inline)) { return load(p); });
+  if (i < k) step(i, [&](const S* p) __attribute__((always_inline)) { return load_n(p, k - i); });
+  for (int r = 0; r < R; r++)
+    for (int q = 0; q < Q; q++) t[r * ldt + q] += sum_lanes(x[r][q]);
+}
+
+constexpr int64_t kSkinnyTask = 32;  // rows of B at a time
+
+template <int R, class S, class D>
+void skinny_rows(const AgGemm* g) {
+  typedef Acc<S> C;
+  constexpr int kRegisters = AG_VECTOR_BYTES == 64 ? 16 : 8, Q = kRegisters / R > 4 ? 4 : kRegisters / R;
+  const S *A = static_cast<const S*>(g->a), *B = static_cast<const S*>(g->b);
+  constexpr int64_t depth = 8192 / R;  // the rows of A stay in L1
+  spread(tiny(g), div_up(g->n, kSkinnyTask), 1 << 20, [&](int64_t task, int64_t) {
+    C t[R * kSkinnyTask] = {};
+    int64_t j0 = task * kSkinnyTask, cols = min_of(kSkinnyTask, g->n - j0);
+    for (int64_t k0 = 0; k0 < g->k; k0 += depth) {
+      const S *rows[R], *b = B + j0 * g->ldb + k0;
+      for (int r = 0; r < R; r++) rows[r] = A + min_of(r, g->m - 1) * g->lda + k0;  // a missing row repeats the last
+      int64_t kn = min_of(depth, g->k - k0), j = 0;
+      for (; j + Q <= cols; j += Q) dots<R, Q>(rows, b + j * g->ldb, g->ldb, kn, t + j, kSkinnyTask);
+      for (; j < cols; j++) dots<R, 1>(rows, b + j * g->ldb, g->ldb, kn, t + j, kSkinnyTask);
+    }
+    epilogue<S, D, C>(g, t, kSkinnyTask, 0, j0, g->m, cols, g->accumulate);
   });
 }
 
 template <class S, class D>
 void gemm_any(AgCtx* ctx, const AgGemm* g) {
   if (g->m == 0 || g->n == 0) return;
-  if (skinny(g)) gemm_skinny<S, D>(g);
-  else gemm_blocks<S, D>(ctx, g);
+  if (!skinny(g)) {
+    if (sizeof(S) != sizeof(Acc<S>) && g->b_packed)
+      Product<S, D, S>(ctx, g).run();
+    else
+      Product<S, D, Acc<S>>(ctx, g).run();
+  } else if (g->m == 1) {
+    skinny_rows<1, S, D>(g);
+  } else if (g->m == 2) {
+    skinny_rows<2, S, D>(g);
+  } else if (g->m <= 4) {
+    skinny_rows<4, S, D>(g);
+  } else {
+    skinny_rows<8, S, D>(g);
+  }
+}
+
+// The panels of `pack`: those of a product with any number of rows, in the weight's own type.
+template <class S>
+void pack_all(const AgPack* p) {
+  typedef Acc<S> C;
+  constexpr int64_t NR = kNR<C>;
+  AgGemm g{};
+  g.m = 1, g.n = p->n, g.k = p->k;
+  Plan<C> plan(&g);
+  const S* b = static_cast<const S*>(p->b);
+  parallel_for(div_up(p->n, NR), [&](int64_t panel) {
+    int64_t j = panel * NR, count = min_of(NR, p->n - j);
+    for (int64_t pc = 0; pc < p->k; pc += plan.kc) {
+      int64_t kc = min_of(plan.kc, p->k - pc);
+      S* to = static_cast<S*>(p->blob) + pc * round_up(p->n, NR) + j * kc;
+      for (int64_t kk = 0; kk < kc; kk++)
+        for (int64_t i = 0; i < NR; i++) {
+          const S* from = p->trans_b ? b + (j + i) * p->ldb + pc + kk : b + (pc + kk) * p->ldb + j + i;
+          to[kk * NR + i] = i < count ? *from : S{};
+        }
+    }
+  });
 }
 
 }  // namespace
 
 int64_t gemm_workspace(const AgGemm* g) {
-  if (skinny(g)) return 0;
+#ifndef AG_LEVEL_PORTABLE
+  if (g->dt == AG_F64) return portable::gemm_workspace(g);
+#endif
+  if (g->m == 0 || g->n == 0 || skinny(g)) return 0;
   return g->dt == AG_F64 ? Plan<double>(g).bytes() : Plan<float>(g).bytes();
 }
 
@@ -190,18 +338,33 @@ AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
     snprintf(ctx->error, sizeof ctx->error, "gemm: dtype %d to %d is not available", int(g->dt), int(g->dt_c));
     return AG_INVALID;
   }
-  if (g->dt == AG_F64) gemm_any<double, double>(ctx, g);
-  else if (g->dt == AG_F32) gemm_any<float, float>(ctx, g);
-  else if (g->dt_c == AG_F32) gemm_any<bf16, float>(ctx, g);
-  else gemm_any<bf16, bf16>(ctx, g);
+  if (g->dt == AG_F64) {
+#ifdef AG_LEVEL_PORTABLE
+    gemm_any<double, double>(ctx, g);
+#else
+    return portable::gemm(ctx, g);
+#endif
+  } else if (g->dt == AG_F32) {
+    gemm_any<float, float>(ctx, g);
+  } else if (g->dt_c == AG_F32) {
+    gemm_any<bf16, float>(ctx, g);
+  } else {
+    gemm_any<bf16, bf16>(ctx, g);
+  }
   return AG_OK;
 }
 
-// Packing ahead of time brings nothing at these levels yet.
-int64_t pack_bytes(const AgPack*) { return 0; }
-AgStatus pack(AgCtx* ctx, const AgPack*) {
-  snprintf(ctx->error, sizeof ctx->error, "pack: this level keeps weights as they are");
-  return AG_UNSUPPORTED;
+int64_t pack_bytes(const AgPack* p) {
+#ifndef AG_LEVEL_PORTABLE
+  if (p->dt == AG_F64) return portable::pack_bytes(p);
+#endif
+  return p->k * round_up(p->n, p->dt == AG_F64 ? kNR<double> : kNR<float>) * size_of(p->dt);
+}
+AgStatus pack(AgCtx* ctx, const AgPack* p) {
+#ifndef AG_LEVEL_PORTABLE
+  if (p->dt == AG_F64) return portable::pack(ctx, p);
+#endif
+  return with_float(ctx, "pack", p->dt, [&](auto tag) { pack_all<typename decltype(tag)::type>(p); });
 }
 
 }  // namespace AG_LEVEL

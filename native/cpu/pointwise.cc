@@ -4,62 +4,85 @@
 namespace AG_LEVEL {
 namespace {
 
-// y[i] = f(x[i]) over vectors with a tail.
-template <class S, class F>
-void map(S* y, const S* x, int64_t n, const F& f) {
-  constexpr int W = kWidth<Acc<S>>;
+// y[i] = f(x[i]).
+template <class S, class D, class F>
+void map(D* y, const S* x, int64_t n, const F& f) {
   parallel_range(n, kGrain, [&](int64_t lo, int64_t hi) {
-    int64_t i = lo;
-    for (; i + W <= hi; i += W) store(y + i, f(load(x + i)));
-    if (i < hi) store_n(y + i, f(load_n(x + i, hi - i)), hi - i);
+    each_vector<Acc<S>>(hi - lo, [&](int64_t i, int64_t k) { set(y + lo + i, f(get(x + lo + i, k)), k); });
   });
 }
+// y[i] = f(a[i], b[i]).
 template <class S, class F>
 void map2(S* y, const S* a, const S* b, int64_t n, const F& f) {
-  constexpr int W = kWidth<Acc<S>>;
   parallel_range(n, kGrain, [&](int64_t lo, int64_t hi) {
-    int64_t i = lo;
-    for (; i + W <= hi; i += W) store(y + i, f(load(a + i), load(b + i)));
-    if (i < hi) store_n(y + i, f(load_n(a + i, hi - i), load_n(b + i, hi - i)), hi - i);
+    each_vector<Acc<S>>(hi - lo,
+                        [&](int64_t i, int64_t k) { set(y + lo + i, f(get(a + lo + i, k), get(b + lo + i, k)), k); });
   });
 }
 
-template <class D>
-void fill_with(void* dst, int64_t n, double value) {
-  D* p = static_cast<D*>(dst);
-  D v;
-  put(&v, value);
+// Calls f with the operation as a constant, so that the choice is outside the loop.
+template <AgUnaryOp op>
+struct Op {
+  static constexpr AgUnaryOp value = op;
+};
+template <class F>
+AgStatus with_op(AgCtx* ctx, const char* kernel, AgUnaryOp op, const F& f) {
+  switch (op) {
+    case AG_NONE: f(Op<AG_NONE>()); return AG_OK;
+    case AG_GELU: f(Op<AG_GELU>()); return AG_OK;
+    case AG_GELU_TANH: f(Op<AG_GELU_TANH>()); return AG_OK;
+    case AG_QUICK_GELU: f(Op<AG_QUICK_GELU>()); return AG_OK;
+    case AG_SILU: f(Op<AG_SILU>()); return AG_OK;
+    case AG_SCALE: f(Op<AG_SCALE>()); return AG_OK;
+    case AG_EXP: f(Op<AG_EXP>()); return AG_OK;
+  }
+  snprintf(ctx->error, sizeof ctx->error, "[%s] op: unknown number %d", kernel, int(op));
+  return AG_INVALID;
+}
+
+// The bits of the value as an integer U: one loop for every dtype of a size.
+template <class U, class D>
+void fill_with(void* dst, int64_t n, D value) {
+  U *p = static_cast<U*>(dst), bits;
+  static_assert(sizeof(U) == sizeof(D));
+  memcpy(&bits, &value, sizeof bits);
   parallel_range(n, kGrain, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; i++) p[i] = v;
+    for (int64_t i = lo; i < hi; i++) p[i] = bits;
   });
 }
-template <class D>
-void fill_integer(void* dst, int64_t n, double value) {
-  D* p = static_cast<D*>(dst);
-  for (int64_t i = 0; i < n; i++) p[i] = D(value);
+
+// ---- cast -------------------------------------------------------------------------------------------
+template <class D, class S>
+inline D convert(S x) {
+  return D(x);
 }
-
-// ---- cast: through double only where the types need it ----------------------------------------------
-inline void put(int32_t* p, double x) { *p = int32_t(x); }
-inline void put(int64_t* p, double x) { *p = int64_t(x); }
-inline double to_acc(int32_t x) { return x; }
-inline double to_acc(int64_t x) { return double(x); }
-
+template <class D>
+inline D convert(bf16 x) {
+  return D(to_acc(x));
+}
+// Between integers and floats directly; to bf16 by way of f32, as PyTorch.
 template <class D, class S>
 void cast_loop(D* d, const S* s, int64_t n) {
   parallel_range(n, kGrain, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; i++) put(d + i, to_acc(s[i]));
+    for (int64_t i = lo; i < hi; i++) d[i] = convert<D>(s[i]);
   });
 }
 template <class S>
-void cast_floats(bf16* d, const S* s, int64_t n) {  // f32 <-> bf16 in vectors
-  constexpr int W = kWidth<float>;
+void cast_loop(bf16* d, const S* s, int64_t n) {
   parallel_range(n, kGrain, [&](int64_t lo, int64_t hi) {
-    int64_t i = lo;
-    for (; i + W <= hi; i += W) store(d + i, load(s + i));
-    if (i < hi) store_n(d + i, load_n(s + i, hi - i), hi - i);
+    for (int64_t i = lo; i < hi; i++) put(d + i, double(convert<float>(s[i])));
   });
 }
+void cast_loop(bf16* d, const float* s, int64_t n) {
+  map(d, s, n, [](vf x) { return x; });
+}
+void cast_loop(float* d, const bf16* s, int64_t n) {
+  map(d, s, n, [](vf x) { return x; });
+}
+void cast_loop(bf16* d, const bf16* s, int64_t n) {
+  map(d, s, n, [](vf x) { return x; });
+}
+
 template <class S>
 AgStatus cast_from(AgCtx* ctx, const AgCast* a, const S* s) {
   switch (a->dt_dst) {
@@ -69,8 +92,7 @@ AgStatus cast_from(AgCtx* ctx, const AgCast* a, const S* s) {
     case AG_I32: cast_loop(static_cast<int32_t*>(a->dst), s, a->n); return AG_OK;
     case AG_I64: cast_loop(static_cast<int64_t*>(a->dst), s, a->n); return AG_OK;
   }
-  snprintf(ctx->error, sizeof ctx->error, "cast: unknown dtype %d", int(a->dt_dst));
-  return AG_INVALID;
+  return bad_dtype(ctx, "cast", a->dt_dst, "a dtype");
 }
 
 // ---- Philox4x32-10 (Salmon et al. 2011) -------------------------------------------------------------
@@ -93,6 +115,32 @@ inline Words philox(uint64_t counter, uint64_t key) {
   return Words{{c[0], c[1], c[2], c[3]}};
 }
 
+// The largest value below b: rounding may have carried a number of [a, b) up to b.
+inline float below(float b) {
+  int32_t i;
+  memcpy(&i, &b, 4);
+  i = b > 0 ? i - 1 : b < 0 ? i + 1 : int32_t(0x80000001u);
+  memcpy(&b, &i, 4);
+  return b;
+}
+inline double below(double b) {
+  int64_t i;
+  memcpy(&i, &b, 8);
+  i = b > 0 ? i - 1 : b < 0 ? i + 1 : int64_t(0x8000000000000001u);
+  memcpy(&b, &i, 8);
+  return b;
+}
+inline void put_below(float* p, double v, double b) { *p = double(float(v)) < b ? float(v) : below(float(b)); }
+inline void put_below(double* p, double v, double b) { *p = v < b ? v : below(b); }
+inline void put_below(bf16* p, double v, double b) {
+  put(p, v);
+  if (double(to_acc(*p)) < b) return;
+  float f = below(float(b));  // the bf16 next to it in the direction of -infinity
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  p->bits = uint16_t((u >> 16) + (f < 0 && (u & 0xffff) ? 1 : 0));
+}
+
 template <class S>
 void random_fill(const AgRandom* a) {
   S* p = static_cast<S*>(a->dst);
@@ -110,41 +158,41 @@ void random_fill(const AgRandom* a) {
       } else {
         for (int j = 0; j < 4; j++) v[j] = a->a + (a->b - a->a) * v[j];
       }
-      for (int64_t j = 0; j < 4 && q * 4 + j < a->n; j++) put(p + q * 4 + j, v[j]);
+      for (int64_t j = 0; j < 4 && q * 4 + j < a->n; j++) {
+        if (a->kind == AG_NORMAL || !(a->a < a->b))
+          put(p + q * 4 + j, v[j]);
+        else
+          put_below(p + q * 4 + j, v[j], a->b);
+      }
     }
   });
 }
 
-template <class S>
-void binary_loop(const AgBinary* g) {
+template <class S, class F>
+void binary_loop(const AgBinary* g, const F& f) {
   typedef Acc<S> C;
-  constexpr int W = kWidth<C>;
   S* y = static_cast<S*>(g->y);
   const S *a = static_cast<const S*>(g->a), *b = static_cast<const S*>(g->b);
-  AgBinaryOp op = g->op;
-  auto f = [op](Vec<C> x, Vec<C> z) -> Vec<C> { return op == AG_ADD ? x + z : op == AG_SUB ? x - z : x * z; };
-  if (g->nb == g->n) return map2(y, a, b, g->n, f);
-  if (g->nb == 1) {
+  int64_t nb = g->nb;
+  if (nb == g->n) return map2(y, a, b, g->n, f);
+  if (nb == 1) {
     Vec<C> z = splat(to_acc(b[0]));
     return map(y, a, g->n, [&](Vec<C> x) { return f(x, z); });
   }
-  int64_t nb = g->nb;
   parallel_range(g->n / nb, row_grain(nb), [&](int64_t lo, int64_t hi) {
-    for (int64_t r = lo; r < hi; r++) {
-      int64_t i = 0;
-      for (; i + W <= nb; i += W) store(y + r * nb + i, f(load(a + r * nb + i), load(b + i)));
-      if (i < nb) store_n(y + r * nb + i, f(load_n(a + r * nb + i, nb - i), load_n(b + i, nb - i)), nb - i);
-    }
+    for (int64_t r = lo; r < hi; r++)
+      each_vector<C>(nb,
+                     [&](int64_t i, int64_t k) { set(y + r * nb + i, f(get(a + r * nb + i, k), get(b + i, k)), k); });
   });
 }
 
 template <class S>
 void rope_loop(const AgRope* a) {
   typedef Acc<S> C;
-  constexpr int W = kWidth<C>;
   S* y = static_cast<S*>(a->y);
   const S* x = static_cast<const S*>(a->x);
   int64_t half = a->dim / 2;
+  C sign = C(a->sign);
   parallel_range(a->tokens, row_grain(a->heads * a->dim), [&](int64_t lo, int64_t hi) {
     for (int64_t t = lo; t < hi; t++) {
       const C* cos = static_cast<const C*>(a->cos) + a->position[t] * half;
@@ -152,16 +200,11 @@ void rope_loop(const AgRope* a) {
       for (int64_t h = 0; h < a->heads; h++) {
         const S *x0 = x + t * a->ld + h * a->dim, *x1 = x0 + half;
         S *y0 = y + t * a->ld + h * a->dim, *y1 = y0 + half;
-        for (int64_t i = 0; i < half; i += W) {
-          int64_t n = min_of(W, half - i);
-          bool whole = n == W;
-          Vec<C> p = whole ? load(x0 + i) : load_n(x0 + i, n), q = whole ? load(x1 + i) : load_n(x1 + i, n);
-          Vec<C> c = whole ? load(cos + i) : load_n(cos + i, n);
-          Vec<C> s = (whole ? load(sin + i) : load_n(sin + i, n)) * C(a->sign);
-          Vec<C> r0 = p * c - q * s, r1 = q * c + p * s;
-          whole ? store(y0 + i, r0) : store_n(y0 + i, r0, n);
-          whole ? store(y1 + i, r1) : store_n(y1 + i, r1, n);
-        }
+        each_vector<C>(half, [&](int64_t i, int64_t n) {
+          Vec<C> p = get(x0 + i, n), q = get(x1 + i, n), c = get(cos + i, n), s = get(sin + i, n) * sign;
+          set(y0 + i, p * c - q * s, n);
+          set(y1 + i, q * c + p * s, n);
+        });
       }
     }
   });
@@ -169,15 +212,17 @@ void rope_loop(const AgRope* a) {
 
 }  // namespace
 
-AgStatus fill(AgCtx*, const AgFill* a) {
+AgStatus fill(AgCtx* ctx, const AgFill* a) {
+  bf16 half;
+  put(&half, a->value);
   switch (a->dt) {
-    case AG_F32: fill_with<float>(a->dst, a->n, a->value); break;
-    case AG_BF16: fill_with<bf16>(a->dst, a->n, a->value); break;
-    case AG_F64: fill_with<double>(a->dst, a->n, a->value); break;
-    case AG_I32: fill_integer<int32_t>(a->dst, a->n, a->value); break;
-    case AG_I64: fill_integer<int64_t>(a->dst, a->n, a->value); break;
+    case AG_F32: fill_with<uint32_t>(a->dst, a->n, float(a->value)); return AG_OK;
+    case AG_BF16: fill_with<uint16_t>(a->dst, a->n, half); return AG_OK;
+    case AG_F64: fill_with<uint64_t>(a->dst, a->n, a->value); return AG_OK;
+    case AG_I32: fill_with<uint32_t>(a->dst, a->n, int32_t(a->value)); return AG_OK;
+    case AG_I64: fill_with<uint64_t>(a->dst, a->n, int64_t(a->value)); return AG_OK;
   }
-  return AG_OK;
+  return bad_dtype(ctx, "fill", a->dt, "a dtype");
 }
 
 AgStatus copy2d(AgCtx*, const AgCopy2d* a) {
@@ -190,10 +235,6 @@ AgStatus copy2d(AgCtx*, const AgCopy2d* a) {
 }
 
 AgStatus cast(AgCtx* ctx, const AgCast* a) {
-  if (a->dt_dst == AG_BF16 && a->dt_src == AG_F32) {
-    cast_floats(static_cast<bf16*>(a->dst), static_cast<const float*>(a->src), a->n);
-    return AG_OK;
-  }
   switch (a->dt_src) {
     case AG_F32: return cast_from(ctx, a, static_cast<const float*>(a->src));
     case AG_BF16: return cast_from(ctx, a, static_cast<const bf16*>(a->src));
@@ -201,7 +242,7 @@ AgStatus cast(AgCtx* ctx, const AgCast* a) {
     case AG_I32: return cast_from(ctx, a, static_cast<const int32_t*>(a->src));
     case AG_I64: return cast_from(ctx, a, static_cast<const int64_t*>(a->src));
   }
-  return AG_INVALID;
+  return bad_dtype(ctx, "cast", a->dt_src, "a dtype");
 }
 
 AgStatus random(AgCtx* ctx, const AgRandom* a) {
@@ -209,28 +250,39 @@ AgStatus random(AgCtx* ctx, const AgRandom* a) {
 }
 
 AgStatus unary(AgCtx* ctx, const AgUnary* a) {
-  return with_float(ctx, "unary", a->dt, [&](auto tag) {
+  return with_float_status(ctx, "unary", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type S;
     typedef Acc<S> C;
     Vec<C> alpha = splat(C(a->alpha));
-    AgUnaryOp op = a->op;
-    map(static_cast<S*>(a->y), static_cast<const S*>(a->x), a->n, [=](Vec<C> x) { return activate(op, x, alpha); });
+    return with_op(ctx, "unary", a->op, [&](auto op) {
+      map(static_cast<S*>(a->y), static_cast<const S*>(a->x), a->n,
+          [=](Vec<C> x) { return activate(decltype(op)::value, x, alpha); });
+    });
   });
 }
 
 AgStatus unary_grad(AgCtx* ctx, const AgUnaryGrad* a) {
-  return with_float(ctx, "unary_grad", a->dt, [&](auto tag) {
+  return with_float_status(ctx, "unary_grad", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type S;
     typedef Acc<S> C;
     Vec<C> alpha = splat(C(a->alpha));
-    AgUnaryOp op = a->op;
-    map2(static_cast<S*>(a->dx), static_cast<const S*>(a->dy), static_cast<const S*>(a->x), a->n,
-         [=](Vec<C> dy, Vec<C> x) { return dy * slope_of(op, x, alpha, C()); });
+    return with_op(ctx, "unary_grad", a->op, [&](auto op) {
+      map2(static_cast<S*>(a->dx), static_cast<const S*>(a->dy), static_cast<const S*>(a->x), a->n,
+           [=](Vec<C> dy, Vec<C> x) { return dy * slope_of(decltype(op)::value, x, alpha, C()); });
+    });
   });
 }
 
 AgStatus binary(AgCtx* ctx, const AgBinary* a) {
-  return with_float(ctx, "binary", a->dt, [&](auto tag) { binary_loop<typename decltype(tag)::type>(a); });
+  return with_float(ctx, "binary", a->dt, [&](auto tag) {
+    typedef typename decltype(tag)::type S;
+    typedef Vec<Acc<S>> V;
+    switch (a->op) {
+      case AG_ADD: return binary_loop<S>(a, [](V x, V z) { return x + z; });
+      case AG_SUB: return binary_loop<S>(a, [](V x, V z) { return x - z; });
+      case AG_MUL: return binary_loop<S>(a, [](V x, V z) { return x * z; });
+    }
+  });
 }
 
 AgStatus silu_mul(AgCtx* ctx, const AgSiluMul* a) {
@@ -245,16 +297,16 @@ AgStatus silu_mul_grad(AgCtx* ctx, const AgSiluMulGrad* a) {
   return with_float(ctx, "silu_mul_grad", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type S;
     typedef Vec<Acc<S>> V;
-    constexpr int W = kWidth<Acc<S>>;
-    const S *dy = static_cast<const S*>(a->dy), *gate = static_cast<const S*>(a->gate), *up = static_cast<const S*>(a->up);
-    S *dg = static_cast<S*>(a->dgate), *du = static_cast<S*>(a->dup);
+    const S *dy = static_cast<const S*>(a->dy), *gate = static_cast<const S*>(a->gate),
+            *up = static_cast<const S*>(a->up);
+    S *dgate = static_cast<S*>(a->dgate), *dup = static_cast<S*>(a->dup);
     parallel_range(a->n, kGrain, [&](int64_t lo, int64_t hi) {
-      for (int64_t i = lo; i < hi; i += W) {
-        int64_t n = min_of(W, hi - i);
-        V d = load_n(dy + i, n), g = load_n(gate + i, n), u = load_n(up + i, n), s = vsigmoid(g);
-        store_n(dg + i, d * u * s * (1 + g * (1 - s)), n);
-        store_n(du + i, d * g * s, n);
-      }
+      each_vector<Acc<S>>(hi - lo, [&](int64_t k, int64_t n) {
+        int64_t i = lo + k;
+        V d = get(dy + i, n), g = get(gate + i, n), u = get(up + i, n), s = vsigmoid(g);
+        set(dgate + i, d * u * s * (1 + g * (1 - s)), n);
+        set(dup + i, d * g * s, n);
+      });
     });
   });
 }
@@ -267,14 +319,16 @@ AgStatus patchify(AgCtx* ctx, const AgPatchify* a) {
   return with_float(ctx, "patchify", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type S;
     int64_t p = a->patch, across = a->width / p, down = a->height / p, depth = a->channels * p * p;
-    parallel_for(a->images * down * across, [&](int64_t row) {
-      int64_t m = row / (down * across), py = row / across % down, px = row % across;
-      S* out = static_cast<S*>(a->out) + row * depth;
-      for (int64_t c = 0; c < a->channels; c++)
-        for (int64_t y = 0; y < p; y++)
-          memcpy(out + (c * p + y) * p,
-                 static_cast<const S*>(a->pixels) + ((m * a->channels + c) * a->height + py * p + y) * a->width + px * p,
-                 size_t(p) * sizeof(S));
+    const S* pixels = static_cast<const S*>(a->pixels);
+    parallel_range(a->images * down * across, row_grain(depth), [&](int64_t lo, int64_t hi) {
+      for (int64_t row = lo; row < hi; row++) {
+        int64_t m = row / (down * across), py = row / across % down, px = row % across;
+        S* out = static_cast<S*>(a->out) + row * depth;
+        for (int64_t c = 0; c < a->channels; c++)
+          for (int64_t y = 0; y < p; y++)
+            memcpy(out + (c * p + y) * p, pixels + ((m * a->channels + c) * a->height + py * p + y) * a->width + px * p,
+                   size_t(p) * sizeof(S));
+      }
     });
   });
 }

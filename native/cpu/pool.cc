@@ -6,8 +6,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -60,7 +64,7 @@ struct Pool {
 
   // the current job
   std::atomic<int64_t> next{0};
-  std::atomic<int> left{0};
+  std::atomic<int> inside{0};  // workers in drain()
   int64_t n = 0;
   int helpers = 0;
   void (*body)(void*, int64_t, int64_t) = nullptr;
@@ -82,11 +86,24 @@ struct Pool {
         std::lock_guard<std::mutex> lock(m);
         seen = generation.load(std::memory_order_acquire);
         mine = id <= helpers;
+        if (mine) inside.fetch_add(1, std::memory_order_relaxed);
       }
       if (mine) {
         drain(id);
-        left.fetch_sub(1, std::memory_order_release);
+        inside.fetch_sub(1, std::memory_order_release);
       }
+    }
+  }
+
+  // Detached: workers sleep at process exit and are ended with it; joining there could deadlock. Fewer workers than
+  // wanted is not an error, the caller does what nobody else does.
+  void start(int wanted) {
+    try {
+      while (started < wanted) {
+        std::thread([this, id = started + 1, seen = generation.load()] { loop(id, seen); }).detach();
+        started++;
+      }
+    } catch (const std::system_error&) {
     }
   }
 
@@ -105,22 +122,26 @@ struct Pool {
     if (use > 1 && busy.try_lock()) {
       {
         std::lock_guard<std::mutex> lock(m);
-        while (started < use - 1) {
-          int id = ++started;
-          // Detached: workers sleep at process exit and are ended with it; joining there could deadlock.
-          std::thread([this, id, seen = generation.load()] { loop(id, seen); }).detach();
-        }
+        start(use - 1);
         n = count;
         body = f;
         arg = a;
         helpers = use - 1;
         next.store(0, std::memory_order_relaxed);
-        left.store(helpers, std::memory_order_relaxed);
         generation.fetch_add(1, std::memory_order_release);
       }
       wake.notify_all();
       drain(0);
-      while (left.load(std::memory_order_acquire) > 0) pause();
+      {  // nothing is left to hand out: a worker still waking up need not be waited for
+        std::lock_guard<std::mutex> lock(m);
+        helpers = 0;
+      }
+      for (int spin = 0; inside.load(std::memory_order_acquire) > 0;) {
+        if (++spin < 4000)
+          pause();
+        else
+          std::this_thread::yield();  // more threads than CPUs: let the worker run
+      }
       busy.unlock();
       return;
     }
@@ -128,12 +149,26 @@ struct Pool {
   }
 };
 
-Pool& pool() {
-  static Pool* p = new Pool();  // never destroyed: detached workers refer to it
-  return *p;
-}
-
+// Never destroyed: detached workers refer to it. A forked child has no workers and takes a fresh pool.
+std::atomic<Pool*> g_pool{nullptr};
 thread_local bool t_inside = false;
+
+Pool& pool() {
+  static const bool once = [] {
+    g_pool = new Pool();
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] {
+      int threads = g_pool.load()->threads.load();
+      g_pool = new Pool();
+      g_pool.load()->threads = threads;
+      t_inside = false;
+    });
+#endif
+    return true;
+  }();
+  (void)once;
+  return *g_pool.load(std::memory_order_acquire);
+}
 
 }  // namespace
 
@@ -149,4 +184,4 @@ void ag_parallel(int64_t n, int64_t workers, void (*body)(void*, int64_t, int64_
 }
 
 int ag_threads() { return pool().threads.load(); }
-void ag_set_threads(int n) { pool().threads.store(n < 1 ? 1 : n); }
+void ag_set_threads(int n) { pool().threads.store(n < 1 ? 1 : n > 1024 ? 1024 : n); }

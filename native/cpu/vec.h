@@ -12,6 +12,9 @@
 #include "../backend.h"
 #include "level.h"
 #include "pool.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(AG_LEVEL_AVX512)
 #define AG_VECTOR_BYTES 64
@@ -33,6 +36,9 @@ typedef double vd __attribute__((vector_size(AG_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(AG_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(AG_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(AG_VECTOR_BYTES / 2)));
+typedef float vf_half __attribute__((vector_size(AG_VECTOR_BYTES / 2)));
+typedef uint32_t vu_half __attribute__((vector_size(AG_VECTOR_BYTES / 2)));
+typedef uint16_t vh_half __attribute__((vector_size(AG_VECTOR_BYTES / 4)));
 
 template <class C>
 struct VecOf;
@@ -94,21 +100,39 @@ inline vd load(const double* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// The compiler's own conversions between 16 and 32 bits take several shuffles where the CPU has one instruction.
 inline vf load(const bf16* p) {
+#if defined(AG_LEVEL_AVX512)
+  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), h) << 16);
+#elif defined(AG_LEVEL_AVX2)
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#elif defined(__x86_64__)
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   vh h;
   memcpy(&h, p, sizeof h);
-  vu u = __builtin_convertvector(h, vu) << 16;
-  return (vf)u;
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 inline void store(double* p, vd v) { memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, vf v) {  // round to nearest even, NaN stays NaN
-  vu u = (vu)v;
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vu nan = (u >> 16) | 0x40;
-  vu r = (u & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-  vh h = __builtin_convertvector(r, vh);
+// To bf16 in the low half of each lane: round to nearest even, NaN stays NaN.
+inline vu bf16_bits(vf v) {
+  vu u = (vu)v, high = u >> 16;
+  return v == v ? (u + 0x7fff + (high & 1)) >> 16 : high | 0x40;
+}
+inline void store(bf16* p, vf v) {
+#if defined(AG_LEVEL_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)bf16_bits(v)));
+#elif defined(AG_LEVEL_AVX2)
+  __m256i u = (__m256i)bf16_bits(v);
+  u = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(u));
+#else
+  vh h = __builtin_convertvector(bf16_bits(v), vh);
   memcpy(p, &h, sizeof h);
+#endif
 }
 // The first n lanes; the others read as zero and are not written.
 template <class S>
@@ -124,11 +148,71 @@ inline void store_n(S* p, Vec<Acc<S>> v, int64_t n) {
   store(t, v);
   memcpy(p, t, size_t(n) * sizeof(S));
 }
-inline vf splat(float x) { return vf{} + x; }
-inline vd splat(double x) { return vd{} + x; }
+#if defined(AG_LEVEL_AVX512)
+inline uint32_t lanes(int64_t n) { return _bzhi_u32(~0u, uint32_t(n)); }
+inline vf load_n(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(__mmask16(lanes(n)), p); }
+inline vd load_n(const double* p, int64_t n) { return (vd)_mm512_maskz_loadu_pd(__mmask8(lanes(n)), p); }
+inline vf load_n(const bf16* p, int64_t n) {
+  __m256i h = _mm256_maskz_loadu_epi16(__mmask16(lanes(n)), p);
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), h) << 16);
+}
+inline void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16(lanes(n)), (__m512)v); }
+inline void store_n(double* p, vd v, int64_t n) { _mm512_mask_storeu_pd(p, __mmask8(lanes(n)), (__m512d)v); }
+inline void store_n(bf16* p, vf v, int64_t n) {
+  __m256i h = _mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)bf16_bits(v));
+  _mm256_mask_storeu_epi16(p, __mmask16(lanes(n)), h);
+}
+#elif defined(AG_LEVEL_AVX2)
+inline __m256i lanes32(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes64(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline vf load_n(const float* p, int64_t n) { return (vf)_mm256_maskload_ps(p, lanes32(n)); }
+inline vd load_n(const double* p, int64_t n) { return (vd)_mm256_maskload_pd(p, lanes64(n)); }
+inline void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, lanes32(n), (__m256)v); }
+inline void store_n(double* p, vd v, int64_t n) { _mm256_maskstore_pd(p, lanes64(n), (__m256d)v); }
+#endif
+inline vf splat(float x) { return x - vf{}; }  // not x + 0: that would lose the sign of -0
+inline vd splat(double x) { return x - vd{}; }
+// A vector of doubles from any storage.
+inline vd load_wide(const double* p) { return load(p); }
+inline vd load_wide(const float* p) {
+  vf_half h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vd);
+}
+inline vd load_wide(const bf16* p) {
+  vh_half h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector((vf_half)(__builtin_convertvector(h, vu_half) << 16), vd);
+}
+inline vf vsqrt(vf x) {
+#if defined(AG_LEVEL_AVX512)
+  return (vf)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)x);
+#elif defined(AG_LEVEL_AVX2)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vf)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kWidth<float>; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+// vmin and vmax return the second argument when one is NaN.
+#if defined(AG_LEVEL_AVX512)
+inline vf vmax(vf a, vf b) { return (vf)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b); }
+inline vf vmin(vf a, vf b) { return (vf)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b); }
+#elif defined(AG_LEVEL_AVX2)
+inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__x86_64__)
+inline vf vmax(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+inline vf vmin(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+#else
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
-inline vd vmax(vd a, vd b) { return a > b ? a : b; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
+inline vd vmax(vd a, vd b) { return a > b ? a : b; }
 
 template <class V>
 inline auto lane_sum(V v) {
@@ -144,10 +228,11 @@ inline auto lane_max(V v) {
 }
 
 // ---- functions --------------------------------------------------------------------------------------
-// exp to about 1 ulp: 2^n * polynomial (Cephes' minimax) on [-ln2/2, ln2/2].
-inline vf vexp(vf x) {
-  const vf over = splat(88.722839f), under = splat(-87.336544f);
-  vf c = vmin(vmax(x, under), splat(88.3762626647950f));
+// exp to about 1 ulp: 2^n * polynomial (Cephes' minimax) on [-ln2/2, ln2/2]. `whole` range: the power of two is applied
+// so that infinity, subnormal numbers and zero come out by themselves, and NaN passes through. Otherwise |x| < 80.
+template <bool whole>
+inline vf exp_of(vf x) {
+  vf c = whole ? vmax(splat(-104.0f), vmin(splat(89.0f), x)) : x;
   vf n = (c * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
   vf r = c - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
@@ -156,36 +241,41 @@ inline vf vexp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  vi e = (__builtin_convertvector(n, vi) + 127) << 23;
-  vf y = p * (vf)e;
-  y = x < under ? splat(0.0f) : y;
-  y = x > over ? splat(INFINITY) : y;
-  return x == x ? y : x;
+  p = p * (r * r) + r + 1.0f;
+#if defined(AG_LEVEL_AVX512)
+  return (vf)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)p, (__m512)n);
+#else
+  vi e = __builtin_convertvector(n, vi);
+  if (!whole) return p * (vf)((e + 127) << 23);
+  vi half = e >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+#endif
 }
+inline vf vexp(vf x) { return exp_of<true>(x); }
 inline vd vexp(vd x) {
   vd y = {};
   for (int i = 0; i < kWidth<double>; i++) y[i] = exp(x[i]);
   return y;
 }
 
-// erf as an odd rational minimax function on [-4, 4]; relative error below 4e-7.
+// erf to about 1 ulp: x * polynomial below 0.93, 1 - exp(polynomial) above.
 inline vf verf(vf x) {
-  x = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
-  vf z = x * x;
-  vf p = splat(-2.72614225801306e-10f);
-  p = p * z + 2.77068142495902e-08f;
-  p = p * z - 2.10102402082508e-06f;
-  p = p * z - 5.69250639462346e-05f;
-  p = p * z - 7.34990630326855e-04f;
-  p = p * z - 2.95459980854025e-03f;
-  p = p * z - 1.60960333262415e-02f;
-  vf q = splat(-1.45660718464996e-05f);
-  q = q * z - 2.13374055278905e-04f;
-  q = q * z - 1.68282697438203e-03f;
-  q = q * z - 7.37332916720468e-03f;
-  q = q * z - 1.42647390514189e-02f;
-  return x * p / q;
+  vf t = vmin(splat(4.0f), (vf)((vu)x & 0x7fffffffu)), s = t * t;
+  vf far = splat(-1.72853470e-5f) * t + 3.83197126e-4f;
+  far = far * s + (t * -3.88396438e-3f + 2.42546219e-2f);
+  far = far * t - 1.06777877e-1f;
+  far = far * t - 6.34846687e-1f;
+  far = far * t - 1.28717512e-1f;
+  far = 1.0f - exp_of<false>(far * t - t);
+  vf near = splat(-5.96761703e-4f);
+  near = near * s + 4.99119423e-3f;
+  near = near * s - 2.67681349e-2f;
+  near = near * s + 1.12819925e-1f;
+  near = near * s - 3.76125336e-1f;
+  near = near * s + 1.28379166e-1f;
+  near = near * t + t;
+  vf y = t > 0.927734375f ? far : near;
+  return (vf)((vu)y | ((vu)x & 0x80000000u));
 }
 inline vd verf(vd x) {
   vd y = {};
@@ -229,7 +319,8 @@ inline vd activate<vd>(AgUnaryOp op, vd x, vd alpha) {
 }
 template <class V, class C>
 inline V slope_of(AgUnaryOp op, V x, V alpha, C) {
-  const C r2 = C(0.70710678118654752440), c = C(0.79788456080286535588), cubic = C(0.044715), inv = C(0.39894228040143267794);
+  const C r2 = C(0.70710678118654752440), c = C(0.79788456080286535588), cubic = C(0.044715),
+          inv = C(0.39894228040143267794);
   switch (op) {
     case AG_GELU: return (verf(x * r2) + 1) * C(0.5) + x * vexp(-x * x * C(0.5)) * inv;
     case AG_GELU_TANH: {
@@ -255,6 +346,13 @@ template <class S>
 struct Tag {
   typedef S type;
 };
+inline AgStatus bad_dtype(AgCtx* ctx, const char* kernel, AgDtype dt, const char* expected) {
+  static const char* const names[] = {"f32", "bf16", "f64", "i32", "i64"};
+  bool known = dt >= AG_F32 && dt <= AG_I64;
+  snprintf(ctx->error, sizeof ctx->error, "[%s] dtype: expected %s, got %s", kernel, expected,
+           known ? names[dt] : "an unknown one");
+  return AG_INVALID;
+}
 // Calls f(Tag<storage type>) for a float dtype.
 template <class F>
 inline AgStatus with_float(AgCtx* ctx, const char* kernel, AgDtype dt, const F& f) {
@@ -262,8 +360,15 @@ inline AgStatus with_float(AgCtx* ctx, const char* kernel, AgDtype dt, const F& 
     case AG_F32: f(Tag<float>()); return AG_OK;
     case AG_BF16: f(Tag<bf16>()); return AG_OK;
     case AG_F64: f(Tag<double>()); return AG_OK;
-    default: snprintf(ctx->error, sizeof ctx->error, "%s: dtype must be f32, bf16 or f64", kernel); return AG_INVALID;
+    default: return bad_dtype(ctx, kernel, dt, "f32, bf16 or f64");
   }
+}
+// The same with the first result that is not AG_OK: f returns a status.
+template <class F>
+inline AgStatus with_float_status(AgCtx* ctx, const char* kernel, AgDtype dt, const F& f) {
+  AgStatus status = AG_OK;
+  AgStatus outer = with_float(ctx, kernel, dt, [&](auto tag) { status = f(tag); });
+  return outer == AG_OK ? status : outer;
 }
 
 template <class F>
@@ -280,6 +385,30 @@ inline void parallel_range(int64_t n, int64_t grain, const F& f) {
   parallel_for(div_up(n, grain), [&](int64_t i) { f(i * grain, min_of(n, (i + 1) * grain)); });
 }
 
+// f(i, lanes) over vectors of 0..n-1; only the last may have fewer than all lanes.
+template <class C, class F>
+inline __attribute__((always_inline)) void each_vector(int64_t n, const F& f) {
+  constexpr int64_t W = kWidth<C>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, W);
+  if (i < n) f(i, n - i);
+}
+// n lanes at p, and their way back; free when n is the constant width.
+template <class S>
+inline __attribute__((always_inline)) Vec<Acc<S>> get(const S* p, int64_t n) {
+  return n == kWidth<Acc<S>> ? load(p) : load_n(p, n);
+}
+template <class S>
+inline __attribute__((always_inline)) void set(S* p, Vec<Acc<S>> v, int64_t n) {
+  n == kWidth<Acc<S>> ? store(p, v) : store_n(p, v, n);
+}
+// Zero outside the first n lanes.
+template <class C>
+inline Vec<C> first(Vec<C> v, int64_t n) {
+  for (int64_t i = n; i < kWidth<C>; i++) v[i] = 0;
+  return v;
+}
+
 constexpr int64_t kGrain = 16384;  // elements of a piece of elementwise work
 inline int64_t row_grain(int64_t cols) { return max_of(1, kGrain / max_of(cols, 1)); }
 
@@ -294,6 +423,17 @@ inline void grad_put(const AgGrad& g, int64_t i, double v) {
   } else {
     bf16* p = static_cast<bf16*>(g.p) + i;
     put(p, g.accumulate ? to_acc(*p) + v : v);
+  }
+}
+
+// The same for n lanes, where the buffer's dtype D has the compute type C; scalar otherwise.
+template <class D, class C>
+inline __attribute__((always_inline)) void grad_set(const AgGrad& g, int64_t i, Vec<C> v, int64_t n) {
+  if constexpr (sizeof(Acc<D>) == sizeof(C)) {
+    D* p = static_cast<D*>(g.p) + i;
+    set(p, g.accumulate ? get(p, n) + v : v, n);
+  } else {
+    for (int64_t j = 0; j < n; j++) grad_put(g, i + j, double(v[j]));
   }
 }
 
