@@ -11,14 +11,29 @@ import { saveTokenizer, trainBpe, trainClipBpe } from '../ts/src/bpe.js'
 import { loadDataset } from '../ts/src/data.js'
 import { evaluate, type Question } from '../ts/src/evaluate.js'
 import { generateBatch } from '../ts/src/generate.js'
-import { bucketLevels, writeLevels } from '../ts/src/levels.js'
+import { bucketLevels, type Levels, writeLevels } from '../ts/src/levels.js'
 import { native } from '../ts/src/native.js'
-import { DEFAULT_SYSTEM } from '../ts/src/prompt.js'
 import { clipScores } from '../ts/src/score.js'
 import { Tokenizer } from '../ts/src/tokenizer.js'
 import { finetune, pretrain } from '../ts/src/train.js'
-import { prepareData, type QuickstartData, type Thing } from './quickstart/data.js'
-import { type Example, type Result, type Sampled, writeReport } from './quickstart/report.js'
+import {
+  prepareData,
+  type QuickstartData,
+  readHalves,
+  readQuality,
+  readQuestions,
+  readText,
+  tokenizerTexts,
+} from './quickstart/data.js'
+import { pictureName, TRAINING_STYLES } from './quickstart/emoji.js'
+import { QUALITIES, type Quality, TESTS } from './quickstart/records.js'
+import {
+  type AnswerExample,
+  type LevelExample,
+  type QuickstartResult,
+  type Scores,
+  writeReport,
+} from './quickstart/report.js'
 import {
   type Budget,
   type ClipPair,
@@ -35,9 +50,10 @@ const { values: args } = parseArgs({
   options: { fast: { type: 'boolean', default: false }, out: { type: 'string', default: 'runs/quickstart' } },
 })
 const LEVELS = 8
+const SEED = 1
 const SIZE = args.fast
   ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 1250, half: 230, llama: 800, pretrain: 60, finetune: 420, clipBatch: 128, versions: 6 }
+  : { clip: 1150, half: 220, llama: 500, pretrain: 130, finetune: 420, clipBatch: 128, versions: 6 }
 
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {
@@ -59,43 +75,30 @@ function meter(steps: number): Budget {
 }
 
 function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): void {
-  const captions = d.things.flatMap(clipCaptions)
-  const clip = trainClipBpe(captions, { vocabSize: 1500 })
+  const texts = tokenizerTexts(d)
+  const clip = trainClipBpe(texts.clip, { vocabSize: 2048 })
   saveTokenizer(clip, clipDir)
   writeClipConfig(clipDir, clip.vocabSize)
-  const prompt = `${DEFAULT_SYSTEM.vicuna_v1} USER: ASSISTANT:`
-  const instructions = JSON.parse(fs.readFileSync(d.instructions, 'utf8')) as { conversations: { value: string }[] }[]
-  const spoken = instructions
-    .slice(0, 3000)
-    .flatMap((r) => r.conversations.map((t) => t.value.replace('<image>', '').trim()))
-  const texts = [
-    ...d.texts,
-    ...d.dialogues.flatMap((x) => [x.question, x.answer]),
-    ...spoken,
-    ...Array<string>(500).fill(prompt),
-  ]
-  const llm = trainBpe(texts, { vocabSize: 1600 })
+  const llm = trainBpe(texts.llm, { vocabSize: 2048 })
   saveTokenizer(llm, llmDir)
   writeLlamaConfig(llmDir, llm.vocabSize)
 }
-
-/** Both renderings of a thing are in the same half, so a CLIP never judges a thing it has seen. */
-const halfOf = (t: Thing, d: QuickstartData): number => d.things.indexOf(t) % 2
 
 /** Scores each pair with a CLIP trained on the other half: one that has seen a pair cannot judge it. */
 async function scorePairs(d: QuickstartData, clipDir: string, pictures: Pictures, out: string): Promise<number[]> {
   const data = await loadDataset(d.pairs, { images: d.images })
   const records = [...data]
+  const halves = readHalves(d)
   const scores = new Array<number>(records.length)
   for (const half of [0, 1]) {
     const dir = path.join(out, `clip-half-${half}`)
     fs.cpSync(clipDir, dir, { recursive: true })
     const seen: ClipPair[] = records
-      .filter((r) => halfOf(d.thingOf.get(r.id) as Thing, d) === half)
+      .filter((r) => halves[r.id] === half)
       .map((r) => ({ image: r.image as string, captions: [r.conversations[1].value] }))
     await trainClip(dir, pictures, seen, { ...meter(SIZE.half), batch: SIZE.clipBatch, lr: 1e-3, seed: 11 + half })
     const clip = loadClip(dir)
-    const judged = records.flatMap((r, i) => (halfOf(d.thingOf.get(r.id) as Thing, d) === half ? [] : [i]))
+    const judged = records.flatMap((r, i) => (halves[r.id] === half ? [] : [i]))
     const pairs = judged.map((i) => ({
       id: records[i].id,
       image: path.join(d.images, records[i].image as string),
@@ -134,11 +137,11 @@ async function main(): Promise<void> {
 
   const [clipDir, llmDir] = ['clip', 'llama'].map((n) => path.join(out, 'models', n))
   const d = await stage('data', 'Data: real pictures and names, written as LLaVA JSON', async () => {
-    const data = await prepareData(path.join(out, 'data'), { fast: args.fast })
+    const data = await prepareData(out, { fast: args.fast, seed: SEED })
     makeTokenizers(data, clipDir, llmDir)
     return data
   })
-  const names = d.things.flatMap((t) => [t.noto, t.twemoji].filter((f) => f !== null))
+  const names = d.emoji.flatMap((e) => TRAINING_STYLES.map((style) => pictureName(style, e)))
   const pictures = await stage('augment', `Augmenting ${names.length} pictures`, () =>
     Pictures.load(d.images, names, SIZE.versions, readPreprocessor(clipDir), 5),
   )
@@ -147,33 +150,31 @@ async function main(): Promise<void> {
   )
 
   const data = await loadDataset(d.pairs, { images: d.images })
-  const ids = [...data].map((r) => r.id)
-  const wrong = ids.map((id) => d.quality.get(id) === 'wrong')
   const cut = bucketLevels(scores, LEVELS, 'width')
   await writeLevels(data, cut.levels)
-  const quarter = [...scores].sort((a, b) => a - b)[Math.floor(scores.length / 4)]
-  const wrongCount = wrong.filter((w) => w).length
-  const levels = {
-    wrongInLowestQuarter: scores.filter((s, i) => wrong[i] && s < quarter).length / Math.max(1, wrongCount),
-    auc: auc(scores, wrong),
-    histogram: cut.histogram,
-    wrong: cut.histogram.map((_, l) => wrong.filter((w, i) => w && cut.levels[i] === l).length),
-  }
+  const quality = readQuality(d)
+  const qualities = [...data].map((r) => quality[r.id])
+  const levels = describeLevels(scores, qualities, cut)
   console.log(
     `   wrong captions: AUC ${levels.auc.toFixed(3)}, ${(100 * levels.wrongInLowestQuarter).toFixed(0)} % in the lowest quarter; levels ${cut.histogram.join(' ')}`,
   )
 
   const clipCurve = await stage('clip', 'CLIP on all training pictures (stands in for OpenAI’s)', () => {
-    const pairs = d.things.flatMap((t) =>
-      [t.noto, t.twemoji].flatMap((image) => (image ? [{ image, captions: clipCaptions(t) }] : [])),
+    const pairs = d.emoji.flatMap((e) =>
+      TRAINING_STYLES.map((style) => ({ image: pictureName(style, e), captions: clipCaptions(e) })),
     )
     return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1e-3, seed: 7 })
   })
+  const conversations = await loadDataset(d.conversations)
   const llamaCurve = await stage('llama', 'LLaMA on text (stands in for Vicuna)', () =>
-    trainLlama(llmDir, d.texts, d.dialogues, { ...meter(SIZE.llama), batch: 32, lr: 2e-3, seed: 3 }),
+    trainLlama(llmDir, readText(d), [...conversations], { ...meter(SIZE.llama), batch: 32, lr: 2e-3, seed: 3 }),
   )
 
-  const model = await AlignGPT.create({ llm: llmDir, clip: clipDir, levels: LEVELS }, { seed: 1 })
+  const model = await AlignGPT.create(
+    // the class row too: with 4 layers it is where most of what this CLIP knows is gathered
+    { llm: llmDir, clip: clipDir, levels: LEVELS, selectFeature: 'cls_patch' },
+    { seed: SEED },
+  )
   const show = (steps: number) => {
     const m = meter(steps)
     return (s: { step: number; loss: number }): void => m.onStep?.(s.step, s.loss)
@@ -202,80 +203,104 @@ async function main(): Promise<void> {
   )
   await model.save(path.join(out, 'model'))
 
-  const kinds = ['yesno', 'category', 'name'] as const
-  const [accuracy, blind, chance] = [{}, {}, {}] as Result['accuracy'][]
+  const [accuracy, blind, chance, questions] = [{}, {}, {}, {}] as Scores[]
   await stage('test', 'Test on pictures in a style no training has seen', async () => {
-    for (const kind of kinds) {
-      const list = kind === 'name' ? d.questions.name.slice(0, args.fast ? 24 : 160) : d.questions[kind]
-      const e = await evaluate(model, list, { images: d.images, batch: 32 })
-      accuracy[kind] = e.accuracy
-      blind[kind] = e.blind as number
-      chance[kind] = e.chance as number
+    for (const test of TESTS) {
+      const e = await evaluate(model, readQuestions(d, test), { images: d.images, batch: 32 })
+      accuracy[test] = e.accuracy
+      blind[test] = e.blind as number
+      chance[test] = e.chance as number
+      questions[test] = e.count
       console.log(
-        `   ${kind}: ${(100 * e.accuracy).toFixed(1)} %, blind ${(100 * (e.blind as number)).toFixed(1)} %, chance ${(100 * (e.chance as number)).toFixed(1)} % (${e.count} questions)`,
+        `   ${test}: ${(100 * e.accuracy).toFixed(1)} %, blind ${(100 * (e.blind as number)).toFixed(1)} %, chance ${(100 * (e.chance as number)).toFixed(1)} % (${e.count} questions)`,
       )
     }
   })
   const sampled = await answerSome(model, d)
   model.dispose()
 
-  const result: Result = {
+  const result: QuickstartResult = {
     accuracy,
     blind,
     chance,
+    questions,
     levels,
-    seconds: { ...seconds, total: Object.values(seconds).reduce((a, b) => a + b, 0) },
-    loss: { clip: clipCurve, llama: llamaCurve, pretrain: first.loss, finetune: second.loss },
-    settings: { things: d.things.length, pairs: ids.length, levels: LEVELS, ...SIZE, cpu: level, threads },
+    seconds,
+    loss: { clip: clipCurve, llm: llamaCurve, pretrain: first.loss, finetune: second.loss },
   }
-  const examples = cut.histogram.map((_, l): Example[] =>
-    ids
-      .flatMap((_id, i) => (cut.levels[i] === l ? [i] : []))
+  const levelExamples = cut.histogram.flatMap((_, level) =>
+    [...cut.levels.keys()]
+      .filter((i) => cut.levels[i] === level)
       .slice(0, 6)
-      .map((i) => {
+      .map((i): LevelExample => {
         const r = data.record(i)
-        return {
-          picture: fs.readFileSync(path.join(d.images, r.image as string)),
-          caption: r.conversations[1].value,
-          ...(wrong[i] && { note: 'wrong on purpose' }),
-        }
+        const image = path.join(d.images, r.image as string)
+        return { level, image, caption: r.conversations[1].value, score: scores[i], quality: qualities[i] }
       }),
   )
-  writeReport(path.join(out, 'report.html'), result, examples, sampled)
+  writeReport(path.join(out, 'report.html'), result, {
+    fast: args.fast,
+    seed: SEED,
+    date: new Date().toISOString().slice(0, 16).replace('T', ' '),
+    machine: `CPU level ${level}, ${threads} threads`,
+    facts: [
+      ...Object.entries(d.counts).map(([k, v]): [string, string] => [k, String(v)]),
+      ...Object.entries(SIZE).map(([k, v]): [string, string] => [`steps or size: ${k}`, String(v)]),
+    ],
+    levelExamples,
+    answers: sampled,
+  })
   fs.writeFileSync(done, `${JSON.stringify(result, null, 2)}\n`)
-  for (const s of [data, instructions]) s.close()
+  for (const s of [data, instructions, conversations]) s.close()
   const rel = path.relative('.', out)
   console.log(`
 Report:  ${path.join(rel, 'report.html')}
 Numbers: ${path.join(rel, 'result.json')}
 
 Ask it yourself:
-  npm run chat -- --model ${rel}/model --image ${rel}/data/images/fluent/${d.things.find((t) => t.fluent)?.code}.png "What is this?"
+  npm run chat -- --model ${rel}/model --image ${rel}/data/images/fluent/${path.basename(readQuestions(d, 'name')[0].image)} "What is this?"
 Train on a folder of your own:
   npm run levels   -- --data pairs.json --images DIR --clip ${rel}/models/clip
   npm run pretrain -- --llm ${rel}/models/llm --clip ${rel}/models/clip --data pairs.json --images DIR --out runs/mine-1
   npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`)
 }
 
+/** How the scores sort the captions that are wrong on purpose. */
+function describeLevels(
+  scores: readonly number[],
+  qualities: readonly Quality[],
+  cut: Levels,
+): QuickstartResult['levels'] {
+  const wrong = qualities.map((q) => q === 'wrong')
+  const quarter = [...scores].sort((a, b) => a - b)[Math.floor(scores.length / 4)]
+  const wrongCount = Math.max(1, wrong.filter((w) => w).length)
+  const byQuality = Object.fromEntries(
+    QUALITIES.map((q) => [
+      q,
+      cut.histogram.map((_, l) => qualities.filter((x, i) => x === q && cut.levels[i] === l).length),
+    ]),
+  ) as Record<Quality, number[]>
+  return {
+    wrongInLowestQuarter: scores.filter((s, i) => wrong[i] && s < quarter).length / wrongCount,
+    auc: auc(scores, wrong),
+    edges: [...cut.edges],
+    byQuality,
+  }
+}
+
 /** A few generated answers with the gate's weights, for the report. */
-async function answerSome(model: AlignGPT, d: QuickstartData): Promise<Sampled[]> {
-  const list: Question[] = [
-    ...d.questions.category.slice(0, 4),
-    ...d.questions.yesno.slice(6, 10),
-    ...d.questions.name.slice(0, 4),
-  ]
+async function answerSome(model: AlignGPT, d: QuickstartData): Promise<AnswerExample[]> {
+  const list: Question[] = TESTS.flatMap((test) => readQuestions(d, test).slice(0, 5))
   const files = list.map((q) => path.join(d.images, q.image as string))
-  const given = await generateBatch(
-    model,
-    list.map((q, i) => ({ prompt: q.question, image: files[i] })),
-    { maxNewTokens: 16 },
-  )
+  const requests = list.map((q, i) => ({ prompt: q.question, image: files[i] }))
+  const given = await generateBatch(model, requests, { maxNewTokens: 16 })
   return list.map((q, i) => ({
-    picture: fs.readFileSync(files[i]),
+    image: files[i],
     question: q.question,
-    answer: q.answer,
+    expected: q.answer,
     given: given[i].text,
-    alpha: given[i].alpha ?? [],
+    correct: given[i].text.toLowerCase() === q.answer.toLowerCase(),
+    gate: (given[i].alpha ?? []).slice(0, -1),
   }))
 }
 

@@ -1,342 +1,189 @@
 /**
- * The quickstart's data: real pictures with real human names and keywords, written as ordinary LLaVA JSON.
+ * The quickstart's data: ordinary LLaVA JSON and a folder of pictures, made from emoji. Look at what it writes and do the
+ * same with your own pictures:
  *
- * Noto (emoji-datasource-google) and Twemoji (emoji-datasource-twitter) are two drawing styles of the same things and are
- * trained on; Fluent 3D (@lobehub/fluent-emoji-3d) draws them a third way and is only ever tested on. Names, keywords and
- * categories come from emojibase-data (CLDR). Left out: flags (one category of look-alikes), skin tones (the same name),
- * components. A picture is 64 x 64; its colour channels hold it on a plain background, its alpha channel lets training
- * put it on others. Everything is a pure function of the seed.
+ *   images/{noto,twemoji,fluent}/CODE.png   64 x 64; Fluent is for testing only
+ *   pairs.json           picture + caption, for CLIP and for pre-training; captions of mixed quality
+ *   quality.json         how good each caption of pairs.json is; for the report only, no training reads it
+ *   halves.json          0 or 1 for each pair, see below
+ *   instructions.json    questions and answers, for instruction tuning
+ *   text.txt             plain text for the language model, documents are separated by an empty line
+ *   conversations.json   conversations without pictures for the language model
+ *   questions_{yesno,category,name}.json   the test, on Fluent pictures
+ *   emoji.json           names, keywords and categories
+ *   data.json            seed, counts
+ *
+ * The test is the rendering style: the things are the same, every picture is new.
+ *
+ * A CLIP that was trained on a pair cannot judge it, so pairs are scored by a CLIP that was trained on the other half. All
+ * captions and both pictures of an emoji lie in the same half, because another picture of the same thing with the same
+ * name would give it away.
+ *
+ * Everything is a pure function of the seed.
  */
 import fs from 'node:fs'
-import { createRequire } from 'node:module'
 import path from 'node:path'
-import sharp from 'sharp'
-import type { Question } from '../../ts/src/evaluate.js'
-import { permutation, Rng } from '../../ts/src/rng.js'
+import { type DataRecord, render, type Turn } from '../../ts/src/prompt.js'
+import { CATEGORIES, type Emoji, pictureName, selectEmoji, TRAINING_STYLES, writePictures } from './emoji.js'
+import {
+  type LlavaRecord,
+  makeConversations,
+  makeInstructions,
+  makePairs,
+  makeTests,
+  makeText,
+  QUALITY_SHARES,
+  type Quality,
+  TESTS,
+  type Test,
+  type TestQuestion,
+} from './records.js'
 
-const require = createRequire(import.meta.url)
-export const SIDE = 64
-
-export interface Thing {
-  code: string
-  name: string
-  keywords: string[]
-  category: string
-  /** file names below images/ */
-  noto: string
-  twemoji: string | null
-  fluent: string | null
-}
-export const CATEGORIES = [
-  'faces',
-  'people',
-  'animals and plants',
-  'food',
-  'travel',
-  'activities',
-  'objects',
-  'symbols',
-] as const
-const GROUPS: Record<number, (typeof CATEGORIES)[number]> = {
-  0: 'faces',
-  1: 'people',
-  3: 'animals and plants',
-  4: 'food',
-  5: 'travel',
-  6: 'activities',
-  7: 'objects',
-  8: 'symbols',
+export interface DataOptions {
+  /** a few hundred emoji instead of all */
+  fast?: boolean
+  seed?: number
+  signal?: AbortSignal
 }
 
-interface Turn {
-  from: 'human' | 'gpt'
-  value: string
-}
-interface Record_ {
-  id: string
-  image?: string
-  conversations: Turn[]
-}
-export type Quality = 'name' | 'keyword' | 'category' | 'wrong'
-
+/** Where everything is. */
 export interface QuickstartData {
+  dir: string
   images: string
-  things: Thing[]
-  /** LLaVA JSON files */
   pairs: string
+  quality: string
+  halves: string
   instructions: string
-  /** caption quality of each pair, by id: the ground truth the levels are compared with */
-  quality: Map<string, Quality>
-  /** the thing of each pair */
-  thingOf: Map<string, Thing>
-  /** plain sentences and conversations for the language model */
-  texts: string[]
-  dialogues: { question: string; answer: string }[]
-  questions: { yesno: Question[]; category: Question[]; name: Question[] }
+  text: string
+  conversations: string
+  questions: Record<Test, string>
+  emoji: Emoji[]
+  /** records of each file, pictures of each style, emoji of each category */
+  counts: Record<string, number>
+  seconds: number
 }
 
-const bare = (code: string): string => code.toLowerCase().replace(/-fe0f/g, '')
+// ---- files --------------------------------------------------------------------------------------------------------------
 
-/** File of each code point sequence in a folder, variation selectors ignored. */
-function filesByCode(dir: string): Map<string, string> {
-  return new Map(
-    fs
-      .readdirSync(dir)
-      .flatMap((f) => (/\.(png|webp)$/.test(f) ? [[bare(path.parse(f).name), path.join(dir, f)]] : [])),
-  )
-}
+const NOTE = `Made by "npm run quickstart" from npm packages; open the files and imitate them with your own pictures.
 
-interface Entry {
-  hexcode: string
-  label: string
-  tags?: string[]
-  group?: number
-}
+pairs.json           picture + caption (pre-training, CLIP)
+instructions.json    questions and answers (instruction tuning)
+conversations.json   the same kind of thing without pictures (language model)
+text.txt             plain text (language model)
+questions_*.json     the test: pictures in a style that is in no training
+quality.json         which captions of pairs.json are good or wrong on purpose; only the report reads it
+halves.json          which half of the pairs each one is in: pairs are scored by a CLIP trained on the other half
 
-/** Things that all sources know, with their source files. */
-function listThings(limit: number, seed: number): { thing: Thing; sources: Record<string, string> }[] {
-  const folder = (name: string, sub: string): Map<string, string> =>
-    filesByCode(path.join(path.dirname(require.resolve(`${name}/package.json`)), sub))
-  const noto = folder('emoji-datasource-google', 'img/google/64')
-  const twemoji = folder('emoji-datasource-twitter', 'img/twitter/64')
-  const fluent = folder('@lobehub/fluent-emoji-3d', 'assets')
-  const entries = require('emojibase-data/en/data.json') as Entry[]
-  const all = entries.flatMap((e) => {
-    const code = bare(e.hexcode)
-    const category = e.group === undefined ? undefined : GROUPS[e.group]
-    const source = noto.get(code)
-    if (!category || !source) return []
-    const sources: Record<string, string> = { noto: source }
-    const [t, f] = [twemoji.get(code), fluent.get(code)]
-    if (t) sources.twemoji = t
-    if (f) sources.fluent = f
-    const file = (style: string): string | null => (sources[style] ? `${style}/${code}.png` : null)
-    const name = e.label.toLowerCase().replace(/[“”:]/g, '')
-    const keywords = (e.tags ?? []).map((k) => k.toLowerCase())
-    const thing: Thing = {
-      code,
-      name,
-      keywords,
-      category,
-      noto: `noto/${code}.png`,
-      twemoji: file('twemoji'),
-      fluent: file('fluent'),
-    }
-    return [{ thing, sources }]
-  })
-  const order = permutation(all.length, seed, 1)
-  return Array.from(order.subarray(0, limit), (i) => all[i])
-}
+Pictures are 64 x 64. Training pictures have alpha, with the picture on white under it.
+images/noto      Noto Emoji, Google, Apache License 2.0
+images/twemoji   Twemoji, Twitter, Inc. and other contributors, CC-BY 4.0
+images/fluent    Fluent Emoji, Microsoft Corporation, MIT License
+Names, keywords and categories: Emojibase, Miles Johnson, MIT License; Unicode CLDR
+`
 
-/** Writes one picture: colours over a pale background, alpha kept. */
-async function writePicture(source: string, target: string, rng: Rng): Promise<void> {
-  const { data } = await sharp(source)
-    .resize(SIDE, SIDE, { fit: 'contain', background: { r: 0, g: 0, b: 0, alpha: 0 } })
-    .ensureAlpha()
-    .raw()
-    .toBuffer({ resolveWithObject: true })
-  const background = [0, 1, 2].map(() => 200 + rng.int(56))
-  for (let i = 0; i < data.length; i += 4)
-    for (let c = 0; c < 3; c++)
-      data[i + c] = Math.round((data[i + c] * data[i + 3] + background[c] * (255 - data[i + 3])) / 255)
-  await sharp(data, { raw: { width: SIDE, height: SIDE, channels: 4 } })
-    .png({ compressionLevel: 3 })
-    .toFile(target)
-}
+/**
+ * Writes the quickstart's data into `out`/data, anew each time: an earlier one, finished or not, is replaced.
+ * @throws when an emoji package is missing (it is a development dependency) or the folder cannot be written
+ */
+export async function prepareData(out: string, options: DataOptions = {}): Promise<QuickstartData> {
+  const { fast = false, seed = 1, signal } = options
+  const start = performance.now()
+  const dir = path.join(out, 'data')
+  const file = (name: string): string => path.join(dir, name)
+  const images = file('images')
+  fs.rmSync(images, { recursive: true, force: true })
+  fs.rmSync(file('data.json'), { force: true })
+  fs.mkdirSync(dir, { recursive: true })
 
-const a = (name: string): string => (/^[aeiou]/.test(name) ? `an ${name}` : `a ${name}`)
+  const emoji = selectEmoji(seed, fast ? 40 : undefined)
+  const pairs = makePairs(emoji, seed)
+  const instructions = makeInstructions(emoji, seed)
+  const text = makeText(emoji, seed)
+  const talks = makeConversations(emoji, seed)
+  const tests = makeTests(emoji, seed, fast)
+  const tested = new Set(TESTS.flatMap((t) => tests[t].map((q) => q.image)))
+  for (const style of TRAINING_STYLES) await writePictures(images, style, emoji, signal)
+  const shown = emoji.filter((e) => tested.has(pictureName('fluent', e)))
+  await writePictures(images, 'fluent', shown, signal)
 
-/** A caption and how good it is: half full names, then keywords, categories, and 12 % wrong ones. */
-function captionOf(thing: Thing, things: readonly Thing[], rng: Rng): { text: string; quality: Quality } {
-  const u = rng.next()
-  if (u < 0.12) {
-    let other = rng.pick(things)
-    while (other.category === thing.category) other = rng.pick(things)
-    return { text: `${other.name}, ${other.category}`, quality: 'wrong' }
+  const write = (name: string, value: unknown): void =>
+    fs.writeFileSync(file(name), typeof value === 'string' ? value : `${JSON.stringify(value, null, 2)}\n`)
+  write('pairs.json', pairs.records)
+  write('quality.json', pairs.quality)
+  write('halves.json', pairs.halves)
+  write('instructions.json', instructions)
+  write('text.txt', `${text.join('\n\n')}\n`)
+  write('conversations.json', talks)
+  for (const t of TESTS) write(`questions_${t}.json`, tests[t])
+  write('emoji.json', emoji)
+  write('README.txt', NOTE)
+
+  const counts: Record<string, number> = {
+    emoji: emoji.length,
+    pairs: pairs.records.length,
+    ...Object.fromEntries(TRAINING_STYLES.map((s) => [`${s} pictures`, emoji.length])),
+    'fluent pictures': shown.length,
+    instructions: instructions.length,
+    'text documents': text.length,
+    conversations: talks.length,
+    ...Object.fromEntries(TESTS.map((t) => [`${t} questions`, tests[t].length])),
+    ...Object.fromEntries(CATEGORIES.map((c) => [c, emoji.filter((e) => e.category === c).length])),
   }
-  if (u < 0.6) return { text: `${thing.name}, ${thing.category}`, quality: 'name' }
-  if (u < 0.85 && thing.keywords.length) return { text: rng.pick(thing.keywords), quality: 'keyword' }
-  return { text: thing.category, quality: 'category' }
-}
-
-const NAME_QUESTIONS = [
-  'What is this?',
-  'What is shown in this picture?',
-  'What do you see?',
-  'Name the thing in the picture.',
-]
-const CATEGORY_QUESTION = (options: readonly string[]): string => `Which category fits: ${options.join(', ')}?`
-const THING_QUESTION = (name: string): string => `Is there ${a(name)} in the picture?`
-const CATEGORY_YESNO = (category: string): string => `Does this picture belong to ${category}?`
-
-function otherCategory(category: string, rng: Rng): string {
-  return rng.pick(CATEGORIES.filter((c) => c !== category))
-}
-function shuffled<T>(list: readonly T[], rng: Rng): T[] {
-  const out = [...list]
-  for (let i = out.length - 1; i > 0; i--) {
-    const j = rng.int(i + 1)
-    ;[out[i], out[j]] = [out[j], out[i]]
-  }
-  return out
-}
-
-interface Asked {
-  question: string
-  answer: string
-  options?: string[]
-}
-function askName(thing: Thing, rng: Rng): Asked {
-  return { question: rng.pick(NAME_QUESTIONS), answer: thing.name }
-}
-function askCategory(thing: Thing, rng: Rng): Asked {
-  const others = shuffled(
-    CATEGORIES.filter((c) => c !== thing.category),
-    rng,
-  ).slice(0, 3)
-  const options = shuffled([thing.category, ...others], rng)
-  return { question: CATEGORY_QUESTION(options), answer: thing.category, options }
-}
-/** Yes and no in turn; what is not there comes from another category. */
-function askYesNo(thing: Thing, things: readonly Thing[], yes: boolean, rng: Rng): Asked {
-  const answer = yes ? 'Yes' : 'No'
-  if (rng.next() < 0.5)
-    return { question: CATEGORY_YESNO(yes ? thing.category : otherCategory(thing.category, rng)), answer }
-  let other = thing
-  while (!yes && other.category === thing.category) other = rng.pick(things)
-  return { question: THING_QUESTION(yes ? thing.name : other.name), answer }
-}
-
-function turns(list: readonly Asked[], image: boolean): Turn[] {
-  return list.flatMap((t, i): Turn[] => [
-    { from: 'human', value: image && i === 0 ? `<image>\n${t.question}` : t.question },
-    { from: 'gpt', value: t.answer },
-  ])
-}
-
-/** Questions about every training picture, some of several turns, and some without a picture. */
-function makeInstructions(things: readonly Thing[], rng: Rng): Record_[] {
-  const records: Record_[] = []
-  for (const thing of things)
-    for (const image of [thing.noto, thing.twemoji]) {
-      if (!image) continue
-      const id = path.basename(path.dirname(image)) + thing.code
-      const kinds = [
-        [askCategory(thing, rng)],
-        [askYesNo(thing, things, true, rng), askName(thing, rng)],
-        [askYesNo(thing, things, false, rng), askCategory(thing, rng)],
-        [askName(thing, rng), askYesNo(thing, things, rng.next() < 0.5, rng)],
-      ]
-      for (const [k, list] of kinds.entries())
-        records.push({ id: `${id}-${k}`, image, conversations: turns(list, true) })
-      if (rng.next() < 0.2)
-        records.push({
-          id: `${id}-text`,
-          conversations: turns(
-            [{ question: `Which category does ${a(thing.name)} belong to?`, answer: thing.category }],
-            false,
-          ),
-        })
-    }
-  return records
-}
-
-/** Held-out questions on Fluent pictures, balanced by category and by yes and no. */
-function makeQuestions(things: readonly Thing[], count: number, rng: Rng): QuickstartData['questions'] {
-  const byCategory = CATEGORIES.map((c) =>
-    shuffled(
-      things.filter((t) => t.fluent && t.category === c),
-      rng,
-    ),
-  )
-  const each = (n: number): Thing[] =>
-    Array.from({ length: n }, (_, i) => {
-      const list = byCategory[i % byCategory.length]
-      return list[Math.floor(i / byCategory.length) % list.length]
-    })
-  const ask = (prefix: string, thing: Thing, i: number, q: Asked): Question => ({
-    id: `${prefix}-${i}`,
-    image: thing.fluent as string,
-    ...q,
-  })
-  const nameOptions = (thing: Thing): string[] => {
-    const names = new Set([thing.name])
-    while (names.size < 10) names.add(rng.pick(things).name)
-    return shuffled([...names], rng)
-  }
+  // Written last: a folder without it is unfinished.
+  write('data.json', { seed, fast, qualityShares: QUALITY_SHARES, counts })
+  const questions = Object.fromEntries(TESTS.map((t) => [t, file(`questions_${t}.json`)])) as Record<Test, string>
   return {
-    // whole rounds over the categories answer yes, the next ones no
-    yesno: each(count * 2).map((t, i) => ask('yesno', t, i, askYesNo(t, things, Math.floor(i / 8) % 2 === 0, rng))),
-    category: each(count).map((t, i) => ask('category', t, i, askCategory(t, rng))),
-    name: each(count).map((t, i) => ask('name', t, i, { ...askName(t, rng), options: nameOptions(t) })),
-  }
-}
-
-function writeJson(file: string, value: unknown): string {
-  fs.writeFileSync(file, `${JSON.stringify(value, null, 1)}\n`)
-  return file
-}
-
-/** Writes pictures and JSON files below `out`. @param o.fast a few hundred things instead of all */
-export async function prepareData(out: string, o: { fast: boolean; seed?: number }): Promise<QuickstartData> {
-  const seed = o.seed ?? 1
-  const images = path.join(out, 'images')
-  for (const style of ['noto', 'twemoji', 'fluent']) fs.mkdirSync(path.join(images, style), { recursive: true })
-  const listed = listThings(o.fast ? 240 : Number.POSITIVE_INFINITY, seed)
-  const things = listed.map((l) => l.thing)
-  const jobs = listed.flatMap(({ thing, sources }, i) =>
-    Object.entries(sources).map(([style, source], k) => ({
-      source,
-      target: path.join(images, style, `${thing.code}.png`),
-      rng: new Rng(seed, 1000 + 8 * i + k),
-    })),
-  )
-  for (let i = 0; i < jobs.length; i += 64)
-    await Promise.all(jobs.slice(i, i + 64).map((j) => writePicture(j.source, j.target, j.rng)))
-
-  const rng = new Rng(seed, 2)
-  const quality = new Map<string, Quality>()
-  const thingOf = new Map<string, Thing>()
-  const pairs = things.flatMap((thing) =>
-    [thing.noto, thing.twemoji].flatMap((image) => {
-      if (!image) return []
-      const id = `${path.dirname(image)}-${thing.code}`
-      const caption = captionOf(thing, things, rng)
-      quality.set(id, caption.quality)
-      thingOf.set(id, thing)
-      return [
-        {
-          id,
-          image,
-          conversations: [
-            { from: 'human', value: '<image>' },
-            { from: 'gpt', value: caption.text },
-          ],
-        },
-      ]
-    }),
-  )
-  const dialogues = things.flatMap((t) => [
-    { question: `Which category does ${a(t.name)} belong to?`, answer: t.category },
-    askCategory(t, rng),
-    { question: `Is ${a(t.name)} part of ${t.category}?`, answer: 'Yes' },
-    { question: `Is ${a(t.name)} part of ${otherCategory(t.category, rng)}?`, answer: 'No' },
-    ...t.keywords.slice(0, 2).map((k) => ({ question: `What has to do with ${k}?`, answer: t.name })),
-  ])
-  const texts = things.flatMap((t) => [
-    `${t.name}, ${t.category}\n`,
-    `${t.name}: ${t.keywords.join(', ')}\n`,
-    `This is ${a(t.name)}. It belongs to ${t.category}.\n`,
-  ])
-  return {
+    dir,
     images,
-    things,
-    pairs: writeJson(path.join(out, 'pairs.json'), pairs),
-    instructions: writeJson(path.join(out, 'instructions.json'), makeInstructions(things, new Rng(seed, 3))),
-    quality,
-    thingOf,
-    texts,
-    dialogues,
-    questions: makeQuestions(things, o.fast ? 48 : 320, new Rng(seed, 4)),
+    pairs: file('pairs.json'),
+    quality: file('quality.json'),
+    halves: file('halves.json'),
+    instructions: file('instructions.json'),
+    text: file('text.txt'),
+    conversations: file('conversations.json'),
+    questions,
+    emoji,
+    counts,
+    seconds: (performance.now() - start) / 1000,
   }
+}
+
+const readJson = <T>(file: string): T => JSON.parse(fs.readFileSync(file, 'utf8')) as T
+export const readQuality = (data: QuickstartData): Record<string, Quality> => readJson(data.quality)
+export const readHalves = (data: QuickstartData): Record<string, 0 | 1> => readJson(data.halves)
+export const readQuestions = (data: QuickstartData, test: Test): TestQuestion[] => readJson(data.questions[test])
+export const readRecords = (file: string): LlavaRecord[] => readJson(file)
+/** The documents of text.txt. */
+export const readText = (data: QuickstartData): string[] => fs.readFileSync(data.text, 'utf8').trimEnd().split('\n\n')
+
+/** A file's record as the library knows it. */
+const toRecord = (r: LlavaRecord): DataRecord => ({
+  id: r.id,
+  image: r.image ?? null,
+  conversations: r.conversations as Turn[],
+  similarity: null,
+})
+
+/** Texts of conversations as the model reads them, in pieces where a picture lies between. */
+export function conversationTexts(records: readonly LlavaRecord[]): string[] {
+  return records.flatMap((r) => {
+    const pieces = render(toRecord(r), { style: 'vicuna_v1' })
+    return pieces
+      .map((p) => ('image' in p ? '\0' : p.text))
+      .join('')
+      .split('\0')
+  })
+}
+
+/** What the tokenizers are trained on: everything the language model will read, and the captions CLIP will read. */
+export function tokenizerTexts(data: QuickstartData): { llm: string[]; clip: string[] } {
+  const captions = readRecords(data.pairs).map((r) => r.conversations[1].value)
+  const llm = [
+    ...readText(data),
+    ...captions.map((c) => `${c}\n`),
+    ...conversationTexts(readRecords(data.conversations)),
+    ...conversationTexts(readRecords(data.instructions)),
+  ]
+  return { llm, clip: captions }
 }

@@ -1,151 +1,300 @@
-/** runs/quickstart/report.html: one self-contained page, no script, no request. */
+/** The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no font. */
 import fs from 'node:fs'
+import path from 'node:path'
+import { barWithMarks, escapeHtml, legend, lineChart, type Series, stackedColumns, weightBars } from './charts.js'
+import { QUALITIES, type Quality, TESTS, type Test } from './records.js'
 
-export interface Result {
-  accuracy: { yesno: number; category: number; name: number }
-  blind: { yesno: number; category: number; name: number }
-  chance: { yesno: number; category: number; name: number }
+export type Scores = Record<Test, number>
+
+/** What runs/quickstart/result.json holds. */
+export interface QuickstartResult {
+  accuracy: Scores
+  /** the same questions with the pictures shuffled */
+  blind: Scores
+  /** guessing */
+  chance: Scores
+  /** questions of each test */
+  questions: Scores
   levels: {
-    /** share of the wrong captions whose score is in the lowest quarter */
+    /** share of the captions that are wrong on purpose among the lowest quarter of the scores; of all wrong ones */
     wrongInLowestQuarter: number
-    /** probability that a right caption scores higher than a wrong one */
+    /** chance that a wrong caption scores lower than another one */
     auc: number
-    /** pairs of each level, and how many of their captions are wrong */
-    histogram: number[]
-    wrong: number[]
+    /** scores at which the levels begin, and the highest score: N + 1 numbers */
+    edges: number[]
+    /** pairs of each level, by quality of the caption: N numbers each */
+    byQuality: Record<Quality, number[]>
   }
   seconds: Record<string, number>
-  loss: { clip: number[]; llama: number[]; pretrain: number[]; finetune: number[] }
-  settings: Record<string, string | number>
+  loss: { clip: number[]; llm: number[]; pretrain: number[]; finetune: number[] }
 }
-export interface Example {
-  /** PNG bytes */
-  picture: Uint8Array
+
+/** A picture: a file, or its bytes. */
+export type ReportPicture = string | Uint8Array
+
+export interface LevelExample {
+  level: number
+  image: ReportPicture
   caption: string
-  note?: string
+  score: number
+  quality: Quality
 }
-export interface Sampled {
-  picture: Uint8Array
+export interface AnswerExample {
+  /** null for a question without a picture */
+  image: ReportPicture | null
   question: string
-  answer: string
+  /** what would be right */
+  expected: string
   given: string
-  /** weights of the local levels, and of the global one */
-  alpha: number[]
+  correct: boolean
+  /** weights of the local levels, N - 1 numbers; empty without a picture */
+  gate: number[]
 }
 
-const html = (text: string): string =>
-  text.replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c] as string)
-const percent = (x: number): string => `${(100 * x).toFixed(1)} %`
-const picture = (bytes: Uint8Array, alt: string): string =>
-  `<img width="64" height="64" alt="${html(alt)}" src="data:image/png;base64,${Buffer.from(bytes).toString('base64')}">`
+/** What the report shows besides the result. */
+export interface ReportExtras {
+  fast: boolean
+  seed: number
+  /** day or time of the run, as it shall be printed */
+  date: string
+  /** processor, threads, ... */
+  machine: string
+  /** rows of the table at the end: parameters, pictures, pairs, ... */
+  facts: [string, string][]
+  levelExamples: LevelExample[]
+  answers: AnswerExample[]
+}
 
-/** A smoothed loss curve as SVG. */
-function curve(title: string, values: readonly number[]): string {
-  const [w, h, pad] = [340, 150, 30]
-  if (values.length < 2) return ''
-  const smooth: number[] = []
-  let mean = values[0]
-  for (const [i, v] of values.entries()) {
-    mean += (v - mean) / Math.min(i + 1, 12)
-    smooth.push(mean)
+const percent = (v: number, digits = 1): string => (Number.isFinite(v) ? `${(100 * v).toFixed(digits)} %` : 'none')
+const points = (v: number): string =>
+  Number.isFinite(v) ? `${v < 0 ? '−' : '+'}${Math.abs(100 * v).toFixed(1)}` : 'none'
+const duration = (s: number): string =>
+  s < 90 ? `${s.toFixed(1)} s` : `${Math.floor(Math.round(s) / 60)}:${String(Math.round(s) % 60).padStart(2, '0')} min`
+const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
+
+const TEST_NAMES: Record<Test, string> = {
+  yesno: 'Yes or no',
+  category: 'Which of four categories',
+  name: 'Which of ten names',
+}
+const QUALITY_NAMES: Record<Quality, string> = {
+  full: 'full name',
+  keyword: 'keyword only',
+  category: 'category only',
+  wrong: 'wrong on purpose',
+}
+
+/** data: URI of a picture. */
+function dataUri(picture: ReportPicture): string {
+  const bytes = Buffer.from(typeof picture === 'string' ? fs.readFileSync(picture) : picture)
+  const head = bytes.subarray(0, 12).toString('latin1')
+  const type = head.startsWith('\xff\xd8') ? 'jpeg' : head.startsWith('RIFF') ? 'webp' : 'png'
+  return `data:image/${type};base64,${bytes.toString('base64')}`
+}
+const img = (picture: ReportPicture, size: number): string =>
+  `<img src="${dataUri(picture)}" width="${size}" height="${size}" alt="">`
+
+function headline({ accuracy, blind, levels, seconds }: QuickstartResult): string {
+  const tile = (value: string, name: string, note: string): string =>
+    `<div class="tile"><strong>${value}</strong><span>${name}</span><small>${note}</small></div>`
+  const total = Object.values(seconds).reduce((a, b) => a + b, 0)
+  const tests = TESTS.map((t) =>
+    tile(percent(accuracy[t]), TEST_NAMES[t], `${points(accuracy[t] - blind[t])} points over the blind control`),
+  )
+  return `<div class="tiles">${tests.join('')}
+${tile(percent(levels.wrongInLowestQuarter), 'of the wrong captions found', 'among the lowest quarter of the scores; 25 % would be luck')}
+${tile(duration(total), 'from nothing', 'tokenizers, CLIP, language model and both phases')}</div>`
+}
+
+function accuracyTable({ accuracy, blind, chance, questions }: QuickstartResult): string {
+  const row = (t: Test): string => `<tr><th scope="row">${TEST_NAMES[t]}</th>
+<td class="wide">${barWithMarks(accuracy[t], [
+    { at: blind[t], kind: 'blind' },
+    { at: chance[t], kind: 'chance' },
+  ])}</td>
+<td class="number"><strong>${percent(accuracy[t])}</strong></td><td class="number">${percent(blind[t])}</td>
+<td class="number">${percent(chance[t])}</td><td class="number">${points(accuracy[t] - blind[t])}</td>
+<td class="number">${questions[t]}</td></tr>`
+  return `<section><h2>How well it sees</h2>
+<p>Questions about pictures in a drawing style (Fluent) that is in no training; the things are the same as in training.
+Blind control: the same questions with the pictures shuffled, so what it gets right there needs no looking.</p>
+<div class="scroll"><table><thead><tr><th>Test</th><th></th><th class="number">Model</th><th class="number">Blind</th>
+<th class="number">Chance</th><th class="number">Over blind</th><th class="number">Questions</th></tr></thead>
+<tbody>${TESTS.map(row).join('\n')}</tbody></table></div>
+<p class="legend"><span><i style="background:var(--accent)"></i>model</span><span><i class="blind"></i>blind control</span><span><i class="chance"></i>chance</span></p>
+</section>`
+}
+
+function lossCurves({ loss }: QuickstartResult): string {
+  const panel = (values: readonly number[], name: string, note: string): string => {
+    const finite = values.filter(Number.isFinite)
+    const end = finite.slice(-Math.max(1, Math.ceil(finite.length / 20)))
+    const ends = finite.length
+      ? `${values.length} steps, ${finite[0].toFixed(3)} at first, ${mean(end).toFixed(3)} at the end`
+      : ''
+    return `<figure><figcaption><strong>${name}</strong> <span>${note}</span></figcaption>
+${lineChart(values, `${name}: loss by step`)}<p class="muted">${ends}</p></figure>`
   }
-  const top = Math.max(...smooth)
-  const low = Math.min(...smooth, 0)
-  const x = (i: number): string => (pad + ((w - pad - 8) * i) / (values.length - 1)).toFixed(1)
-  const y = (v: number): string => (h - 22 - ((h - 34) * (v - low)) / (top - low || 1)).toFixed(1)
-  const line = smooth.map((v, i) => `${x(i)},${y(v)}`).join(' ')
-  return `<figure><svg viewBox="0 0 ${w} ${h}" role="img" aria-label="${html(title)} loss">
-<line class="axis" x1="${pad}" y1="${h - 22}" x2="${w - 8}" y2="${h - 22}"/><line class="axis" x1="${pad}" y1="8" x2="${pad}" y2="${h - 22}"/>
-<polyline class="line" points="${line}"/>
-<text x="2" y="16">${top.toFixed(1)}</text><text x="2" y="${h - 20}">${low.toFixed(1)}</text><text x="${w - 8}" y="${h - 6}" text-anchor="end">${values.length} steps</text>
-</svg><figcaption>${html(title)}: ${values[0].toFixed(2)} &rarr; ${smooth[smooth.length - 1].toFixed(2)}</figcaption></figure>`
+  return `<section><h2>Learning</h2><p>Loss by step: thin, every step; bold, its moving average. The end is the mean of the
+last twentieth.</p><div class="panels">
+${panel(loss.clip, 'CLIP', 'pictures and captions find each other (contrastive)')}
+${panel(loss.llm, 'Language model', 'plain text and conversations')}
+${panel(loss.pretrain, 'Phase 1, pre-training', 'projector and alignment vectors')}
+${panel(loss.finetune, 'Phase 2, instruction tuning', 'language model, projector and gate')}
+</div></section>`
 }
 
-function histogram(r: Result): string {
-  const [w, h] = [700, 190]
-  const n = r.levels.histogram.length
-  const top = Math.max(...r.levels.histogram, 1)
-  const bars = r.levels.histogram.map((count, l) => {
-    const x = 10 + (l * (w - 20)) / n
-    const width = (w - 20) / n - 10
-    const full = ((h - 50) * count) / top
-    const bad = ((h - 50) * r.levels.wrong[l]) / top
-    const base = h - 30
-    return `<rect class="bar" x="${x}" y="${base - full}" width="${width}" height="${full}"/><rect class="bad" x="${x}" y="${base - bad}" width="${width}" height="${bad}"/>
-<text x="${x + width / 2}" y="${base - full - 5}" text-anchor="middle">${count}</text><text x="${x + width / 2}" y="${h - 12}" text-anchor="middle">level ${l}</text>`
+function levelChart({ levels }: QuickstartResult): string {
+  const series: Series[] = QUALITIES.map((q) => ({ colour: q, label: QUALITY_NAMES[q], values: levels.byQuality[q] }))
+  const n = levels.byQuality.full.length
+  const totals = Array.from({ length: n }, (_, i) => QUALITIES.reduce((s, q) => s + levels.byQuality[q][i], 0))
+  const wrong = levels.byQuality.wrong
+  const below = totals.map((t, i) => (t ? `${percent(wrong[i] / t, 0)} wrong` : ''))
+  const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0)
+  return `<section><h2>Levels of alignment</h2>
+<p>CLIP scores how well each caption fits its picture; the scores are cut into ${n} levels, 0 fits worst. Each pair is
+scored by a CLIP that was trained on the other half of the pairs. ${sum(wrong)} of ${sum(totals)} captions
+(${percent(sum(wrong) / Math.max(1, sum(totals)))}) were made wrong on purpose: ${percent(levels.wrongInLowestQuarter)} of them are among the lowest quarter of
+the scores (25 % would be luck), and a wrong caption scores below another one with probability ${levels.auc.toFixed(3)} (AUC).</p>
+${legend(series)}<div class="scroll">${stackedColumns(series, below, 'pairs of each level by quality of the caption')}</div></section>`
+}
+
+function levelExamples({ levels }: QuickstartResult, examples: readonly LevelExample[]): string {
+  if (!examples.length) return ''
+  const n = levels.byQuality.full.length
+  const card = (e: LevelExample): string =>
+    `<figure class="example${e.quality === 'wrong' ? ' bad' : ''}">${img(e.image, 56)}<figcaption>${escapeHtml(e.caption)}
+<small>${e.score.toFixed(3)}${e.quality === 'wrong' ? ', <b>✗ wrong</b>' : ''}</small></figcaption></figure>`
+  const rows = Array.from({ length: n }, (_, level) => {
+    const some = examples.filter((e) => e.level === level)
+    const range = `${levels.edges[level].toFixed(3)} to ${levels.edges[level + 1].toFixed(3)}`
+    const cards = some.length ? some.map(card).join('\n') : '<p class="muted">no pairs</p>'
+    return `<div class="level"><h3>Level ${level}<small>${range}</small></h3><div class="examples">${cards}</div></div>`
   })
-  return `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="pairs of each level">${bars.join('')}</svg>`
+  return `<section><h2>Pairs of each level</h2><p>Drawn at random, with their scores; ✗ marks captions that were made wrong on purpose.</p>${rows.join('\n')}</section>`
 }
 
-const STYLE = `:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6570;--paper:#fbfaf8;--card:#fff;--edge:#e3e0da;--main:#2f6f6b;--bad:#c4543a}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e6e1;--soft:#9aa3ad;--paper:#14171a;--card:#1c2024;--edge:#2e343a;--main:#6fc2ba;--bad:#e88a6f}}
-body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:960px;margin:0 auto;padding:32px 20px 60px}
-h1{font-size:1.9rem;margin:0 0 4px}h2{font-size:1.2rem;margin:40px 0 10px}p{color:var(--soft);margin:6px 0 14px;max-width:70ch}
-table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:7px 10px;border-bottom:1px solid var(--edge);font-variant-numeric:tabular-nums}td:first-child,th:first-child{text-align:left}th{color:var(--soft);font-weight:500}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}.card{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px}.card b{display:block;font-size:1.7rem;color:var(--main)}.card span{color:var(--soft);font-size:.9rem}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}figure{margin:0;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:8px}figcaption{font-size:.85rem;color:var(--soft);padding:0 6px 4px}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}.axis{stroke:var(--edge)}.line{fill:none;stroke:var(--main);stroke-width:2}.bar{fill:var(--main);opacity:.55}.bad{fill:var(--bad)}
-.row{display:flex;gap:10px;align-items:flex-start;flex-wrap:wrap;margin:6px 0 14px}.ex{width:104px;font-size:.78rem;line-height:1.25;color:var(--soft)}.ex img{display:block;border-radius:8px;margin-bottom:4px}.lv{width:64px;font-weight:600}
-.qa{display:flex;gap:14px;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:12px;margin:8px 0}.qa img{border-radius:8px;flex:none}.qa div{flex:1}.ok{color:var(--main)}.no{color:var(--bad)}
-.gate{display:flex;gap:3px;align-items:flex-end;height:34px;margin-top:8px}.gate i{display:block;width:22px;background:var(--main);border-radius:3px 3px 0 0;min-height:1px}.gate i:last-child{background:var(--soft)}small{color:var(--soft)}`
-
-function answers(list: readonly Sampled[]): string {
-  return list
-    .map((s) => {
-      const right = s.given.trim().toLowerCase() === s.answer.toLowerCase()
-      const bars = s.alpha.map(
-        (v, i) =>
-          `<i style="height:${Math.round(Math.min(1, v) * 34)}px" title="${i === s.alpha.length - 1 ? 'global' : `level ${i}`}: ${v.toFixed(3)}"></i>`,
-      )
-      return `<div class="qa">${picture(s.picture, s.answer)}<div><b>${html(s.question)}</b><br><span class="${right ? 'ok' : 'no'}">${html(s.given || '(nothing)')}</span> <small>expected: ${html(s.answer)}</small>
-<div class="gate" aria-label="gate weights">${bars.join('')}</div><small>gate: ${s.alpha
-        .slice(0, -1)
-        .map((v) => v.toFixed(2))
-        .join(' ')} + global</small></div></div>`
-    })
-    .join('\n')
+function answers(list: readonly AnswerExample[]): string {
+  if (!list.length) return ''
+  const card = (a: AnswerExample): string => {
+    const verdict = a.correct
+      ? '<span class="right">✓ right</span>'
+      : `<span class="wrong">✗ expected: ${escapeHtml(a.expected)}</span>`
+    const gate = a.gate.length
+      ? `<p class="muted">gate: weights of the local levels</p>${weightBars(a.gate)}`
+      : '<p class="muted">no picture, no gate</p>'
+    return `<article class="answer">${a.image === null ? '' : img(a.image, 96)}<div><p class="question">${escapeHtml(a.question)}</p>
+<p class="given">${escapeHtml(a.given)} ${verdict}</p>${gate}</div></article>`
+  }
+  return `<section><h2>Some answers</h2><p>Held-out pictures. The alignment vector of an answer is the global level (always
+weight 1) plus the local levels, weighted by the gate, which looks at picture and question.</p>
+<div class="answers">${list.map(card).join('\n')}</div></section>`
 }
 
-/** Writes the page. @param examples a few pairs of each level */
-export function writeReport(
-  file: string,
-  r: Result,
-  examples: readonly Example[][],
-  sampled: readonly Sampled[],
-): void {
-  const kinds = [
-    ['yes/no', 'yesno'],
-    ['category (one of 4)', 'category'],
-    ['name (one of 10)', 'name'],
-  ] as const
-  const rows = kinds
-    .map(
-      ([title, k]) =>
-        `<tr><td>${title}</td><td><b>${percent(r.accuracy[k])}</b></td><td>${percent(r.blind[k])}</td><td>${percent(r.chance[k])}</td><td>+${(100 * (r.accuracy[k] - r.blind[k])).toFixed(1)}</td></tr>`,
-    )
-    .join('')
-  const levels = examples
-    .map(
-      (list, l) =>
-        `<div class="row"><div class="lv">level ${l}</div>${list.map((e) => `<div class="ex">${picture(e.picture, e.caption)}${html(e.caption)}${e.note ? `<br><span class="no">${html(e.note)}</span>` : ''}</div>`).join('')}</div>`,
-    )
-    .join('\n')
-  const seconds = Object.entries(r.seconds)
-    .map(([k, v]) => `<tr><td>${html(k)}</td><td>${v.toFixed(1)} s</td></tr>`)
-    .join('')
-  const settings = Object.entries(r.settings)
-    .map(([k, v]) => `<tr><td>${html(k)}</td><td>${html(String(v))}</td></tr>`)
-    .join('')
-  const page = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>AlignGPT quickstart</title><style>${STYLE}</style>
-<h1>AlignGPT quickstart</h1><p>A small multimodal model went through everything the paper describes, on this machine: alignment scores, levels, pre-training, instruction tuning. The pictures it is asked about are drawn in a style that no training has seen.</p>
-<div class="cards">${kinds.map(([title, k]) => `<div class="card"><b>${percent(r.accuracy[k])}</b><span>${title}</span></div>`).join('')}<div class="card"><b>${percent(r.levels.wrongInLowestQuarter)}</b><span>of the wrong captions in the lowest quarter of scores</span></div></div>
-<h2>Accuracy on held-out pictures</h2><table><tr><th>question</th><th>model</th><th>blind control</th><th>chance</th><th>points over blind</th></tr>${rows}</table><p>Blind control: the same questions with the pictures shuffled.</p>
-<h2>Loss</h2><div class="curves">${curve('CLIP (contrastive)', r.loss.clip)}${curve('LLaMA on text', r.loss.llama)}${curve('phase 1, pre-training', r.loss.pretrain)}${curve('phase 2, instruction tuning', r.loss.finetune)}</div>
-<h2>Alignment levels</h2><p>Pairs of each level; in red, captions that were made wrong on purpose. A right caption scores higher than a wrong one with probability ${r.levels.auc.toFixed(2)} (AUC); chance is 0.50.</p>${histogram(r)}
-${levels}
-<h2>Answers, with the gate's weights</h2><p>Bars: weight of each local alignment level, and of the global one (grey).</p>${answers(sampled)}
-<h2>Time</h2><table>${seconds}</table><h2>Settings</h2><table>${settings}</table>
-<h2>Data</h2><p>Pictures: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and contributors, CC-BY-4.0), Fluent Emoji (Microsoft, MIT; test only). Names and keywords: Unicode CLDR through emojibase (MIT).</p></html>
+function stages(seconds: Record<string, number>): string {
+  const longest = Math.max(...Object.values(seconds), 1e-9)
+  const rows = Object.entries(seconds).map(
+    ([name, s]) => `<tr><th scope="row">${escapeHtml(name)}</th>
+<td class="wide">${barWithMarks(s / longest, [])}</td><td class="number">${s.toFixed(1)} s</td></tr>`,
+  )
+  return `<section><h2>Time</h2><table>${rows.join('\n')}</table></section>`
+}
+
+const ATTRIBUTION = `<section class="small"><h2>Where the pictures and words come from</h2><ul>
+<li>Noto Emoji, Google: Apache License 2.0 (emoji-datasource-google), for training</li>
+<li>Twemoji, Twitter, Inc. and other contributors: graphics CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/
+(emoji-datasource-twitter), for training; composited over random backgrounds, turned, scaled and recoloured a little</li>
+<li>Fluent Emoji, Microsoft Corporation: MIT License (@lobehub/fluent-emoji-3d), for testing only; scaled down</li>
+<li>Names, keywords and categories: Emojibase, Miles Johnson, MIT License, with data of the Unicode Consortium</li>
+</ul><p>The method: Zhao et al., AlignGPT, arXiv 2405.14129.</p></section>`
+
+function facts(extras: ReportExtras): string {
+  const rows: [string, string][] = [
+    ['Run', `${extras.date}, seed ${extras.seed}${extras.fast ? ', --fast' : ''}`],
+    ['Machine', extras.machine],
+    ...extras.facts,
+  ]
+  const cells = rows.map(
+    ([k, v]) => `<tr><th scope="row">${escapeHtml(k)}</th><td class="number">${escapeHtml(v)}</td></tr>`,
+  )
+  return `<section><h2>What was trained</h2><table>${cells.join('\n')}</table></section>`
+}
+
+const STYLE = `
+:root{color-scheme:light dark;--page:#f6f6f4;--card:#fff;--ink:#17171a;--muted:#62625f;--line:#e2e1dc;--accent:#2a6fc9;
+--full:#2a78d6;--keyword:#1aa37a;--category:#e3a008;--wrong:#d8423f;--good:#0b7a4b;--badink:#b3261e;--shot:#fff}
+@media(prefers-color-scheme:dark){:root{--page:#111113;--card:#1b1b1e;--ink:#f0f0ee;--muted:#a3a29d;--line:#323236;
+--accent:#5b9bf0;--full:#4a90e6;--keyword:#27a981;--category:#d39a1a;--wrong:#ea6a66;--good:#53c492;--badink:#ff8f88;--shot:#f4f4f2}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
+main{max-width:980px;margin:0 auto;padding:40px 20px 60px}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.02em}h2{font-size:19px;margin:0 0 6px}
+h3{font-size:14px;margin:0;white-space:nowrap}h3 small{display:block;font-weight:400;color:var(--muted);font-size:12px}
+p{margin:0 0 12px;max-width:74ch}.muted,small{color:var(--muted)}.muted{font-size:13px;margin:4px 0}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin-top:18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:24px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;display:flex;flex-direction:column}
+.tile strong{font-size:29px;line-height:1.15;letter-spacing:-.02em;white-space:nowrap}.tile span{font-weight:600;margin-top:2px}
+.tile small{font-size:12.5px;line-height:1.35;margin-top:4px}
+table{border-collapse:collapse;width:100%}th,td{padding:7px 10px 7px 0;text-align:left;border-bottom:1px solid var(--line);font-weight:400}
+thead th{color:var(--muted);font-size:13px}tr:last-child>*{border-bottom:0}.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.wide{width:38%}tbody th{white-space:nowrap}.scroll{overflow-x:auto}.scroll>svg{min-width:560px}
+.track{position:relative;height:14px;border-radius:4px;background:var(--line)}
+.track>i{position:absolute;inset:0 auto 0 0;background:var(--accent);border-radius:4px}
+.track>b{position:absolute;top:-4px;bottom:-4px;width:3px;margin-left:-1.5px;background:var(--ink);box-shadow:0 0 0 1.5px var(--card)}
+.track>b.chance{width:0;background:none;box-shadow:none;border-left:2px dotted var(--muted);top:-7px;bottom:-7px}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--muted);margin:10px 0 4px}
+.legend span{display:flex;align-items:center;gap:6px}.legend i{width:12px;height:12px;border-radius:3px}
+.legend i.blind{width:3px;background:var(--ink);border-radius:0}.legend i.chance{width:0;height:14px;border-left:2px dotted var(--muted);border-radius:0}
+svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--muted)}svg .strong{fill:var(--ink);font-weight:600}
+.grid{stroke:var(--line)}.axis{stroke:var(--muted)}
+.raw,.curve{fill:none;stroke:var(--accent)}.raw{opacity:.35}.curve{stroke-width:2.2;stroke-linejoin:round}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr));gap:18px 28px}
+figure{margin:0}.panels figcaption{font-size:14px;margin-bottom:4px}.panels figcaption span{color:var(--muted)}
+.level{display:grid;grid-template-columns:118px 1fr;gap:12px;padding:12px 0;border-top:1px solid var(--line)}
+.examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,1fr));gap:10px}
+.example{font-size:12.5px;line-height:1.3}.example figcaption{margin-top:4px;overflow-wrap:anywhere}.example small{display:block}
+.example b{color:var(--badink);font-weight:600}img{background:var(--shot);border-radius:8px;border:1px solid var(--line);padding:3px}
+.bad img{border-color:var(--wrong);box-shadow:0 0 0 1px var(--wrong)}
+.answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:14px}
+.answer{display:flex;gap:14px;border:1px solid var(--line);border-radius:10px;padding:14px}.answer img{flex:none}
+.answer>div{flex:1;min-width:0}.question{color:var(--muted);margin:0 0 2px;overflow-wrap:anywhere}.given{font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
+.given span{font-weight:400;font-size:13px;margin-left:6px}.right{color:var(--good)}.wrong{color:var(--badink)}
+.weights{display:flex;gap:5px;max-width:260px}.weight{flex:1;text-align:center;line-height:1.2}
+.weight i{display:flex;align-items:flex-end;height:34px;border-bottom:1px solid var(--muted)}
+.weight b{display:block;width:100%;max-width:22px;margin:0 auto;background:var(--accent);border-radius:3px 3px 0 0;min-height:1px}
+.weight em{display:block;font-style:normal;font-size:11px;font-variant-numeric:tabular-nums;margin-top:2px}.weight small{font-size:11px}
+.small{font-size:13px}.small ul{margin:0 0 10px;padding-left:18px}
+@media(max-width:620px){section{padding:16px}.level{grid-template-columns:1fr}td.wide{min-width:110px}}
+@media print{section,.tile{break-inside:avoid}}`
+
+/** JSON inside a script element: no tag can begin in it. */
+const embedded = (value: unknown): string => JSON.stringify(value).replaceAll('<', '\\u003c')
+
+/** The report as text. */
+export function renderReport(result: QuickstartResult, extras: ReportExtras): string {
+  return `<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>AlignGPT quickstart</title><style>${STYLE}</style></head><body><main>
+<header><h1>AlignGPT, trained on this machine</h1>
+<p>A small multimodal model, everything from random numbers on: two tokenizers, a CLIP, a language model, then AlignGPT's
+alignment levels, pre-training and instruction tuning, and a test on pictures it has never seen.</p></header>
+${headline(result)}
+${accuracyTable(result)}
+${answers(extras.answers)}
+${levelChart(result)}
+${levelExamples(result, extras.levelExamples)}
+${lossCurves(result)}
+${stages(result.seconds)}
+${facts(extras)}
+${ATTRIBUTION}
+</main><script type="application/json" id="result">${embedded(result)}</script></body></html>
 `
-  fs.writeFileSync(file, page)
+}
+
+/** Writes the report; folders are made. The numbers are in it once more as JSON, in the element with the id `result`. */
+export function writeReport(file: string, result: QuickstartResult, extras: ReportExtras): void {
+  fs.mkdirSync(path.dirname(file), { recursive: true })
+  fs.writeFileSync(file, renderReport(result, extras))
 }

@@ -20,12 +20,12 @@ import { native } from '../../ts/src/native.js'
 import { Linear, type Module } from '../../ts/src/nn.js'
 import { contrastiveLoss, embedding, lmHeadLoss } from '../../ts/src/ops.js'
 import { AdamW, cosineRate, type Parameter } from '../../ts/src/optim.js'
-import { encodePieces, render } from '../../ts/src/prompt.js'
+import { type DataRecord, encodePieces, render } from '../../ts/src/prompt.js'
 import { permutation, Rng } from '../../ts/src/rng.js'
 import { writeSafetensors } from '../../ts/src/safetensors.js'
 import { backward, scope, tensor } from '../../ts/src/tensor.js'
 import { Tokenizer } from '../../ts/src/tokenizer.js'
-import { SIDE, type Thing } from './data.js'
+import { type Emoji, SIDE } from './emoji.js'
 
 /** A loss every now and then, for the report. */
 export type Curve = number[]
@@ -135,13 +135,16 @@ export interface ClipPair {
   captions: string[]
 }
 
-/** What is written below a picture when a CLIP is to learn what it shows. */
-export function clipCaptions(t: Thing): string[] {
+/**
+ * What is written below a picture when a CLIP is to learn what it shows. Always the name: in a batch, two pictures with the
+ * same caption would be pushed apart.
+ */
+export function clipCaptions(e: Emoji): string[] {
+  const keywords = e.keywords.slice(0, 4)
   return [
-    `${t.name}, ${t.category}`,
-    t.name,
-    ...t.keywords.slice(0, 3).map((k) => `${t.name}, ${k}`),
-    `${t.category}: ${t.name}`,
+    `${e.name}, ${e.category}`,
+    `${e.category}: ${e.name}`,
+    ...keywords.flatMap((k) => [`${e.name}, ${k}, ${e.category}`, `${e.category}, ${k}: ${e.name}`]),
   ]
 }
 
@@ -217,7 +220,7 @@ export function writeLlamaConfig(folder: string, vocab: number): void {
 export async function trainLlama(
   folder: string,
   texts: readonly string[],
-  dialogues: readonly { question: string; answer: string }[],
+  conversations: readonly DataRecord[],
   o: Budget & { batch: number; lr: number; seed: number },
 ): Promise<Curve> {
   const config = parseLlamaConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
@@ -235,14 +238,7 @@ export async function trainLlama(
   const optimizer = new AdamW(parameters, { weightDecay: 0.05, beta2: 0.95 })
   const samples = [
     ...texts.map((t) => Int32Array.from([tokenizer.bosId, ...tokenizer.encode(t, { addSpecialTokens: false })])),
-    ...dialogues.map(({ question, answer }, i) => {
-      const conversations = [
-        { from: 'human' as const, value: question },
-        { from: 'gpt' as const, value: answer },
-      ]
-      return encodePieces(render({ id: `text ${i}`, image: null, conversations }, { style: 'vicuna_v1' }), tokenizer)
-        .ids
-    }),
+    ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer).ids),
   ]
   const rope = new RopeTable(config, 'f32')
   const curve: Curve = []

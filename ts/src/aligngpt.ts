@@ -59,6 +59,10 @@ export interface CreateOptions {
   projector?: string
   /** index of the vision tower's hidden state, LLaVA's -2 by default */
   selectLayer?: number
+  /** which rows of it: patch (LLaVA's, default) or cls_patch, the class row too */
+  selectFeature?: 'patch' | 'cls_patch'
+  /** file with the projector and the alignment table of an earlier pre-training (mm_projector_align.bin or .safetensors) */
+  pretrained?: string
 }
 
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
@@ -106,6 +110,21 @@ export function initSource(seed: number, dtype: Dtype): Source {
   return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype))
 }
 
+/** What a pre-training left (names with or without `model.`), fresh parameters for the rest: the gate. */
+function pretrainedSource(file: string, seed: number, dtype: Dtype): Source {
+  const entries = openCheckpoint(file)
+  const found = (name: string) => entries.get(name) ?? entries.get(`model.${name}`)
+  if (!found('align_indicators.indicator_embs') && ![...entries.keys()].some((n) => n.includes('mm_projector.')))
+    throw new AlignGPTError(
+      'ERR_WEIGHTS',
+      `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
+    )
+  return new Source((name, shape, init) => {
+    const e = found(name)
+    return e ? readTensor(e, shape, dtype) : initialize(name, shape, init, seed, dtype)
+  })
+}
+
 const VISION = 'vision_tower.vision_tower.vision_model.'
 
 class VisionTowerShell extends Module {
@@ -117,6 +136,15 @@ class VisionTower extends Module {
   constructor(readonly vision_tower: VisionTowerShell) {
     super()
   }
+}
+
+/** Where each part of the model comes from. */
+interface Sources {
+  llm: Source
+  vision: Source
+  projector: Source
+  /** alignment table and gate */
+  align: Source
 }
 
 interface Parts {
@@ -157,7 +185,8 @@ export class AlignGPT extends Module {
   readonly #rope: RopeTable
   readonly dtype: Dtype
 
-  private constructor(llm: Source, vision: Source, fresh: Source, parts: Parts, dtype: Dtype) {
+  private constructor(from: Sources, parts: Parts, dtype: Dtype) {
+    const { llm, vision, projector, align } = from
     super()
     const { config, clip, levels } = parts
     this.dtype = dtype
@@ -173,14 +202,14 @@ export class AlignGPT extends Module {
       new VisionTowerShell(new CLIPVisionTransformer(vision.at('vision_tower.vision_tower.vision_model'), clip.vision)),
     )
     this.#projector = new Projector(
-      fresh.at('mm_projector'),
+      projector.at('mm_projector'),
       config.mm_projector_type,
       clip.vision.hidden_size,
       config.llm.hidden_size,
     )
     this.mm_projector = this.#projector.module
-    this.align_indicators = new AlignIndicators(fresh.at('align_indicators'), levels, config.llm.hidden_size)
-    this.gated_weight_layer = new GatedWeightLayer(fresh.at('gated_weight_layer'), this.patches, levels)
+    this.align_indicators = new AlignIndicators(align.at('align_indicators'), levels, config.llm.hidden_size)
+    this.gated_weight_layer = new GatedWeightLayer(align.at('gated_weight_layer'), this.patches, levels)
   }
 
   /** A new AlignGPT from a LLaMA and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
@@ -194,6 +223,7 @@ export class AlignGPT extends Module {
       mm_hidden_size: clip.vision.hidden_size,
       mm_projector_type: o.projector ?? 'mlp2x_gelu',
       mm_vision_select_layer: o.selectLayer ?? -2,
+      mm_vision_select_feature: o.selectFeature ?? 'patch',
       mm_vision_tower: path.resolve(o.clip),
       n_indicators: levels,
     })
@@ -207,13 +237,9 @@ export class AlignGPT extends Module {
       levels,
     }
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
-    return new AlignGPT(
-      checkpointSource(o.llm, dtype),
-      checkpointSource(o.clip, dtype, toClip),
-      initSource(seed, dtype),
-      parts,
-      dtype,
-    )
+    const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, dtype) : initSource(seed, dtype)
+    const vision = checkpointSource(o.clip, dtype, toClip)
+    return new AlignGPT({ llm: checkpointSource(o.llm, dtype), vision, projector: fresh, align: fresh }, parts, dtype)
   }
 
   /**
@@ -247,7 +273,9 @@ export class AlignGPT extends Module {
     const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
     const vision = ownVision ? source : checkpointSource(clipDir, dtype, toClip)
-    return new AlignGPT(source, vision, table ? source : initSource(seed, dtype), parts, dtype)
+    // a LLaVA has a projector but no table: alignment starts fresh there
+    const align = table ? source : initSource(seed, dtype)
+    return new AlignGPT({ llm: source, vision, projector: source, align }, parts, dtype)
   }
 
   get config(): AlignGPTConfig {

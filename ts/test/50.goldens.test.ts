@@ -32,7 +32,7 @@ for (const level of levels)
         }),
       }
     })
-    for (const name of ['base', 'gqa', 'wide'])
+    for (const name of ['base', 'gqa', 'wide', 'llama3'])
       test(`${name}: every tensor and list within the case's tolerances`, () => {
         expect(runs[0].stdout).toMatch(new RegExp(`${name}: \\d{3} compared, 0 outside tolerance`))
         expect(runs.map((r) => r.status)).toEqual([0, 0])

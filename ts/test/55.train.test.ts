@@ -13,7 +13,7 @@ import { openLoader } from '../src/loader.js'
 import { AdamW } from '../src/optim.js'
 import { FINETUNE, PRETRAIN, trainable } from '../src/phases.js'
 import { openSafetensors, readEntry } from '../src/safetensors.js'
-import { memory, noGrad, scope } from '../src/tensor.js'
+import { memory, noGrad, scope, type Tensor } from '../src/tensor.js'
 import { finetune, pretrain } from '../src/train.js'
 
 const base = new URL('golden/base/', import.meta.url).pathname
@@ -313,6 +313,54 @@ test('bad pictures are left out, named and counted; too many stop the run with a
   expect(result.bad.map((b) => b.image).sort()).toEqual(['a02.jpg', 'a05.png'])
   const strict = await loadDataset(path.join(base, 'data_phase1.json'), { images: dir })
   await expect(pretrain(model, strict, { batch: 14, steps: 1, progress: false })).rejects.toThrow(/a02\.jpg|a05\.png/)
+  model.dispose()
+})
+
+test('what pre-training leaves is taken up again, and an official .bin of it too', async () => {
+  const file = path.join(base, 'mm_projector_align.bin')
+  const parts = { llm: path.join(base, 'model/llm'), clip: path.join(base, 'model/clip'), levels: 8 }
+  const whole = await AlignGPT.load(folder)
+  const model = await AlignGPT.create({ ...parts, pretrained: file }, { seed: 4 })
+  const other = await AlignGPT.create(parts, { seed: 4 })
+  const names = [...whole.namedParameters()].map(([n]) => n)
+  const of = (m: AlignGPT) => new Map([...m.namedParameters()].map(([n, t]) => [n, t.toFloats()]))
+  const [a, b, c] = [whole, model, other].map(of)
+  expect([...b.keys()]).toEqual(names)
+  for (const n of names) {
+    if (n.startsWith('gated_weight_layer'))
+      expect(b.get(n)).toEqual(c.get(n)) // fresh, from the seed
+    else expect(b.get(n), n).toEqual(a.get(n))
+  }
+  expect(c.get('mm_projector.0.weight')).not.toEqual(a.get('mm_projector.0.weight'))
+  for (const m of [whole, model, other]) m.dispose()
+  await expect(AlignGPT.create({ ...parts, pretrained: path.join(base, 'model/llm') })).rejects.toThrow(
+    /expected mm_projector/,
+  )
+  await expect(AlignGPT.create({ ...parts, levels: 6, pretrained: file })).rejects.toThrow(
+    /indicator_embs': expected shape \[6,48\], got \[8,48\]/,
+  )
+})
+
+test('new parts start as PyTorch starts them', async () => {
+  const model = await AlignGPT.create({
+    llm: path.join(base, 'model/llm'),
+    clip: path.join(base, 'model/clip'),
+    projector: 'mlp3x_gelu',
+    levels: 5,
+  })
+  const of = new Map(model.namedParameters())
+  const range = (name: string): number =>
+    Array.from((of.get(name) as Tensor).toFloats()).reduce((m, v) => Math.max(m, Math.abs(v)), 0)
+  const near = (name: string, bound: number): void => {
+    expect(range(name)).toBeLessThanOrEqual(bound)
+    expect(range(name)).toBeGreaterThan(bound * 0.7)
+  }
+  near('mm_projector.0.weight', 1 / Math.sqrt(32))
+  near('mm_projector.2.weight', 1 / Math.sqrt(48))
+  near('mm_projector.4.bias', 1 / Math.sqrt(48))
+  near('align_indicators.indicator_embs', Math.sqrt(6 / (5 + 48))) // Xavier uniform
+  near('gated_weight_layer.mlp.0.weight', 1 / Math.sqrt(16))
+  expect(of.get('gated_weight_layer.mlp.2.weight')?.shape).toEqual([4, 256])
   model.dispose()
 })
 
