@@ -135,7 +135,7 @@ async function main(): Promise<void> {
     `AlignGPT quickstart, ${args.fast ? 'fast' : 'full'}: CPU level ${level}, ${threads} threads, writing to ${out}`,
   )
 
-  const [clipDir, llmDir] = ['clip', 'llama'].map((n) => path.join(out, 'models', n))
+  const [clipDir, llmDir] = ['clip', 'llm'].map((n) => path.join(out, 'models', n))
   const d = await stage('data', 'Data: real pictures and names, written as LLaVA JSON', async () => {
     const data = await prepareData(out, { fast: args.fast, seed: SEED })
     makeTokenizers(data, clipDir, llmDir)

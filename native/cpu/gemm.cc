@@ -14,9 +14,9 @@ constexpr int64_t kKC = 128;  // depth of a block; without fused multiply-add sh
 #else
 constexpr int64_t kKC = 384;
 #endif
-constexpr int64_t kSharedRows = 560;  // at most so many rows of A are shared; beyond that B is
-constexpr int64_t kSharedElements = int64_t(4) << 20;
-constexpr int64_t kNarrow = 8;  // rows that are not worth packing B for
+constexpr int64_t kSharedRows = 560;                   // at most so many rows of A are shared; beyond that B is
+constexpr int64_t kSharedElements = int64_t(2) << 20;  // of B: they stay in the last cache
+constexpr int64_t kNarrow = 8;                         // rows that are not worth packing B for
 
 int64_t size_of(AgDtype dt) { return dt == AG_BF16 ? 2 : dt == AG_F64 ? 8 : 4; }
 
