@@ -2,6 +2,7 @@
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import type { PackedBatch } from '../src/batch.js'
@@ -16,7 +17,7 @@ import { openSafetensors, readEntry } from '../src/safetensors.js'
 import { memory, noGrad, scope, type Tensor } from '../src/tensor.js'
 import { finetune, pretrain } from '../src/train.js'
 
-const base = new URL('golden/base/', import.meta.url).pathname
+const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const folder = path.join(base, 'model/aligngpt')
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'train test '))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))

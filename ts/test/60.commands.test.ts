@@ -3,11 +3,12 @@ import { spawn } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
+import { fileURLToPath } from 'node:url'
 import sharp from 'sharp'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 
 const root = new URL('../..', import.meta.url)
-const golden = new URL('golden/wide/model/', import.meta.url).pathname
+const golden = fileURLToPath(new URL('golden/wide/model/', import.meta.url))
 const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'my own däta '))
 const pictures = path.join(dir, 'pictures')
 const [pairs, instructions] = ['pairs.json', 'instructions.json'].map((f) => path.join(dir, f))

@@ -1,12 +1,13 @@
 /** Worker threads, several at once, and clean exits. */
 import { spawnSync } from 'node:child_process'
 import { createRequire } from 'node:module'
+import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import { expect, test } from 'vitest'
 import { native } from '../src/native.js'
 import { tensor } from '../src/tensor.js'
 
-const addon = new URL('../../build/Release/aligngpt.node', import.meta.url).pathname
+const addon = fileURLToPath(new URL('../../build/Release/aligngpt.node', import.meta.url))
 const BODY = `
 const { parentPort, workerData } = require('node:worker_threads')
 const native = require(workerData.addon)
