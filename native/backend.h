@@ -70,7 +70,7 @@ typedef struct {
 
 typedef enum { AG_UNIFORM = 0, AG_NORMAL } AgRandomKind;
 // Philox4x32-10, counter = element / 4 + offset, key = seed: the value of an element depends on (seed, offset, index)
-// only. Uniform on [a, b); normal with mean a and standard deviation b (Box-Muller on the four words).
+// only. Uniform on [a, b), a value that rounds up to b becomes the next one below; normal with mean a and standard deviation b (Box-Muller on the four words).
 typedef struct {
   void* dst;
   AgDtype dt;
@@ -182,7 +182,8 @@ typedef struct {
 } AgScatterRows;
 
 // dst[index[i],:] += scale * src[i,:], in the order of i for every row (no atomics).
-// index[i] < 0: the row is skipped. dst.accumulate == 0: dst [dst_rows, cols] is zeroed first.
+// index[i] < 0: the row is skipped. dst.accumulate == 0: dst [dst_rows, cols] is zeroed first. Sums are kept in acc and
+// rounded once; an f64 source goes with an f64 destination only.
 typedef struct {
   AgGrad dst;
   const void* src;
@@ -195,7 +196,8 @@ typedef struct {
 // ---- matrix product ---------------------------------------------------------------------------------
 // C[m,n] = act(op(A)[m,k] op(B)[k,n] + bias[n]), row major, leading dimensions in elements.
 // trans_a: A is stored [k,m]; trans_b: B is stored [n,k] (a PyTorch Linear weight).
-// accumulate: C += (then act must be AG_NONE and bias NULL). f64 goes with f64 only; bf16 A,B give a bf16 or f32 C.
+// accumulate: C += (then act must be AG_NONE and bias NULL). f64 goes with f64 only, f32 with f32; bf16 A,B give a bf16
+// or f32 C. With a bf16 C and `pre`, act is applied to the rounded `pre`, the value backward sees.
 typedef struct {
   int64_t m, n, k;
   const void* a;
@@ -353,7 +355,7 @@ typedef struct {
   int64_t tokens, hidden, vocab, images, patches, features, levels, gate_hidden;
   const void* x;         // [images*patches, features]
   const void* w;         // [hidden, features]; NULL: no projector, features == hidden
-  const void* w_packed;  // `pack` of w as a transposed right-hand side, or NULL
+  const void* w_packed;  // `pack` of w as a transposed right-hand side, or NULL; the gradient needs w itself for dx
   const void* b;         // [hidden] or NULL
   const void* embed;     // [vocab, hidden]
   const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
@@ -385,7 +387,8 @@ typedef struct {
 
 // ---- loss -------------------------------------------------------------------------------------------
 // nll[i] = logsumexp(logits[i]) - logits[i, target[i]];
-// dlogits (when not NULL) = (softmax(logits) - onehot) * grad_scale; may be logits itself when the dtypes are equal.
+// dlogits (when not NULL) = (softmax(logits) - onehot) * grad_scale; may be logits itself when the dtypes are equal;
+// dt_d counts only then.
 typedef struct {
   const void* logits;  // [rows, cols] dt
   int64_t rows, cols;
@@ -428,7 +431,7 @@ typedef struct {
 } AgAdamW;
 
 // out[i] = an id drawn from row i. temperature 0: argmax (lowest id on ties). top_k 0 and top_p 1: no cut.
-// top_k first, then the smallest set with probability >= top_p, as transformers does. u[i] in [0,1) decides.
+// top_k first, then the smallest set with probability >= top_p, as transformers does (ties at the k-th are kept). u[i] in [0,1) decides. A NaN is AG_INVALID.
 typedef struct {
   const float* logits;  // [rows, cols]
   int64_t rows, cols;

@@ -53,7 +53,7 @@ const LEVELS = 8
 const SEED = 1
 const SIZE = args.fast
   ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 1150, half: 220, llama: 500, pretrain: 130, finetune: 420, clipBatch: 128, versions: 6 }
+  : { clip: 1750, half: 220, llama: 500, pretrain: 200, finetune: 650, clipBatch: 128, versions: 8 }
 
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {
@@ -163,7 +163,7 @@ async function main(): Promise<void> {
     const pairs = d.emoji.flatMap((e) =>
       TRAINING_STYLES.map((style) => ({ image: pictureName(style, e), captions: clipCaptions(e) })),
     )
-    return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1e-3, seed: 7 })
+    return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1.5e-3, seed: 7 })
   })
   const conversations = await loadDataset(d.conversations)
   const llamaCurve = await stage('llama', 'LLaMA on text (stands in for Vicuna)', () =>
@@ -171,8 +171,8 @@ async function main(): Promise<void> {
   )
 
   const model = await AlignGPT.create(
-    // the class row too: with 4 layers it is where most of what this CLIP knows is gathered
-    { llm: llmDir, clip: clipDir, levels: LEVELS, selectFeature: 'cls_patch' },
+    // not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the end
+    { llm: llmDir, clip: clipDir, levels: LEVELS, selectLayer: -1, selectFeature: 'cls_patch' },
     { seed: SEED },
   )
   const show = (steps: number) => {
@@ -183,7 +183,7 @@ async function main(): Promise<void> {
     pretrain(model, data, {
       batch: 64,
       steps: SIZE.pretrain,
-      lr: 2e-3,
+      lr: 4e-3,
       augment: true,
       onStep: show(SIZE.pretrain),
       progress: false,
