@@ -22,11 +22,12 @@ import {
   readHalves,
   readQuality,
   readQuestions,
+  readRecords,
   readText,
   tokenizerTexts,
 } from './quickstart/data.js'
 import { pictureName, TRAINING_STYLES } from './quickstart/emoji.js'
-import { QUALITIES, type Quality, TESTS } from './quickstart/records.js'
+import { type LlavaRecord, QUALITIES, type Quality, TESTS } from './quickstart/records.js'
 import {
   type AnswerExample,
   type LevelExample,
@@ -53,7 +54,7 @@ const LEVELS = 8
 const SEED = 1
 const SIZE = args.fast
   ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 1750, half: 220, llama: 500, pretrain: 200, finetune: 650, clipBatch: 128, versions: 8 }
+  : { clip: 1500, half: 220, llama: 500, pretrain: 60, finetune: 640, clipBatch: 128, versions: 8 }
 
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {
@@ -189,13 +190,13 @@ async function main(): Promise<void> {
       progress: false,
     }),
   )
-  const instructions = await loadDataset(d.instructions, { images: d.images })
+  const instructions = await loadDataset(byPicture(d), { images: d.images })
   const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
     finetune(model, instructions, {
       batch: 32,
       microBatch: 32,
       steps: SIZE.finetune,
-      lr: 8e-4,
+      lr: 1.5e-3,
       augment: true,
       onStep: show(SIZE.finetune),
       progress: false,
@@ -263,6 +264,20 @@ Train on a folder of your own:
   npm run levels   -- --data pairs.json --images DIR --clip ${rel}/models/clip
   npm run pretrain -- --llm ${rel}/models/llm --clip ${rel}/models/clip --data pairs.json --images DIR --out runs/mine-1
   npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`)
+}
+
+/** All questions about a picture as one conversation, as LLaVA-1.5 does: the picture and the system prompt are paid for once. */
+function byPicture(d: QuickstartData): string {
+  const records = new Map<string, LlavaRecord>()
+  for (const r of readRecords(d.instructions)) {
+    const key = r.image ?? r.id
+    const known = records.get(key)
+    const turns = r.conversations.map((t) => ({ ...t, value: known ? t.value.replace('<image>\n', '') : t.value }))
+    records.set(key, { ...r, ...known, conversations: [...(known?.conversations ?? []), ...turns] })
+  }
+  const file = path.join(d.dir, 'instructions_by_picture.json')
+  fs.writeFileSync(file, `${JSON.stringify([...records.values()], null, 1)}\n`)
+  return file
 }
 
 /** How the scores sort the captions that are wrong on purpose. */
