@@ -171,7 +171,6 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
   const o = { ...options, batch: Math.min(options.batch ?? phase.batch, data.length), seed: options.seed ?? 0 }
   const steps = o.steps ?? Math.ceil(data.length / o.batch) * (o.epochs ?? 1)
   const mix = o.mix ?? phase.mix
-  const optimizer = new AdamW(trainable(model, phase), { weightDecay: o.weightDecay })
   const loader = await openLoader(data, {
     tokenizer: model.tokenizer,
     preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
@@ -184,6 +183,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     seed: o.seed,
     steps,
   })
+  const optimizer = new AdamW(trainable(model, phase), { weightDecay: o.weightDecay })
   const log = new Log(phase, o, steps)
   const result: TrainResult = { steps: 0, loss: [], seconds: 0, bad: [], skipped: [], aborted: false }
   const began = performance.now()
