@@ -54,7 +54,7 @@ function forward(spec: Spec, c: Case, dtype: Dtype, fail: (why: string) => void)
           ? 1e-11 * Math.max(1, top) * depth
           : dtype === 'f32'
             ? Math.max(1.3e-6, 4e-7 * depth) * top + 1e-6
-            : (spec.bf16 ?? 1.6e-2) * top + 1e-5
+            : 1.6e-2 * top + 1e-5
       let worst = 0
       for (let i = 0; i < want.length; i++)
         worst = Math.max(worst, Number.isNaN(got[i]) ? Number.POSITIVE_INFINITY : Math.abs(got[i] - want[i]))

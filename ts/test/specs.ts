@@ -28,8 +28,6 @@ export interface Spec {
   /** values are drawn from [-range, range] */
   range?: number
   gradient?: boolean
-  /** bf16 tolerance relative to the largest value, where 1.6e-2 does not fit the op's structure */
-  bf16?: number
 }
 
 const size = (s: number[]): number => s.reduce((n, d) => n * d, 1)
@@ -601,7 +599,6 @@ const alignSpec: Spec = {
   covers: ['alignMix'],
   cases: mixCases.map((o) => ({ inputs: mixInputs(o), o: o as unknown as Record<string, unknown> })),
   depth: (c) => (c.o as unknown as MixCase).features + (c.o as unknown as MixCase).hidden,
-  bf16: 4e-2,
   run: (x, o: MixCase) => {
     const l = mixLayout(o)
     const [features, embed, table] = x
