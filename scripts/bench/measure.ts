@@ -1,0 +1,163 @@
+/** Two sides timed in turn, and what a row of the table is. */
+import type { Peer, PeerCase } from './peer.js'
+
+export interface Row {
+  name: string
+  /** null: not measured, see `note` */
+  ours: number | null
+  peer: number | null
+  unit: string
+  /** larger is better for us; times and sizes: peer / ours */
+  ratio: number | null
+  /** half the interquartile range of the pairs' ratios, relative to the ratio */
+  spread: number | null
+  target: number
+  /** what was compared, or why there is no number */
+  note: string
+  failed?: boolean
+}
+
+/** What a group of rows gets. */
+export interface Context {
+  peer: Peer
+  threads: number
+  /** folder for files of this run */
+  temp: string
+  /** milliseconds since the epoch after which nothing is repeated any more */
+  deadline: number
+  log: (line: string) => void
+}
+
+/** Rows that are measured together. */
+export interface Group {
+  /** name and target */
+  rows: Record<string, number>
+  /** @param wants whether a row was asked for */
+  run(c: Context, wants: (row: string) => boolean): Promise<Result[]>
+}
+export type Result = Omit<Row, 'target'>
+
+export interface Comparison {
+  label: string
+  /** seconds, medians */
+  ours: number
+  peer: number
+  ratio: number
+  spread: number
+  pairs: number
+}
+
+const PAIRS = 5
+const ROUNDS = 3
+/** OpenMP's threads spin for some milliseconds after a parallel region before they sleep; ours for less than one. */
+const SETTLE = { peer: 30, ours: 3 }
+
+const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms))
+
+export function quantile(values: readonly number[], q: number): number {
+  const sorted = [...values].sort((a, b) => a - b)
+  const at = (sorted.length - 1) * q
+  const low = Math.floor(at)
+  return sorted[low] + (sorted[Math.min(low + 1, sorted.length - 1)] - sorted[low]) * (at - low)
+}
+export const median = (values: readonly number[]): number => quantile(values, 0.5)
+export const geomean = (values: readonly number[]): number =>
+  Math.exp(values.reduce((s, v) => s + Math.log(v), 0) / values.length)
+
+/** Half the interquartile range relative to the median. */
+export function spreadOf(values: readonly number[]): number {
+  return (quantile(values, 0.75) - quantile(values, 0.25)) / 2 / median(values)
+}
+
+function timeOurs(run: () => void, reps: number): number {
+  const start = performance.now()
+  for (let i = 0; i < reps; i++) run()
+  return (performance.now() - start) / 1000 / reps
+}
+
+/** So many runs that one sample takes `seconds`. */
+const repetitions = (one: number, seconds: number): number => Math.min(500, Math.max(1, Math.round(seconds / one)))
+
+/**
+ * Times both sides in turn: warm-up, then at least five pairs A B A B ..., more while the spread is wider than the
+ * difference between the sides.
+ * @param o.sample seconds a sample should last, runs are repeated for it
+ * @param o.warmup runs before the first pair
+ */
+export async function compare(
+  c: Context,
+  label: string,
+  ours: () => void,
+  peer: PeerCase,
+  o: { sample?: number; warmup?: number } = {},
+): Promise<Comparison> {
+  const { sample = 0.02, warmup = 2 } = o
+  timeOurs(ours, warmup)
+  const oursReps = repetitions(timeOurs(ours, 1), sample)
+  await peer.time(warmup)
+  const peerReps = repetitions(await peer.time(1), sample)
+  const a: number[] = []
+  const b: number[] = []
+  for (let round = 0; round < ROUNDS; round++) {
+    for (let i = 0; i < PAIRS; i++) {
+      await pause(SETTLE.peer)
+      a.push(timeOurs(ours, oursReps))
+      await pause(SETTLE.ours)
+      b.push(await peer.time(peerReps))
+    }
+    if (Date.now() > c.deadline || !drowned(a, b)) break
+  }
+  const ratios = a.map((x, i) => b[i] / x)
+  const result = { label, ours: median(a), peer: median(b), ratio: median(b) / median(a), spread: spreadOf(ratios) }
+  c.log(
+    `${label}: ours ${milli(result.ours)}, PyTorch ${milli(result.peer)}, ratio ${result.ratio.toFixed(2)} ` +
+      `± ${(100 * result.spread).toFixed(0)} % (${a.length} pairs)`,
+  )
+  return { ...result, pairs: a.length }
+}
+
+function drowned(a: readonly number[], b: readonly number[]): boolean {
+  const ratios = a.map((x, i) => b[i] / x)
+  return spreadOf(ratios) > Math.abs(Math.log(median(ratios)))
+}
+
+export const milli = (seconds: number): string => `${(1000 * seconds).toFixed(seconds < 0.01 ? 3 : 1)} ms`
+
+/** Spread of a geometric mean of cases measured one after the other. */
+const combined = (cs: readonly Comparison[]): number => Math.hypot(...cs.map((c) => c.spread)) / cs.length
+
+/**
+ * One row from several cases: geometric means.
+ * @param work GFLOP of a case; with it the row is in GFLOP/s, without in milliseconds
+ */
+export function meanRow(name: string, cs: readonly Comparison[], note: string, work?: (i: number) => number): Result {
+  const speed = (side: 'ours' | 'peer'): number =>
+    geomean(cs.map((c, i) => (work ? work(i) / c[side] : 1000 * c[side])))
+  return {
+    name,
+    ours: speed('ours'),
+    peer: speed('peer'),
+    unit: work ? 'GFLOP/s' : 'ms',
+    ratio: geomean(cs.map((c) => c.ratio)),
+    spread: combined(cs),
+    note,
+  }
+}
+
+/** One row from the case in which we compare worst. */
+export function worstRow(name: string, cs: readonly Comparison[], work?: (i: number) => number): Result {
+  const i = cs.reduce((w, c, k) => (c.ratio < cs[w].ratio ? k : w), 0)
+  const shown = work ? () => work(i) : undefined
+  return meanRow(name, [cs[i]], cs[i].label, shown)
+}
+
+/** A row that cannot be measured yet. */
+export const unavailable = (name: string, reason: string): Result => ({
+  name,
+  ours: null,
+  peer: null,
+  unit: '',
+  ratio: null,
+  spread: null,
+  note: `not available: ${reason}`,
+})

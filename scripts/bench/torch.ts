@@ -1,0 +1,115 @@
+/**
+ * This package and PyTorch side by side, in one run and in turn, on the same numbers.
+ *
+ *   npm run bench:torch -- --python PATH [--json FILE] [--threads N] [--filter ROW]
+ *
+ * PATH is a Python with torch, transformers, numpy and safetensors. ROW is the beginning of row names (step.f32), several
+ * with commas. The ratio is larger-is-better for us everywhere. Ends with status 1 when both sides do not agree on a
+ * result, or a case cannot be run.
+ */
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { Command } from 'commander'
+import { AlignGPTError } from '../../ts/src/errors.js'
+import { native } from '../../ts/src/native.js'
+import { fail, integer } from '../cli.js'
+import { kernelGroups } from './kernels.js'
+import type { Context, Group, Row } from './measure.js'
+import { Peer } from './peer.js'
+import { stepGroups } from './steps.js'
+
+/** Nothing is repeated after so many minutes: the whole run takes at most 20. */
+const PATIENCE_MINUTES = 14
+const GROUPS: Group[] = [...kernelGroups, ...stepGroups]
+
+type Wants = (row: string) => boolean
+
+function wanted(filter: string | undefined): Wants {
+  if (filter === undefined) return () => true
+  const starts = filter.split(',').map((s) => s.trim())
+  const wants = (row: string): boolean => starts.some((s) => s !== '' && row.startsWith(s))
+  const names = GROUPS.flatMap((g) => Object.keys(g.rows))
+  if (!names.some(wants))
+    throw new AlignGPTError(
+      'ERR_ARGUMENT',
+      `[bench] --filter: expected the beginning of ${names.join(', ')}, got ${filter}`,
+    )
+  return wants
+}
+
+/** The rows of one group; an error becomes the note of its rows. */
+async function runGroup(c: Context, group: Group, wants: Wants): Promise<Row[]> {
+  const names = Object.keys(group.rows).filter(wants)
+  if (names.length === 0) return []
+  try {
+    const rows = await group.run(c, wants)
+    return rows.filter((r) => wants(r.name)).map((r) => ({ ...r, target: group.rows[r.name] }))
+  } catch (e) {
+    const note = `FAILED: ${e instanceof Error ? e.message : e}`
+    const empty = { ours: null, peer: null, unit: '', ratio: null, spread: null, failed: true }
+    return names.map((name) => ({ name, ...empty, target: group.rows[name], note }))
+  }
+}
+
+function shown(n: number | null): string {
+  if (n === null) return '-'
+  return n.toFixed(n >= 1000 ? 0 : n >= 100 ? 1 : 2)
+}
+
+function table(rows: readonly Row[]): string {
+  const lines = rows.map((r) => {
+    const verdict = r.ratio === null ? '' : r.ratio >= r.target ? 'reached' : 'missed'
+    const spread = r.spread === null ? '-' : `${(100 * r.spread).toFixed(0)} %`
+    return [r.name, shown(r.ours), shown(r.peer), r.unit, shown(r.ratio), String(r.target), spread, verdict, r.note]
+  })
+  const all = [['row', 'ours', 'PyTorch', 'unit', 'ratio', 'target', 'spread', '', 'what'], ...lines]
+  const widths = all[0].map((_, i) => Math.max(...all.map((l) => l[i].length)))
+  const right = (i: number): boolean => [1, 2, 4, 5, 6].includes(i)
+  const pad = (text: string, i: number): string => (right(i) ? text.padStart(widths[i]) : text.padEnd(widths[i]))
+  return all.map((l) => l.map(pad).join('  ').trimEnd()).join('\n')
+}
+
+function machine(peer: Peer): Record<string, unknown> {
+  const { level } = native.capabilities()
+  return {
+    cpu: os.cpus()[0]?.model,
+    cores: os.availableParallelism(),
+    memoryGiB: Math.round(os.totalmem() / 2 ** 30),
+    threads: peer.threads,
+    level,
+    node: process.version,
+    ...peer.versions,
+  }
+}
+
+async function main(o: { python: string; json?: string; threads: number; filter?: string }): Promise<void> {
+  const wants = wanted(o.filter)
+  if (o.threads < 1) throw new AlignGPTError('ERR_ARGUMENT', `[bench] --threads: expected at least 1, got ${o.threads}`)
+  native.setThreads(o.threads)
+  const peer = await Peer.start(o.python, o.threads)
+  const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-bench-'))
+  const deadline = Date.now() + PATIENCE_MINUTES * 60_000
+  const context: Context = { peer, threads: o.threads, temp, deadline, log: (line) => console.error(line) }
+  try {
+    const rows: Row[] = []
+    for (const group of GROUPS) rows.push(...(await runGroup(context, group, wants)))
+    const about = machine(peer)
+    console.log(`${table(rows)}\n\n${JSON.stringify(about)}`)
+    const report = { rows, machine: about, date: new Date().toISOString() }
+    if (o.json) fs.writeFileSync(o.json, `${JSON.stringify(report, null, 2)}\n`)
+    if (rows.some((r) => r.failed)) process.exitCode = 1
+  } finally {
+    peer.close()
+    fs.rmSync(temp, { recursive: true })
+  }
+}
+
+const command = new Command('bench:torch')
+  .description('this package and PyTorch side by side')
+  .requiredOption('--python <path>', 'a Python with torch, transformers, numpy and safetensors')
+  .option('--json <file>', 'where the numbers go')
+  .option('--threads <n>', 'of each side', integer, 2)
+  .option('--filter <rows>', 'beginning of row names, several with commas')
+
+await main(command.parse().opts()).catch(fail)
