@@ -22,12 +22,11 @@ import {
   readHalves,
   readQuality,
   readQuestions,
-  readRecords,
   readText,
   tokenizerTexts,
 } from './quickstart/data.js'
 import { pictureName, TRAINING_STYLES } from './quickstart/emoji.js'
-import { type LlavaRecord, QUALITIES, type Quality, TESTS } from './quickstart/records.js'
+import { QUALITIES, type Quality, TESTS } from './quickstart/records.js'
 import {
   type AnswerExample,
   type LevelExample,
@@ -54,7 +53,7 @@ const LEVELS = 8
 const SEED = 1
 const SIZE = args.fast
   ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 1500, half: 220, llama: 500, pretrain: 60, finetune: 640, clipBatch: 128, versions: 8 }
+  : { clip: 2000, half: 400, llama: 1500, pretrain: 100, finetune: 1100, clipBatch: 128, versions: 8 }
 
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {
@@ -128,9 +127,19 @@ async function main(): Promise<void> {
   const out = path.resolve(args.out)
   const done = path.join(out, 'result.json')
   if (fs.existsSync(out) && !fs.existsSync(done))
-    console.log(`An earlier run in ${out} did not finish; starting again.`)
+    console.log(`An earlier run in ${out} did not finish; starting from the beginning.`)
   fs.rmSync(out, { recursive: true, force: true })
   fs.mkdirSync(out, { recursive: true })
+  for (const [signal, code] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const)
+    process.once(signal, () => {
+      console.error(
+        `\nInterrupted: ${out} is unfinished. Start again with the same command; nothing has to be removed first.`,
+      )
+      process.exit(code)
+    })
   const { level, threads } = native.capabilities()
   console.log(
     `AlignGPT quickstart, ${args.fast ? 'fast' : 'full'}: CPU level ${level}, ${threads} threads, writing to ${out}`,
@@ -162,7 +171,11 @@ async function main(): Promise<void> {
 
   const clipCurve = await stage('clip', 'CLIP on all training pictures (stands in for OpenAI’s)', () => {
     const pairs = d.emoji.flatMap((e) =>
-      TRAINING_STYLES.map((style) => ({ image: pictureName(style, e), captions: clipCaptions(e) })),
+      TRAINING_STYLES.map((style) => ({
+        image: pictureName(style, e),
+        captions: clipCaptions(e),
+        category: e.category,
+      })),
     )
     return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1.5e-3, seed: 7 })
   })
@@ -190,7 +203,7 @@ async function main(): Promise<void> {
       progress: false,
     }),
   )
-  const instructions = await loadDataset(byPicture(d), { images: d.images })
+  const instructions = await loadDataset(d.instructions, { images: d.images })
   const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
     finetune(model, instructions, {
       batch: 32,
@@ -264,20 +277,6 @@ Train on a folder of your own:
   npm run levels   -- --data pairs.json --images DIR --clip ${rel}/models/clip
   npm run pretrain -- --llm ${rel}/models/llm --clip ${rel}/models/clip --data pairs.json --images DIR --out runs/mine-1
   npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`)
-}
-
-/** All questions about a picture as one conversation, as LLaVA-1.5 does: the picture and the system prompt are paid for once. */
-function byPicture(d: QuickstartData): string {
-  const records = new Map<string, LlavaRecord>()
-  for (const r of readRecords(d.instructions)) {
-    const key = r.image ?? r.id
-    const known = records.get(key)
-    const turns = r.conversations.map((t) => ({ ...t, value: known ? t.value.replace('<image>\n', '') : t.value }))
-    records.set(key, { ...r, ...known, conversations: [...(known?.conversations ?? []), ...turns] })
-  }
-  const file = path.join(d.dir, 'instructions_by_picture.json')
-  fs.writeFileSync(file, `${JSON.stringify([...records.values()], null, 1)}\n`)
-  return file
 }
 
 /** How the scores sort the captions that are wrong on purpose. */

@@ -157,7 +157,7 @@ function categoryTurn(e: Emoji, rng: Rng): Asked {
  * A yes/no question about `about`, asked of itself and of another thing. Asking the same of both keeps the balance: every
  * question text is as often right as wrong, for each category.
  */
-function yesNoQuestion(about: Emoji, kind: 'name' | 'keyword' | 'category', rng: Rng): string {
+function yesNoQuestion(about: Emoji, kind: (typeof YES_NO_KINDS)[number], rng: Rng): string {
   if (kind === 'name') return isThere(about.name)
   if (kind === 'category') return `Is this in the category ${about.category}?`
   return `Is the picture about ${rng.pick(about.keywords)}?`
@@ -193,20 +193,22 @@ const shuffled = <T>(items: readonly T[], rng: Rng): T[] => {
 }
 
 /**
- * How four questions about one thing become conversations: four short ones, two of two turns, or three turns and one.
- * Yes and No never meet in one conversation: the second would follow from the first without looking.
+ * How four questions about one thing become conversations. An answer must not follow from an earlier one without looking:
+ * a Yes or a name tells everything and ends its conversation, a category says which other things are not there. Yes and No
+ * never meet, as the second would be the opposite of the first.
  */
 function conversations(e: Emoji, yes: Asked, no: Asked, rng: Rng): Asked[][] {
   const [name, category] = [nameTurn(e), categoryTurn(e, rng)]
-  const [one, two] = shuffled([yes, no], rng)
   const kind = rng.int(3)
-  if (kind === 0) return [[name], [category], [one], [two]]
-  if (kind === 1) return [shuffled([name, one], rng), shuffled([category, two], rng)]
-  return [shuffled([name, category, one], rng), [two]]
+  if (kind === 0) return [[yes], [no], [category, name]]
+  if (kind === 1) return [[yes], [no, category, name]]
+  return [[yes], [no, name], [category]]
 }
 
+const YES_NO_KINDS = ['name', 'name', 'name', 'category', 'category', 'keyword'] as const
+
 function yesAndNo(a: Emoji, b: Emoji, rng: Rng): { yes: Asked; no: Asked }[] {
-  const kind = rng.pick(['name', 'name', 'keyword', 'category'] as const)
+  const kind = rng.pick(YES_NO_KINDS)
   const [ofA, ofB] = [yesNoQuestion(a, kind, rng), yesNoQuestion(b, kind, rng)]
   const turn = (question: string, answer: string): Asked => ({ question, answer })
   return [
@@ -222,7 +224,7 @@ const toTurns = (asked: readonly Asked[], before: string): LlavaRecord['conversa
   ])
 
 /** Questions about training pictures, and a tenth without pictures. */
-export function makeInstructions(list: readonly Emoji[], seed: number, rounds = 1): LlavaRecord[] {
+export function makeInstructions(list: readonly Emoji[], seed: number, rounds = 2): LlavaRecord[] {
   const pictures: Picture[] = TRAINING_STYLES.flatMap((style) => list.map((emoji) => ({ emoji, style })))
   const things = pictures.map((p) => p.emoji)
   const rng = new Rng(seed, STREAM.instructions)
@@ -266,7 +268,19 @@ function aboutAThing(e: Emoji, list: readonly Emoji[], rng: Rng, id: string): Ll
 
 // ---- text for the language model ----------------------------------------------------------------------------------------
 
-/** A few plain sentences about each thing, and lists of similar things. */
+/** A thing in words, as a picture would show it: short or long, sometimes only what it has to do with. */
+function description(e: Emoji, rng: Rng): string {
+  const kind = rng.int(4)
+  if (kind === 0) return e.name
+  if (kind === 1) return `${e.name}, ${e.category}`
+  if (kind === 2) return `${e.name}, ${keywords(e, 2, rng).join(', ')}, ${e.category}`
+  return keywords(e, 3, rng).join(', ')
+}
+
+/**
+ * Plain text: a few sentences about each thing, lists of similar things, and descriptions with a caption below, which is
+ * the form of pre-training with words where the picture will be.
+ */
 export function makeText(list: readonly Emoji[], seed: number): string[] {
   const rng = new Rng(seed, STREAM.text)
   const documents: string[] = []
@@ -281,43 +295,45 @@ export function makeText(list: readonly Emoji[], seed: number): string[] {
       `The word ${rng.pick(e.keywords)} fits ${a}.`,
       `A thing in the category ${e.category}: ${e.name}.`,
     ]
-    documents.push(shuffled(sentences, rng).slice(0, 3).join(' '))
     documents.push(shuffled(sentences, rng).slice(0, 2).join(' '))
-    for (let i = 0; i < 3; i++) documents.push(fullCaption(e, rng))
-    documents.push(`${keywords(e, 4, rng).join(', ')}: ${e.name}, ${e.category}`)
+    for (let i = 0; i < 4; i++) documents.push(`${description(e, rng)}\n${fullCaption(e, rng)}\n`)
   }
   const groups = new Map<string, Emoji[]>()
   for (const e of list) groups.set(e.subgroup, [...(groups.get(e.subgroup) ?? []), e])
   for (const [group, members] of groups)
-    for (let at = 0; at < 2 * members.length; at += 6) {
+    for (let at = 0; at < members.length; at += 6) {
       const some = shuffled(members, rng).slice(0, 6)
       documents.push(`${group.replaceAll('-', ' ')}, ${some[0].category}: ${some.map((e) => e.name).join(', ')}`)
     }
   return shuffled(documents, rng)
 }
 
+/** Four questions about a thing, each kind by chance. */
+function fourTurns(e: Emoji, list: readonly Emoji[], rng: Rng): Asked[] {
+  return Array.from({ length: 4 }, () => {
+    const kind = rng.int(6)
+    if (kind === 0) return nameTurn(e)
+    if (kind === 1) return categoryTurn(e, rng)
+    const yes = rng.int(2) === 0
+    const question = yesNoQuestion(yes ? e : other(e, list, rng), rng.pick(YES_NO_KINDS), rng)
+    return { question, answer: yes ? 'Yes' : 'No' }
+  })
+}
+
 /**
- * Conversations in the form of instruction tuning, with words where the picture will be: the language model learns what
- * the questions mean before it sees anything.
+ * Conversations in the form of instruction tuning, with words where the picture will be: the language model learns to
+ * answer from what stands there before it sees anything.
  */
-export function makeConversations(list: readonly Emoji[], seed: number, rounds = 2): LlavaRecord[] {
+export function makeConversations(list: readonly Emoji[], seed: number, rounds = 10): LlavaRecord[] {
   const rng = new Rng(seed, STREAM.conversations)
   const records: LlavaRecord[] = []
-  for (let round = 0; round < rounds; round++) {
-    for (const [i, j] of pairAcross(list, seed, 200 + round)) {
-      const questions = yesAndNo(list[i], list[j], rng)
-      for (const [side, k] of [i, j].entries()) {
-        const e = list[k]
-        const talks = conversations(e, questions[side].yes, questions[side].no, rng)
-        for (const [n, talk] of talks.entries()) {
-          const seen = rng.int(4) === 0 ? keywords(e, 3, rng).join(', ') : fullCaption(e, rng)
-          const id = `text-${e.id}-${4 * round + n}`
-          records.push({ id, conversations: toTurns(talk, `${seen}\n`) })
-        }
-      }
-    }
-    for (const e of list) records.push(aboutAThing(e, list, rng, `text-${e.id}-about-${round}`))
-  }
+  for (let round = 0; round < rounds; round++)
+    for (const e of list)
+      records.push({
+        id: `text-${e.id}-${round}`,
+        conversations: toTurns(fourTurns(e, list, rng), `${description(e, rng)}\n`),
+      })
+  for (const e of list) records.push(aboutAThing(e, list, rng, `text-${e.id}-about`))
   return records
 }
 

@@ -164,3 +164,27 @@ test('mistakes are answered in one line', async () => {
     expect(run.err).not.toMatch(/\n\s+at /)
   }
 })
+
+test('an interrupted quickstart says so and can be started again', async () => {
+  const out = path.join(dir, 'quickstart')
+  const script = fileURLToPath(new URL('scripts/quickstart.ts', root))
+  /** Interrupts a run as soon as it prints something. */
+  const run = (until: string): Promise<{ status: number | null; text: string }> =>
+    new Promise((resolve) => {
+      const child = spawn(process.execPath, ['--import', 'tsx', script, '--fast', '--out', out], { cwd: root })
+      let text = ''
+      const listen = (d: Buffer): void => {
+        text += d
+        if (!child.killed && text.includes(until)) child.kill('SIGINT')
+      }
+      child.stdout.on('data', listen)
+      child.stderr.on('data', listen)
+      child.on('close', (status) => resolve({ status, text }))
+    })
+  const first = await run('== Augmenting')
+  expect(first.status).toBe(130)
+  expect(first.text).toContain(`Interrupted: ${out} is unfinished. Start again with the same command`)
+  const second = await run('== Data')
+  expect(second.text).toContain(`An earlier run in ${out} did not finish; starting from the beginning.`)
+  expect(second.status).toBe(130)
+}, 60_000)
