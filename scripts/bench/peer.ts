@@ -81,10 +81,10 @@ export class Peer {
     }
   }
 
-  /** Runs a case in a fresh process. @returns bytes: resident before the first run, and at most */
-  memory(kind: string, args: object, runs = 3): { base: number; peak: number } {
+  /** Runs a case in a fresh process. @returns bytes: resident before the first run, and at most once it is warm */
+  memory(kind: string, args: object): { base: number; peak: number } {
     const argv = [SCRIPT, '--threads', `${this.threads}`, '--memory', kind, '--args', JSON.stringify(args)]
-    const r = spawnSync(this.python, [...argv, '--runs', `${runs}`], { encoding: 'utf8' })
+    const r = spawnSync(this.python, argv, { encoding: 'utf8' })
     if (r.status !== 0) throw new Error(`PyTorch: ${last(r.stderr ?? '') || r.error?.message || `status ${r.status}`}`)
     return JSON.parse(last(r.stdout))
   }

@@ -14,14 +14,18 @@ import { Command } from 'commander'
 import { AlignGPTError } from '../../ts/src/errors.js'
 import { native } from '../../ts/src/native.js'
 import { fail, integer } from '../cli.js'
+import { freshGroups } from './fresh.js'
 import { kernelGroups } from './kernels.js'
 import type { Context, Group, Row } from './measure.js'
 import { Peer } from './peer.js'
+import { describeScaling, measureScaling } from './scaling.js'
 import { stepGroups } from './steps.js'
 
 /** Nothing is repeated after so many minutes: the whole run takes at most 20. */
 const PATIENCE_MINUTES = 14
-const GROUPS: Group[] = [...kernelGroups, ...stepGroups]
+/** Not rows: exponents of our own cost, for which there is no peer. */
+const SCALING = 'scaling'
+const GROUPS: Group[] = [...kernelGroups, ...stepGroups, ...freshGroups]
 
 type Wants = (row: string) => boolean
 
@@ -29,7 +33,7 @@ function wanted(filter: string | undefined): Wants {
   if (filter === undefined) return () => true
   const starts = filter.split(',').map((s) => s.trim())
   const wants = (row: string): boolean => starts.some((s) => s !== '' && row.startsWith(s))
-  const names = GROUPS.flatMap((g) => Object.keys(g.rows))
+  const names = [...GROUPS.flatMap((g) => Object.keys(g.rows)), SCALING]
   if (!names.some(wants))
     throw new AlignGPTError(
       'ERR_ARGUMENT',
@@ -78,30 +82,64 @@ function machine(peer: Peer): Record<string, unknown> {
     memoryGiB: Math.round(os.totalmem() / 2 ** 30),
     threads: peer.threads,
     level,
+    /** processes that wanted to run in the last minutes: more than the threads of one side means the machine was shared */
+    load: os.loadavg().map((x) => Number(x.toFixed(1))),
     node: process.version,
     ...peer.versions,
   }
 }
 
-async function main(o: { python: string; json?: string; threads: number; filter?: string }): Promise<void> {
+interface Options {
+  python: string
+  json?: string
+  threads: number
+  filter?: string
+}
+
+/** Measures what was asked for and prints it; the file is written after every group, for runs that are stopped. */
+async function measure(o: Options, c: Context, wants: Wants): Promise<void> {
+  const rows: Row[] = []
+  const report: Record<string, unknown> = { rows, machine: machine(c.peer), date: new Date().toISOString() }
+  const save = (): void => {
+    if (o.json) fs.writeFileSync(o.json, `${JSON.stringify(report, null, 2)}\n`)
+  }
+  for (const group of GROUPS) {
+    rows.push(...(await runGroup(c, group, wants)))
+    save()
+  }
+  if (rows.length) console.log(table(rows))
+  if (wants(SCALING)) {
+    const scaling = await measureScaling(c.temp, c.log)
+    report.scaling = scaling
+    console.log(`\n${describeScaling(scaling)}`)
+  }
+  report.machine = machine(c.peer)
+  save()
+  console.log(`\n${JSON.stringify(report.machine)}`)
+  if (rows.some((r) => r.failed)) process.exitCode = 1
+}
+
+async function main(o: Options): Promise<void> {
   const wants = wanted(o.filter)
   if (o.threads < 1) throw new AlignGPTError('ERR_ARGUMENT', `[bench] --threads: expected at least 1, got ${o.threads}`)
   native.setThreads(o.threads)
   const peer = await Peer.start(o.python, o.threads)
   const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-bench-'))
+  const tidy = (): void => fs.rmSync(temp, { recursive: true, force: true })
+  for (const [signal, status] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const)
+    process.once(signal, () => {
+      tidy()
+      process.exit(status)
+    })
   const deadline = Date.now() + PATIENCE_MINUTES * 60_000
-  const context: Context = { peer, threads: o.threads, temp, deadline, log: (line) => console.error(line) }
   try {
-    const rows: Row[] = []
-    for (const group of GROUPS) rows.push(...(await runGroup(context, group, wants)))
-    const about = machine(peer)
-    console.log(`${table(rows)}\n\n${JSON.stringify(about)}`)
-    const report = { rows, machine: about, date: new Date().toISOString() }
-    if (o.json) fs.writeFileSync(o.json, `${JSON.stringify(report, null, 2)}\n`)
-    if (rows.some((r) => r.failed)) process.exitCode = 1
+    await measure(o, { peer, threads: o.threads, temp, deadline, log: (line) => console.error(line) }, wants)
   } finally {
     peer.close()
-    fs.rmSync(temp, { recursive: true })
+    tidy()
   }
 }
 
