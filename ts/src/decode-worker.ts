@@ -1,7 +1,7 @@
 /** Worker thread of loader.ts: prepares pictures and writes them into shared memory. */
 import { parentPort, workerData } from 'node:worker_threads'
 import sharp from 'sharp'
-import { type PictureTask, preparePicture } from './image.js'
+import { PictureCache, type PictureTask, preparePicture } from './image.js'
 
 /** Memory shared between the loader and its workers; slot k, picture i. */
 export interface SharedSlots {
@@ -26,11 +26,12 @@ export const BAD = 2
 /** One picture to prepare; null asks the worker to end. */
 export type WorkerMessage = { slot: number; i: number; task: PictureTask } | null
 
+const cache = new PictureCache()
 async function handle(shared: SharedSlots, slot: number, i: number, task: PictureTask): Promise<void> {
   const at = slot * shared.capacity + i
   let status = GOOD
   try {
-    const u8 = await preparePicture(task)
+    const u8 = await preparePicture(task, cache)
     new Uint8Array(shared.pixels, at * shared.pictureBytes, shared.pictureBytes).set(u8)
   } catch (e) {
     status = BAD

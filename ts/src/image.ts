@@ -431,10 +431,32 @@ export function augment(image: RgbImage, rng: Rng): RgbImage {
   return { data: out, width: w, height: h }
 }
 
-/** What a decode worker does for one picture; also the inline way. @returns uint8 [crop, crop, 3] */
-export async function preparePicture(task: PictureTask): Promise<Uint8Array> {
+/** Decoded pictures as long as there is room: a small data set is decoded in its first epoch only. */
+export class PictureCache {
+  readonly #kept = new Map<string, RgbImage>()
+  /** @param room bytes */
+  constructor(private room = 64 * 2 ** 20) {}
+  async load(root: string, name: string, options: ImageLimits & { alpha?: boolean }): Promise<RgbImage> {
+    const key = JSON.stringify([root, name, options])
+    const known = this.#kept.get(key)
+    if (known) return known
+    const image = await loadImage(root, name, options)
+    const bytes = image.data.length + (image.alpha?.length ?? 0)
+    if (bytes > this.room) return image
+    this.room -= bytes
+    this.#kept.set(key, image)
+    return image
+  }
+}
+
+/**
+ * What a decode worker does for one picture; also the inline way.
+ * @returns uint8 [crop, crop, 3]
+ */
+export async function preparePicture(task: PictureTask, cache?: PictureCache): Promise<Uint8Array> {
   const { root, name, preprocess, augmentation } = task
-  const image = await loadImage(root, name, { ...task.limits, alpha: augmentation !== null })
+  const options = { ...task.limits, alpha: augmentation !== null }
+  const image = await (cache ? cache.load(root, name, options) : loadImage(root, name, options))
   if (!augmentation) return preprocessImage(image, preprocess)
   const [seed, stream] = augmentation
   return preprocessImage(augment(image, new Rng(seed, stream)), preprocess)
