@@ -7,6 +7,7 @@
  * before the first run, and at most during the last ones.
  */
 import fs from 'node:fs'
+import { setTimeout } from 'node:timers/promises'
 import { type Dtype, native } from '../../ts/src/native.js'
 import { lmHeadCase } from './kernels.js'
 import { TrainStep } from './model.js'
@@ -22,8 +23,10 @@ const args = JSON.parse(text) as { folder: string; phase: 1 | 2; dtype: Dtype; l
 native.setThreads(Number(threads))
 const runner =
   kind === 'lmhead' ? lmHeadCase(args.dtype) : await TrainStep.load(args.folder, args.phase, args.dtype, args.lengths)
-const gc = (globalThis as { gc?: () => void }).gc // what building the inputs left behind is not the step's
-gc?.()
+// what building the inputs left behind is not the step's; buffers are given back in the background
+;(globalThis as { gc?: () => void }).gc?.()
+await setTimeout(300)
+native.trim()
 const base = status('VmRSS')
 for (let run = 0; run < 4; run++) {
   if (run === 2) fs.writeFileSync('/proc/self/clear_refs', '5') // the peak starts again

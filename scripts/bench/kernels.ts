@@ -55,7 +55,7 @@ export class Case {
   }
 }
 
-/** Checks that both sides compute the same and times them in turn. */
+/** Checks that both sides compute the same, as TOLERANCE or `tolerance` says, and times them in turn. */
 async function against(
   c: Context,
   label: string,
@@ -63,11 +63,12 @@ async function against(
   kind: string,
   args: object,
   dtype: Float,
+  tolerance: number = TOLERANCE[dtype],
 ): Promise<Comparison> {
   const peer = await c.peer.make(kind, args)
   try {
     await peer.time(1)
-    assertSame(label, mine.values(), await peer.values(), TOLERANCE[dtype])
+    assertSame(label, mine.values(), await peer.values(), tolerance)
     return await compare(c, label, () => mine.run(), peer)
   } finally {
     mine.dispose()
@@ -288,11 +289,14 @@ const pointwise: Group = {
   async run(c) {
     const [rows, heads] = [2576, 8]
     const found: Comparison[] = []
+    // PyTorch sums the weight gradients of a bf16 norm in bf16: off by 0.17 of their root mean square against f64
+    const tolerance = { ...TOLERANCE, bf16: 3e-2 }
     for (const dtype of FLOATS)
       for (const name of Object.keys(WIDTHS) as (keyof typeof WIDTHS)[]) {
         const args = { name, rows, width: WIDTHS[name], heads, dtype }
         const mine = pointwiseCase(name, rows, heads, dtype)
-        found.push(await against(c, `${name} ${dtype} ${rows}x${WIDTHS[name]}`, mine, 'pointwise', args, dtype))
+        const label = `${name} ${dtype} ${rows}x${WIDTHS[name]}`
+        found.push(await against(c, label, mine, 'pointwise', args, dtype, tolerance[dtype]))
       }
     return [worstRow('pointwise.worst', found)]
   },

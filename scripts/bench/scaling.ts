@@ -30,8 +30,8 @@ interface Outside {
   nativeCalls: number
   /** share of the step outside calls into the native core: JavaScript */
   javascript: number
-  /** time of the same calls on the smallest tensors over the step's: binding, checks, allocation, tape and JavaScript */
-  bound: number
+  /** time of the same calls on the smallest tensors over the step's: binding, checks, tape and JavaScript, in a hot loop */
+  smallest: number
   note: string
 }
 
@@ -144,8 +144,8 @@ async function outsideKernels(temp: string): Promise<Outside> {
       stepSeconds: full,
       nativeCalls: spent.calls,
       javascript: (traced - spent.seconds) / traced,
-      bound: least / full,
-      note: 'no counter of kernel time in the native core; `bound` is the time of the same calls on the smallest tensors',
+      smallest: least / full,
+      note: 'no counter of kernel time in the native core: page faults of large blocks are not separated from kernels',
     }
   } finally {
     small.dispose()
@@ -173,6 +173,6 @@ export function describeScaling(s: Scaling): string {
     `  ${line('layers', s.layers)}`,
     `  ${line('vocabulary', s.vocabulary)}`,
     `Step outside kernels (target < 3 %): JavaScript ${percent(o.javascript)} of ${o.nativeCalls} native calls' step; ` +
-      `with binding, checks, allocation and tape at most about ${percent(o.bound)}`,
+      `the same calls on the smallest tensors (binding, checks, tape): ${percent(o.smallest)}`,
   ].join('\n')
 }
