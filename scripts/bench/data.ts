@@ -2,7 +2,7 @@
 import type { Dtype } from '../../ts/src/native.js'
 import { type Tensor, tensor } from '../../ts/src/tensor.js'
 
-/** n 32-bit hashes of (seed, index) (murmur3's finalizer); `bits` in kernels.py is the same function. */
+/** n 32-bit hashes of (seed, index) (murmur3's finalizer); `bits` in peer_kernels.py is the same function. */
 function bits(n: number, seed: number): Uint32Array {
   const out = new Uint32Array(n)
   const base = Math.imul(seed, 0x9e3779b9)

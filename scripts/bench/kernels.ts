@@ -17,7 +17,7 @@ import {
 type Float = 'f32' | 'bf16'
 const FLOATS: readonly Float[] = ['f32', 'bf16']
 
-/** One operation of ours on inputs that live as long as the case; the counterpart of `Differentiated` in kernels.py. */
+/** One operation of ours on inputs that live as long as the case; the counterpart of `Differentiated` in peer_kernels.py. */
 export class Case {
   /** @param seed gradient of the result; 'one' for a loss, null: forward only */
   constructor(

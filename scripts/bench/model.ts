@@ -113,7 +113,7 @@ export async function writeModel(temp: string, s: Size = STEP_SIZE): Promise<str
   return folder
 }
 
-/** One sample for each text length, each with a picture; `Step.batch` in model.py makes the same. */
+/** One sample for each text length, each with a picture; `Step.batch` in peer_model.py makes the same. */
 export function makeBatch(model: AlignGPT, lengths: readonly number[]): PackedBatch {
   const total = lengths.reduce((n, l) => n + l, 0)
   const ids = integers(total, 21, 3, model.config.llm.vocab_size)

@@ -4,7 +4,7 @@ A resident process: one JSON request a line on stdin, one JSON reply a line on s
 is told to, and otherwise sleeps, so that the other side is timed on an idle machine.
 
   {"op": "hello"}                                  -> versions
-  {"op": "make", "id": 1, "kind": "gemm", ...}     -> builds a case (kernels.py and model.py have the kinds)
+  {"op": "make", "id": 1, "kind": "gemm", ...}     -> builds a case (peer_kernels.py and peer_model.py have the kinds)
   {"op": "time", "id": 1, "reps": 3}               -> {"seconds": one run, mean over the repetitions}
   {"op": "values", "id": 1}                        -> digest of the results of the last run, by name
   {"op": "drop", "id": 1}
@@ -57,10 +57,10 @@ def release():
 
 class Server:
     def __init__(self, torch, transformers, threads):
-        import kernels
-        import model
+        import peer_kernels
+        import peer_model
 
-        self.kinds = {**kernels.KINDS, **model.KINDS}
+        self.kinds = {**peer_kernels.KINDS, **peer_model.KINDS}
         self.cases = {}
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": threads}
 

@@ -36,7 +36,7 @@ export class Peer {
     readonly python: string,
     readonly threads: number,
   ) {
-    this.#child = spawn(python, [SCRIPT, '--threads', String(threads)])
+    this.#child = spawn(python, ['-B', SCRIPT, '--threads', String(threads)])
     const end = (reason: string): void => {
       this.#ended = reason
       for (const w of this.#waiting.splice(0)) w.reject(unusable(python, reason))
@@ -83,7 +83,7 @@ export class Peer {
 
   /** Runs a case in a fresh process. @returns bytes: resident before the first run, and at most once it is warm */
   memory(kind: string, args: object): { base: number; peak: number } {
-    const argv = [SCRIPT, '--threads', `${this.threads}`, '--memory', kind, '--args', JSON.stringify(args)]
+    const argv = ['-B', SCRIPT, '--threads', `${this.threads}`, '--memory', kind, '--args', JSON.stringify(args)]
     const r = spawnSync(this.python, argv, { encoding: 'utf8' })
     if (r.status !== 0) throw new Error(`PyTorch: ${last(r.stderr ?? '') || r.error?.message || `status ${r.status}`}`)
     return JSON.parse(last(r.stdout))

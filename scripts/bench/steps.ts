@@ -11,7 +11,7 @@ import type { PeerCase } from './peer.js'
 
 type Float = 'f32' | 'bf16'
 
-/** A way to run the step in PyTorch; the arguments of `Step` in model.py. */
+/** A way to run the step in PyTorch; the arguments of `Step` in peer_model.py. */
 export interface Variant {
   dtype: 'f32' | 'autocast' | 'bf16'
   compiled: boolean
