@@ -1,4 +1,5 @@
 /** Two sides timed in turn, and what a row of the table is. */
+import { watchOthers } from './others.js'
 import type { Peer, PeerCase } from './peer.js'
 
 export interface Row {
@@ -14,6 +15,8 @@ export interface Row {
   target: number
   /** what was compared, or why there is no number */
   note: string
+  /** CPUs that other programs used while it was timed; null: not known */
+  others?: number | null
   failed?: boolean
 }
 
@@ -45,6 +48,8 @@ export interface Comparison {
   ratio: number
   spread: number
   pairs: number
+  /** CPUs that other programs used meanwhile; null: not known */
+  others: number | null
 }
 
 const PAIRS = 5
@@ -98,6 +103,7 @@ export async function compare(
   const peerReps = repetitions(await peer.time(1), sample)
   const a: number[] = []
   const b: number[] = []
+  const used = watchOthers([process.pid, c.peer.pid])
   for (let round = 0; round < ROUNDS; round++) {
     for (let i = 0; i < PAIRS; i++) {
       await pause(SETTLE.peer)
@@ -107,13 +113,14 @@ export async function compare(
     }
     if (Date.now() > c.deadline || !drowned(a, b)) break
   }
+  const others = used()
   const ratios = a.map((x, i) => b[i] / x)
   const result = { label, ours: median(a), peer: median(b), ratio: median(b) / median(a), spread: spreadOf(ratios) }
   c.log(
     `${label}: ours ${milli(result.ours)}, PyTorch ${milli(result.peer)}, ratio ${result.ratio.toFixed(2)} ` +
-      `± ${(100 * result.spread).toFixed(0)} % (${a.length} pairs)`,
+      `± ${(100 * result.spread).toFixed(0)} % (${a.length} pairs${others === null ? '' : `, others ${others.toFixed(1)} CPUs`})`,
   )
-  return { ...result, pairs: a.length }
+  return { ...result, pairs: a.length, others }
 }
 
 function drowned(a: readonly number[], b: readonly number[]): boolean {
@@ -141,6 +148,7 @@ export function meanRow(name: string, cs: readonly Comparison[], note: string, w
     ratio: geomean(cs.map((c) => c.ratio)),
     spread: combined(cs),
     note,
+    others: cs.some((c) => c.others === null) ? null : Math.max(...cs.map((c) => c.others as number)),
   }
 }
 

@@ -55,6 +55,11 @@ export class Peer {
     })
   }
 
+  /** Process id. */
+  get pid(): number {
+    return this.#child.pid as number
+  }
+
   static async start(python: string, threads: number): Promise<Peer> {
     const peer = new Peer(python, threads)
     peer.versions = (await peer.#request({ op: 'hello' })) as unknown as Peer['versions']

@@ -25,6 +25,8 @@ import { stepGroups } from './steps.js'
 const PATIENCE_MINUTES = 14
 /** Not rows: exponents of our own cost, for which there is no peer. */
 const SCALING = 'scaling'
+/** CPUs used by others from which on a row is called disturbed. */
+const BUSY = 0.15
 const GROUPS: Group[] = [...kernelGroups, ...stepGroups, ...freshGroups]
 
 type Wants = (row: string) => boolean
@@ -74,6 +76,14 @@ function table(rows: readonly Row[]): string {
   return all.map((l) => l.map(pad).join('  ').trimEnd()).join('\n')
 }
 
+/** Rows that were measured while others worked are not worth much. */
+function warning(rows: readonly Row[]): string {
+  const disturbed = rows.filter((r) => (r.others ?? 0) > BUSY)
+  if (disturbed.length === 0) return ''
+  const names = disturbed.map((r) => `${r.name} (${r.others?.toFixed(1)})`).join(', ')
+  return `\n\nNot on an idle machine: other programs used CPUs during ${names}. Measure these again.`
+}
+
 function machine(peer: Peer): Record<string, unknown> {
   const { level } = native.capabilities()
   return {
@@ -107,7 +117,7 @@ async function measure(o: Options, c: Context, wants: Wants): Promise<void> {
     rows.push(...(await runGroup(c, group, wants)))
     save()
   }
-  if (rows.length) console.log(table(rows))
+  if (rows.length) console.log(`${table(rows)}${warning(rows)}`)
   if (wants(SCALING)) {
     const scaling = await measureScaling(c.temp, c.log)
     report.scaling = scaling
