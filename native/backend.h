@@ -132,13 +132,14 @@ typedef struct {
 } AgSiluMulGrad;
 
 // ---- reductions -------------------------------------------------------------------------------------
-// y[j] = scale * sum_i x[i*ld + j], i < rows, j < cols (bias gradients, broadcast gradients)
+// y[j] = scale * by * sum_i x[i*ld + j], i < rows, j < cols (bias gradients, broadcast gradients)
 typedef struct {
   AgGrad y;
   const void* x;
   int64_t rows, cols, ld;
   AgDtype dt;
   double scale;
+  const void* by;  // one number of the accumulation dtype, on the device; NULL: 1
 } AgColSum;
 
 // *y = scale * sum of all x; y has dtype dt

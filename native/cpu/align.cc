@@ -398,7 +398,7 @@ AgGemm input_grad(const AgAlignMix* a, const void* d_rows) {
   return g;
 }
 AgColSum bias_grad(const AgAlignMix* a, const void* d_rows) {
-  return AgColSum{a->db, d_rows, a->images * a->patches, a->hidden, a->hidden, a->dt, 1.0};
+  return AgColSum{a->db, d_rows, a->images * a->patches, a->hidden, a->hidden, a->dt, 1.0, nullptr};
 }
 
 template <class S>

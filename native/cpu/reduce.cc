@@ -77,7 +77,7 @@ void col_sum_loop(AgCtx* ctx, const AgColSum* a) {
   const S* x = static_cast<const S*>(a->x);
   int64_t blocks = col_sum_blocks(a->rows), per = div_up(a->rows, blocks), stripes = div_up(a->cols, kStripe);
   C* partial = static_cast<C*>(ctx->workspace);
-  C scale = C(a->scale);
+  C scale = C(a->scale) * (a->by ? *static_cast<const C*>(a->by) : C(1));
   int64_t group = max_of(1, kGrain / max_of(1, per * min_of(a->cols, kStripe)));  // small tasks go together
   parallel_range(blocks * stripes, group, [&](int64_t t0, int64_t t1) {
     alignas(64) C sums[kStripe];

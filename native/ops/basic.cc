@@ -227,7 +227,7 @@ static void add_broadcast(Grads& g, int input, const Tensor& dy, const Shape& sh
   }
   int64_t cols = shape.numel();
   run("add", dy.device(), table(dy).col_sum,
-      AgColSum{g.slot(input), dy.data(), cols ? dy.numel() / cols : 0, cols, cols, dy.dt, alpha}, AG_K_COL_SUM);
+      AgColSum{g.slot(input), dy.data(), cols ? dy.numel() / cols : 0, cols, cols, dy.dt, alpha, nullptr}, AG_K_COL_SUM);
 }
 
 static Tensor add_sub(const char* op, AgBinaryOp kind, double sign, const Tensor& a, const Tensor& b) {

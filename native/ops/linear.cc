@@ -73,7 +73,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
       gemm("linear", dy.device(), gw);
     }
     if (grads.needs(2))
-      run("linear", dy.device(), table(dy).col_sum, AgColSum{grads.slot(2), dy.data(), m, n, n, dy.dt, 1.0}, AG_K_COL_SUM);
+      run("linear", dy.device(), table(dy).col_sum, AgColSum{grads.slot(2), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (grads.needs(0)) {
       Tensor dx = empty(dy.device(), shape_x, dy.dt);
       AgGemm gx = product(dy, false, sw, false, m, k, n);
@@ -167,9 +167,9 @@ Tensor patch_embedding(const Tensor& pixels, const Tensor& weight, const Tensor&
     Device* d = dy.device();
     const AgBackend& t = *d->backend;
     if (grads.needs(2))
-      run(op, d, t.col_sum, AgColSum{grads.slot(2), dy.data(), s.images, rows * s.dim, rows * s.dim, dy.dt, 1.0}, AG_K_COL_SUM);
+      run(op, d, t.col_sum, AgColSum{grads.slot(2), dy.data(), s.images, rows * s.dim, rows * s.dim, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (grads.needs(1))
-      run(op, d, t.col_sum, AgColSum{grads.slot(1), dy.data(), s.images, s.dim, rows * s.dim, dy.dt, 1.0}, AG_K_COL_SUM);
+      run(op, d, t.col_sum, AgColSum{grads.slot(1), dy.data(), s.images, s.dim, rows * s.dim, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (grads.needs(0)) {
       Tensor dp = empty(d, Shape{s.images * s.patches, s.dim}, dy.dt);
       int64_t bytes = s.patches * s.dim * size;

@@ -113,9 +113,9 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
           AgScatterAdd{grads.slot(0), d.data(), host_i32(saved_rows), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
     }
     if (grads.needs(1)) {  // through col_sum of one "row": scales and lands in the slot, whatever its dtype
-      Tensor d = scaled(want.d_weight, by);
-      AgGrad slot = grads.slot(1);
-      run("lmHeadLoss", device, table(d).col_sum, AgColSum{slot, d.data(), 1, V * H, V * H, acc, 1.0}, AG_K_COL_SUM);
+      const Tensor& d = want.d_weight;
+      run("lmHeadLoss", device, table(d).col_sum,
+          AgColSum{grads.slot(1), d.data(), 1, V * H, V * H, acc, 1.0, by.data()}, AG_K_COL_SUM);
     }
   });
   return {loss, nll};

@@ -200,9 +200,9 @@ const shuffled = <T>(items: readonly T[], rng: Rng): T[] => {
 function conversations(e: Emoji, yes: Asked, no: Asked, rng: Rng): Asked[][] {
   const [name, category] = [nameTurn(e), categoryTurn(e, rng)]
   const kind = rng.int(3)
-  if (kind === 0) return [[yes], [no], [category, name]]
-  if (kind === 1) return [[yes], [no, category, name]]
-  return [[yes], [no, name], [category]]
+  if (kind === 0) return [[yes], [no, category, name]]
+  if (kind === 1) return [[yes], [no, category], [name]]
+  return [[yes], [no], [category], [name]]
 }
 
 const YES_NO_KINDS = ['name', 'name', 'name', 'category', 'category', 'keyword'] as const
@@ -244,9 +244,12 @@ export function makeInstructions(list: readonly Emoji[], seed: number, rounds = 
       }
     }
   const order = permutation(list.length, seed, STREAM.textOnly)
-  const textOnly = Math.min(list.length, Math.round(records.length / 9))
+  const textOnly = Math.round(records.length / 9)
   const text = new Rng(seed, STREAM.textOnly + 0x1000)
-  for (const i of order.slice(0, textOnly)) records.push(aboutAThing(list[i], list, text, `ask-text-${list[i].id}`))
+  for (let n = 0; n < textOnly; n++) {
+    const e = list[order[n % list.length]]
+    records.push(aboutAThing(e, list, text, `ask-text-${e.id}-${Math.floor(n / list.length)}`))
+  }
   return records
 }
 

@@ -5,7 +5,6 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import sharp from 'sharp'
 import type { PreprocessorConfig } from './config.js'
 import { AlignGPTError, mismatch } from './errors.js'
 import { Rng } from './rng.js'
@@ -116,6 +115,8 @@ export async function decodeImage(
   const bytes = typeof input === 'string' ? readLimited(input, maxBytes) : input
   if (bytes.byteLength > maxBytes) throw bad(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
   if (bytes.byteLength === 0) throw bad(name, 'a picture', 'an empty file')
+  // Imported with the first picture: it takes longer than everything else of this package.
+  const { default: sharp } = await import('sharp')
   try {
     const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
     const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()

@@ -1,7 +1,7 @@
 /** One training loop for both phases. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { SingleBar } from 'cli-progress'
+import type { SingleBar } from 'cli-progress'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
 import type { Dataset, Dropped } from './data.js'
@@ -130,28 +130,29 @@ function accumulate(
 }
 
 class Log {
-  readonly #file: string | undefined
-  readonly #bar: SingleBar | undefined
-  constructor(
+  #bar: SingleBar | undefined
+  private constructor(
     private readonly phase: Phase,
-    o: TrainOptions,
-    steps: number,
-  ) {
-    if (o.out) {
+    private readonly file: string | undefined,
+  ) {}
+  static async open(phase: Phase, o: TrainOptions, steps: number): Promise<Log> {
+    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'))
+    if (o.out && log.file) {
       fs.mkdirSync(o.out, { recursive: true })
-      this.#file = path.join(o.out, 'log.jsonl')
-      fs.writeFileSync(this.#file, '')
+      fs.writeFileSync(log.file, '')
     }
     if (o.progress ?? process.stderr.isTTY) {
+      const { SingleBar } = await import('cli-progress') // where nobody looks it need not be loaded
       const format = `${phase.name} [{bar}] {value}/{total} loss {loss} {rate} tokens/s, {eta_formatted} left`
-      this.#bar = new SingleBar({ format, stream: process.stderr, hideCursor: true })
-      this.#bar.start(steps, 0, { loss: '-', rate: '-' })
+      log.#bar = new SingleBar({ format, stream: process.stderr, hideCursor: true })
+      log.#bar.start(steps, 0, { loss: '-', rate: '-' })
     }
+    return log
   }
   step(s: StepInfo): void {
-    if (this.#file)
+    if (this.file)
       fs.appendFileSync(
-        this.#file,
+        this.file,
         `${JSON.stringify({ phase: this.phase.name, ...s, time: new Date().toISOString() })}\n`,
       )
     this.#bar?.update(s.step + 1, { loss: s.loss.toFixed(4), rate: s.tokensPerSecond.toFixed(0) })
@@ -184,7 +185,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     steps,
   })
   const optimizer = new AdamW(trainable(model, phase), { weightDecay: o.weightDecay })
-  const log = new Log(phase, o, steps)
+  const log = await Log.open(phase, o, steps)
   const result: TrainResult = { steps: 0, loss: [], seconds: 0, bad: [], skipped: [], aborted: false }
   const began = performance.now()
   try {
