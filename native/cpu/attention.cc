@@ -65,7 +65,12 @@ void product_scores_t(int64_t rows, int64_t cols, int64_t k, const C* a, const C
 template <class C, class S>
 void pack_a(const S* src, int64_t ld, int64_t rows, int64_t k, C scale, C* dst) {
   constexpr int64_t MR = kMR<C>;
-  for (int64_t i = 0; i < rows; i += MR) pack_across<MR, C>(src + i * ld, ld, min_of(MR, rows - i), k, dst + i * k);
+  for (int64_t i = 0; i < rows; i += MR) {
+    const S* row[MR + kWidth<C>];
+    int64_t count = min_of(MR, rows - i);
+    for (int64_t r = 0; r < count; r++) row[r] = src + (i + r) * ld;
+    pack_across<MR, C, S>(row, count, k, dst + i * k);
+  }
   if (scale != 1)
     for (int64_t i = 0; i < round_up(rows, MR) * k; i++) dst[i] *= scale;
 }
