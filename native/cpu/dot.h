@@ -40,6 +40,13 @@ inline vf interleave(const bf16* x, const bf16* y, int64_t n) {
   return (vf)((vu)low | ((vu)high << 16));
 }
 
+// Lane by lane, rounded: x in the low half.
+inline vf make_pairs(vf x, vf y) {
+  __m512i low = _mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  __m512i high = _mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+  return (vf)((vu)low | ((vu)high << 16));
+}
+
 // dst[step][width] from rows along k, and from rows across it.
 template <int width, class F>
 inline void pairs_of_rows(const F& at, int64_t count, int64_t k, float* dst) {

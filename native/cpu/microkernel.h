@@ -200,11 +200,11 @@ __attribute__((noinline)) void micro(int64_t k, const C* a, int64_t step, const 
   write<R, C>(x, c, ldc, add);
 }
 // The same with a row-major A of a fixed leading dimension (a tile of scores).
-template <int R, int lda, class C>
-__attribute__((noinline)) void micro_rows(int64_t k, const C* a, const C* b, C* c, int64_t ldc, bool add) {
+template <int R, int lda, class C, class B>
+__attribute__((noinline)) void micro_rows(int64_t k, const C* a, const B* b, C* c, int64_t ldc, bool add) {
   Vec<C> x[R][2];
   clear<R, C>(x);
-  multiply<R, C, C>(x, k, a, lda, 1, b, kNR<C>);
+  multiply<R, C, B>(x, k, a, lda, 1, b, kNR<C>);
   write<R, C>(x, c, ldc, add);
 }
 
