@@ -468,41 +468,21 @@ int64_t backward_bytes(const AgAlignMix* a) {
 }  // namespace
 
 int64_t align_mix_workspace(const AgAlignMix* a) {
-  if (a->dt == AG_F32) return forward_bytes<float>(a);
-  if (a->dt == AG_BF16) return forward_bytes<bf16>(a);
-#ifdef AG_LEVEL_PORTABLE
-  return forward_bytes<double>(a);
-#else
-  return portable::align_mix_workspace(a);
-#endif
+  if (elsewhere(a->dt)) return other::align_mix_workspace(a);
+  return with_here(a->dt, [&](auto tag) { return forward_bytes<typename decltype(tag)::type>(a); });
 }
 AgStatus align_mix(AgCtx* ctx, const AgAlignMix* a) {
-  if (a->dt == AG_F32) return forward<float>(ctx, a);
-  if (a->dt == AG_BF16) return forward<bf16>(ctx, a);
-#ifdef AG_LEVEL_PORTABLE
-  return forward<double>(ctx, a);
-#else
-  return portable::align_mix(ctx, a);
-#endif
+  if (elsewhere(a->dt)) return other::align_mix(ctx, a);
+  return with_here(a->dt, [&](auto tag) { return forward<typename decltype(tag)::type>(ctx, a); });
 }
 
 int64_t align_mix_grad_workspace(const AgAlignMix* a) {
-  if (a->dt == AG_F32) return backward_bytes<float>(a);
-  if (a->dt == AG_BF16) return backward_bytes<bf16>(a);
-#ifdef AG_LEVEL_PORTABLE
-  return backward_bytes<double>(a);
-#else
-  return portable::align_mix_grad_workspace(a);
-#endif
+  if (elsewhere(a->dt)) return other::align_mix_grad_workspace(a);
+  return with_here(a->dt, [&](auto tag) { return backward_bytes<typename decltype(tag)::type>(a); });
 }
 AgStatus align_mix_grad(AgCtx* ctx, const AgAlignMix* a) {
-  if (a->dt == AG_F32) return backward<float>(ctx, a);
-  if (a->dt == AG_BF16) return backward<bf16>(ctx, a);
-#ifdef AG_LEVEL_PORTABLE
-  return backward<double>(ctx, a);
-#else
-  return portable::align_mix_grad(ctx, a);
-#endif
+  if (elsewhere(a->dt)) return other::align_mix_grad(ctx, a);
+  return with_here(a->dt, [&](auto tag) { return backward<typename decltype(tag)::type>(ctx, a); });
 }
 
 }  // namespace AG_LEVEL

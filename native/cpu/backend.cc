@@ -129,6 +129,32 @@ bool always() { return true; }
 #ifdef AG_X86
 AG_LEVEL_TABLE(avx2)
 AG_LEVEL_TABLE(avx512)
+
+#define AG_DOT_LEVEL_TABLE(level)                                                                     \
+  void table_##level(AgBackend& b) {                                                                  \
+    table_avx512(b);                                                                                  \
+    b.pack_bytes = level::pack_bytes;                                                                 \
+    b.pack = level::pack;                                                                             \
+    b.gemm = level::gemm;                                                                             \
+    b.attention = level::attention;                                                                   \
+    b.attention_grad = level::attention_grad;                                                         \
+    b.attention_cached = level::attention_cached;                                                     \
+    b.align_mix = level::align_mix;                                                                   \
+    b.align_mix_grad = level::align_mix_grad;                                                         \
+  }                                                                                                   \
+  int64_t workspace_##level(AgKernel k, const void* a) {                                              \
+    switch (k) {                                                                                      \
+      case AG_K_GEMM: return level::gemm_workspace(as<AgGemm>(a));                                    \
+      case AG_K_ATTENTION: return level::attention_workspace(as<AgAttention>(a));                     \
+      case AG_K_ATTENTION_GRAD: return level::attention_grad_workspace(as<AgAttention>(a));           \
+      case AG_K_ATTENTION_CACHED: return level::attention_cached_workspace(as<AgAttentionCached>(a)); \
+      case AG_K_ALIGN_MIX: return level::align_mix_workspace(as<AgAlignMix>(a));                      \
+      case AG_K_ALIGN_MIX_GRAD: return level::align_mix_grad_workspace(as<AgAlignMix>(a));            \
+      default: return workspace_avx512(k, a);                                                         \
+    }                                                                                                 \
+  }
+AG_DOT_LEVEL_TABLE(avx512bf16)
+
 // __builtin_cpu_supports asks the operating system too (XGETBV).
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -137,11 +163,13 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // best first
 const Level kLevels[] = {
 #ifdef AG_X86
+    {"avx512bf16", has_avx512bf16, table_avx512bf16, workspace_avx512bf16},
     {"avx512", has_avx512, table_avx512, workspace_avx512},
     {"avx2", has_avx2, table_avx2, workspace_avx2},
 #endif
@@ -206,6 +234,7 @@ const AgBackend* table_of(int level) {
 #ifdef AG_X86
   if (level == 0) return table<0>();
   if (level == 1) return table<1>();
+  if (level == 2) return table<2>();
 #endif
   (void)level;
   return table<kLevelCount - 1>();

@@ -1,16 +1,14 @@
 // Matrix product. One operand is packed whole and shared, the tasks cut the other side of C and pack their share of the
 // other operand themselves, so that it is hot when the micro kernel reads it. Transposition and conversion from bf16
-// happen while packing. Depth is cut into blocks; sums between blocks stay in C or in a task's own scratch, never
-// rounded. Few rows against an unpacked matrix take a path that reads it once, as it lies.
-//
-// A kernel with tiles of another kind (AMX) brings its own Panels: how operands are packed and one tile is multiplied.
+// (or, in dot.h, the pairing of bf16) happen while packing. Depth is cut into blocks; sums between blocks stay in C or
+// in a task's own scratch, never rounded. Few rows against an unpacked matrix take a path that reads it once, as it lies.
 #include "microkernel.h"
 
 namespace AG_LEVEL {
 namespace {
 
 #if defined(AG_LEVEL_PORTABLE)
-constexpr int64_t kKC = 128;  // depth of a block; without fused multiply-add shorter sums keep the error down
+constexpr int64_t kKC = 128;  // steps of a block; without fused multiply-add shorter sums keep the error down
 #else
 constexpr int64_t kKC = 384;
 #endif
@@ -18,39 +16,38 @@ constexpr int64_t kSharedRows = 560;                   // at most so many rows o
 constexpr int64_t kSharedElements = int64_t(2) << 20;  // of B: they stay in the last cache
 constexpr int64_t kNarrow = 8;                         // rows that are not worth packing B for
 
-int64_t size_of(AgDtype dt) { return dt == AG_BF16 ? 2 : dt == AG_F64 ? 8 : 4; }
-
 // Between blocks of k the sums live in C itself where its type and layout allow it.
 bool sums_in_c(const AgGemm* g) { return g->dt_c != AG_BF16 && !g->c_rows; }
 bool tiny(const AgGemm* g) { return double(g->m) * double(g->n) * double(g->k) < 64.0 * 64 * 128; }
-// A few rows against the rows of B: dot products.
+// A few rows against a matrix that is read once, as it lies: dot products with its rows, or sums of them.
 bool skinny(const AgGemm* g) { return g->m <= kNarrow && g->trans_b && !g->trans_a && !g->b_packed; }
+bool thin(const AgGemm* g) { return g->m <= kNarrow && !g->trans_b && !g->b_packed; }
 
 // How a product is cut: by shape and level only.
-template <class C>
+template <class S>
 struct Plan {
-  bool share_a, direct_b;     // direct_b: B is read as it lies
-  int64_t blocks, kc;         // blocks of depth
+  typedef Acc<S> C;
+  bool share_a;
+  int64_t steps, blocks, kc;  // of the depth; blocks, and steps of one
   int64_t chunk;              // columns of B packed at a time when B is shared
   int64_t task, tasks;        // rows (columns when A is shared) of a task; tasks of a chunk
-  int64_t shared, own, sums;  // elements: the shared operand; a task's panels and sums
+  int64_t shared, own, sums;  // slots: the shared operand; a task's panels and sums
 
   explicit Plan(const AgGemm* g) {
     constexpr int64_t MR = kMR<C>, NR = kNR<C>;
-    int64_t k = max_of(g->k, 1);
+    steps = steps_of<S>(g->k);
+    int64_t k = max_of(steps, 1);
     blocks = div_up(k, kKC);
     kc = blocks == 1 ? k : round_up(div_up(k, blocks), 16);
     blocks = div_up(k, kc);
     share_a = g->m <= kSharedRows && g->m < g->n;
-    direct_b = g->m <= kNarrow && !g->trans_b && !g->b_packed;
-    if (direct_b) share_a = true;
-    bool pack_b = !g->b_packed && !direct_b;
+    bool pack_b = !g->b_packed;
     if (share_a) {
       chunk = g->n;
       task = NR * max_of(1, min_of(4, div_up(g->n, NR) / 32));
       tasks = div_up(g->n, task);
       shared = round_up(g->m, MR) * k;
-      own = pack_b || direct_b ? NR * kc : 0;  // a panel at a time
+      own = pack_b ? NR * kc : 0;  // a panel at a time
       sums = round_up(g->m, MR) * task;
     } else {
       chunk = round_up(max_of(512, min_of(2048, kSharedElements / k)), NR);
@@ -101,13 +98,25 @@ void epilogue(const AgGemm* g, const C* t, int64_t ldt, int64_t i0, int64_t j0, 
   }
 }
 
-// S: storage of A and B, D: of C, P: of the panels of B (the blob of `pack` keeps bf16).
+// A panel of columns j.. of B, n x k, and `steps` steps from step pc on.
+template <class S>
+void pack_b(const void* matrix, int64_t ldb, bool transposed, int64_t n, int64_t depth, int64_t j, int64_t pc,
+            int64_t steps, Acc<S>* to) {
+  const S* b = static_cast<const S*>(matrix);
+  int64_t count = min_of(kNR<Acc<S>>, n - j), k0 = pc * kStep<S>, k = min_of(steps * kStep<S>, depth - k0);
+  if (transposed)
+    b_of_rows<S>([&](int64_t c) { return b + (j + c) * ldb + k0; }, count, k, to);
+  else
+    b_of_columns<S>([&](int64_t kk) { return b + (k0 + kk) * ldb + j; }, count, k, to);
+}
+
+// S: storage of A and B, D: of C, P: a slot of the packed B.
 template <class S, class D, class P>
 struct Product {
   typedef Acc<S> C;
   static constexpr int64_t MR = kMR<C>, NR = kNR<C>;
   const AgGemm* g;
-  Plan<C> plan;
+  Plan<S> plan;
   C* shared;
   char* own;
   int64_t workers;
@@ -123,21 +132,17 @@ struct Product {
     epilogue_wanted = g->bias || g->pre || g->act != AG_NONE;
   }
 
-  void pack_a_panel(int64_t i, int64_t pc, int64_t kc, C* to) const {
+  // A panel of rows i.. (columns j..) and `steps` steps from step pc on.
+  void pack_a_panel(int64_t i, int64_t pc, int64_t steps, C* to) const {
     const S* a = static_cast<const S*>(g->a);
-    int64_t count = min_of(MR, g->m - i);
+    int64_t count = min_of(MR, g->m - i), k0 = pc * kStep<S>, k = min_of(steps * kStep<S>, g->k - k0);
     if (g->trans_a)
-      pack_along<MR, C>([&](int64_t kk) { return a + (pc + kk) * g->lda + i; }, count, kc, to);
+      a_of_columns<S>([&](int64_t kk) { return a + (k0 + kk) * g->lda + i; }, count, k, to);
     else
-      pack_across<MR, C>(a + i * g->lda + pc, g->lda, count, kc, to);
+      a_of_rows<S>([&](int64_t r) { return a + (i + r) * g->lda + k0; }, count, k, to);
   }
-  void pack_b_panel(int64_t j, int64_t pc, int64_t kc, C* to) const {
-    const S* b = static_cast<const S*>(g->b);
-    int64_t count = min_of(NR, g->n - j);
-    if (g->trans_b)
-      pack_across<NR, C>(b + j * g->ldb + pc, g->ldb, count, kc, to);
-    else
-      pack_along<NR, C>([&](int64_t kk) { return b + (pc + kk) * g->ldb + j; }, count, kc, to);
+  void pack_b_panel(int64_t j, int64_t pc, int64_t steps, C* to) const {
+    pack_b<S>(g->b, g->ldb, g->trans_b, g->n, g->k, j, pc, steps, to);
   }
 
   void pack_shared(int64_t jc, int64_t nc) {
@@ -145,7 +150,7 @@ struct Product {
     bool a = plan.share_a;
     int64_t width = a ? MR : NR, panels = div_up(a ? g->m : nc, width);
     spread(here, panels * plan.blocks, 1 << 20, [&](int64_t i, int64_t) {
-      int64_t panel = i / plan.blocks, pc = i % plan.blocks * plan.kc, kc = min_of(plan.kc, g->k - pc);
+      int64_t panel = i / plan.blocks, pc = i % plan.blocks * plan.kc, kc = min_of(plan.kc, plan.steps - pc);
       if (kc <= 0) return;
       C* to = shared + pc * panels * width + panel * width * kc;
       a ? pack_a_panel(panel * MR, pc, kc, to) : pack_b_panel(jc + panel * NR, pc, kc, to);
@@ -154,25 +159,25 @@ struct Product {
 
   // One tile of C: m x n at (i, j), depth kc, the block of depth first and/or last of all. sums: its place in scratch.
   template <class B>
-  void tile(int64_t i, int64_t j, int64_t m, int64_t n, int64_t kc, const C* a, const B* b, int64_t ldb, C* sums,
-            int64_t lds, bool first, bool last) const {
+  void tile(int64_t i, int64_t j, int64_t m, int64_t n, int64_t kc, const C* a, const B* b, C* sums, int64_t lds,
+            bool first, bool last) const {
     alignas(64) C t[MR * NR];
     bool finish = last && (epilogue_wanted || !in_c);
     bool add = !first || (in_c && g->accumulate);
     if (!in_c) {
       C* home = sums ? sums : t;
       int64_t ld = sums ? lds : NR;
-      micro_edge<C, B>(m, kc, a, MR, b, ldb, home, ld, !first);
+      micro_edge<C, B>(m, kc, a, MR, b, NR, home, ld, !first);
       if (last) epilogue<S, D, C>(g, home, ld, i, j, m, n, g->accumulate);
       return;
     }
     C* home = reinterpret_cast<C*>(g->c) + i * g->ldc + j;
     if (n == NR && m == rows_computed<C>(m)) {
-      micro_edge<C, B>(m, kc, a, MR, b, ldb, home, g->ldc, add);
+      micro_edge<C, B>(m, kc, a, MR, b, NR, home, g->ldc, add);
       if (finish) epilogue<S, D, C>(g, home, g->ldc, i, j, m, n, false);
       return;
     }
-    micro_edge<C, B>(m, kc, a, MR, b, ldb, t, NR, false);
+    micro_edge<C, B>(m, kc, a, MR, b, NR, t, NR, false);
     if (finish) return finish_edge(t, i, j, m, n, add);
     for (int64_t r = 0; r < m; r++)
       for (int64_t q = 0; q < n; q++) home[r * g->ldc + q] = add ? home[r * g->ldc + q] + t[r * NR + q] : t[r * NR + q];
@@ -187,27 +192,25 @@ struct Product {
     C *mine = arena.take<C>(plan.own), *sums = plan.sums ? arena.take<C>(plan.sums) : nullptr;
     int64_t padded_m = round_up(g->m, MR), padded_n = round_up(g->b_packed ? g->n : nc, NR), lds = round_up(cols, NR);
     for (int64_t pc = 0; pc < plan.blocks * plan.kc; pc += plan.kc) {
-      int64_t kc = max_of(0, min_of(plan.kc, g->k - pc));
-      bool first = pc == 0, last = pc + plan.kc >= g->k;
+      int64_t kc = max_of(0, min_of(plan.kc, plan.steps - pc));
+      bool first = pc == 0, last = pc + plan.kc >= plan.steps;
       const C* a = plan.share_a ? shared + pc * padded_m : mine;
       if (!plan.share_a)
         for (int64_t i = 0; i < rows; i += MR) pack_a_panel(i0 + i, pc, kc, mine + i * kc);
       for (int64_t j = 0; j < cols; j += NR) {
         int64_t n = min_of(NR, cols - j);
-        auto column = [&](auto* b, int64_t ldb) {
+        auto column = [&](auto* b) {
           for (int64_t i = 0; i < rows; i += MR)
-            tile(i0 + i, j0 + j, min_of(MR, rows - i), n, kc, a + i * kc, b, ldb, sums ? sums + i * lds + j : nullptr,
-                 lds, first, last);
+            tile(i0 + i, j0 + j, min_of(MR, rows - i), n, kc, a + i * kc, b, sums ? sums + i * lds + j : nullptr, lds,
+                 first, last);
         };
         if (g->b_packed) {
-          column(static_cast<const P*>(g->b_packed) + pc * padded_n + (j0 + j) * kc, NR);
-        } else if (plan.direct_b && n == NR) {
-          column(static_cast<const S*>(g->b) + pc * g->ldb + j0 + j, g->ldb);
+          column(static_cast<const P*>(g->b_packed) + pc * padded_n + (j0 + j) * kc);
         } else if (plan.share_a) {
           pack_b_panel(j0 + j, pc, kc, mine);
-          column(static_cast<const C*>(mine), NR);
+          column(reinterpret_cast<const Slot<S>*>(mine));
         } else {
-          column(static_cast<const C*>(shared) + pc * padded_n + (j0 + j - jc) * kc, NR);
+          column(reinterpret_cast<const Slot<S>*>(shared + pc * padded_n + (j0 + j - jc) * kc));
         }
       }
     }
@@ -233,27 +236,29 @@ struct Product {
 // t[r*ldt + q] += <a[r], row q of b> for R rows of A and Q rows of B.
 template <int R, int Q, class S>
 __attribute__((noinline)) void dots(const S* const* a, const S* b, int64_t ldb, int64_t k, Acc<S>* t, int64_t ldt) {
-  typedef Acc<S> C;
-  constexpr int W = kWidth<C>;
-  Vec<C> x[R][Q];
+  constexpr int W = kDotWidth<S>;
+  Vec<Acc<S>> x[R][Q];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int q = 0; q < Q; q++) x[r][q] = Vec<C>{};
+    for (int q = 0; q < Q; q++) x[r][q] = Vec<Acc<S>>{};
   auto step = [&](int64_t i, auto get) __attribute__((always_inline)) {
-    Vec<C> y[Q];
+    decltype(get(b)) y[Q];
 #pragma GCC unroll 4
-    for (int q = 0; q < Q; q++) y[q] = get(b + q * ldb + i);
+    for (int q = 0; q < Q; q++) {
+      y[q] = get(b + q * ldb + i);
+      if (R > 2) __builtin_prefetch(b + (q + Q) * ldb + i);  // the rows that come next; else the hardware has them
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      Vec<C> v = get(a[r] + i);
+      auto v = get(a[r] + i);
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) x[r][q] += v * y[q];
+      for (int q = 0; q < Q; q++) dot_add(x[r][q], v, y[q]);
     }
   };
   int64_t i = 0;
-  for (; i + W <= k; i += W) step(i, [](const S* p) __attribute__((always_inline)) { return load(p); });
-  if (i < k) step(i, [&](const S* p) __attribute__((always_inline)) { return load_n(p, k - i); });
+  for (; i + W <= k; i += W) step(i, [](const S* p) __attribute__((always_inline)) { return dot_load(p); });
+  if (i < k) step(i, [&](const S* p) __attribute__((always_inline)) { return dot_load_n(p, k - i); });
   for (int r = 0; r < R; r++)
     for (int q = 0; q < Q; q++) t[r * ldt + q] += sum_lanes(x[r][q]);
 }
@@ -280,44 +285,108 @@ void skinny_rows(const AgGemm* g) {
   });
 }
 
+// t[r][q] += sum of a[r][i] * row i of B, for N rows of B. `ahead`: how far on the rows lie that come next. They are
+// fetched by hand: each lies in a page of its own, where the hardware looks no further.
+template <int R, int N, class S>
+inline void add_rows(const Acc<S> (&a)[R][N], const S* b, int64_t ldb, int64_t ahead, int64_t cols, Acc<S>* t,
+                     int64_t ldt) {
+  typedef Acc<S> C;
+  constexpr int W = kWidth<C>;
+  auto add = [&](int64_t q, auto get) __attribute__((always_inline)) {
+    Vec<C> v[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+      v[i] = get(b + i * ldb + q);
+      __builtin_prefetch(b + i * ldb + q + ahead);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Vec<C> s = load(t + r * ldt + q);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) s += a[r][i] * v[i];
+      store(t + r * ldt + q, s);
+    }
+  };
+  int64_t q = 0;
+  for (; q + W <= cols; q += W) add(q, [](const S* p) __attribute__((always_inline)) { return load(p); });
+  if (q < cols) add(q, [&](const S* p) __attribute__((always_inline)) { return load_n(p, cols - q); });
+}
+
+// Sums of the rows of B for R rows of A, a strip of columns at a time.
+template <int R, class S, class D>
+void thin_rows(const AgGemm* g) {
+  typedef Acc<S> C;
+  constexpr int64_t strip = 1024 / (R > 2 ? R / 2 : 1);
+  constexpr int N = 4;
+  const S *A = static_cast<const S*>(g->a), *B = static_cast<const S*>(g->b);
+  auto a_at = [&](int64_t r, int64_t k) {
+    return r < g->m ? C(to_acc(g->trans_a ? A[k * g->lda + r] : A[r * g->lda + k])) : C(0);
+  };
+  spread(tiny(g), div_up(g->n, strip), 1 << 20, [&](int64_t task, int64_t) {
+    alignas(64) C t[R * strip];
+    memset(t, 0, sizeof t);
+    int64_t j0 = task * strip, cols = min_of(strip, g->n - j0), k = 0;
+    for (; k + N <= g->k; k += N) {
+      C a[R][N];
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) a[r][i] = a_at(r, k + i);
+      add_rows<R, N, S>(a, B + k * g->ldb + j0, g->ldb, k + 2 * N <= g->k ? N * g->ldb : 0, cols, t, strip);
+    }
+    for (; k < g->k; k++) {
+      C a[R][1];
+      for (int r = 0; r < R; r++) a[r][0] = a_at(r, k);
+      add_rows<R, 1, S>(a, B + k * g->ldb + j0, g->ldb, 0, cols, t, strip);
+    }
+    epilogue<S, D, C>(g, t, strip, 0, j0, g->m, cols, g->accumulate);
+  });
+}
+
+template <int R, class S, class D>
+void few_rows(const AgGemm* g) {
+  skinny(g) ? skinny_rows<R, S, D>(g) : thin_rows<R, S, D>(g);
+}
+
 template <class S, class D>
 void gemm_any(AgCtx* ctx, const AgGemm* g) {
   if (g->m == 0 || g->n == 0) return;
-  if (!skinny(g)) {
-    if (sizeof(S) != sizeof(Acc<S>) && g->b_packed)
-      Product<S, D, S>(ctx, g).run();
+  if (!skinny(g) && !thin(g)) {
+    if (g->b_packed)
+      Product<S, D, Blob<S>>(ctx, g).run();
     else
-      Product<S, D, Acc<S>>(ctx, g).run();
+      Product<S, D, Slot<S>>(ctx, g).run();
   } else if (g->m == 1) {
-    skinny_rows<1, S, D>(g);
+    few_rows<1, S, D>(g);
   } else if (g->m == 2) {
-    skinny_rows<2, S, D>(g);
+    few_rows<2, S, D>(g);
   } else if (g->m <= 4) {
-    skinny_rows<4, S, D>(g);
+    few_rows<4, S, D>(g);
   } else {
-    skinny_rows<8, S, D>(g);
+    few_rows<8, S, D>(g);
   }
 }
 
-// The panels of `pack`: those of a product with any number of rows, in the weight's own type.
+// The panels of `pack`: those of a product with any number of rows.
 template <class S>
 void pack_all(const AgPack* p) {
-  typedef Acc<S> C;
-  constexpr int64_t NR = kNR<C>;
+  constexpr int64_t NR = kNR<Acc<S>>;
   AgGemm g{};
   g.m = 1, g.n = p->n, g.k = p->k;
-  Plan<C> plan(&g);
-  const S* b = static_cast<const S*>(p->b);
+  Plan<S> plan(&g);
   parallel_for(div_up(p->n, NR), [&](int64_t panel) {
-    int64_t j = panel * NR, count = min_of(NR, p->n - j);
-    for (int64_t pc = 0; pc < p->k; pc += plan.kc) {
-      int64_t kc = min_of(plan.kc, p->k - pc);
-      S* to = static_cast<S*>(p->blob) + pc * round_up(p->n, NR) + j * kc;
-      for (int64_t kk = 0; kk < kc; kk++)
-        for (int64_t i = 0; i < NR; i++) {
-          const S* from = p->trans_b ? b + (j + i) * p->ldb + pc + kk : b + (pc + kk) * p->ldb + j + i;
-          to[kk * NR + i] = i < count ? *from : S{};
-        }
+    int64_t j = panel * NR;
+    for (int64_t pc = 0; pc < plan.steps; pc += plan.kc) {
+      int64_t kc = min_of(plan.kc, plan.steps - pc);
+      Blob<S>* to = static_cast<Blob<S>*>(p->blob) + pc * round_up(p->n, NR) + j * kc;
+      if constexpr (sizeof(Blob<S>) == sizeof(Acc<S>)) {
+        pack_b<S>(p->b, p->ldb, p->trans_b, p->n, p->k, j, pc, kc, reinterpret_cast<Acc<S>*>(to));
+      } else {  // the weight's own type: half the bytes to read
+        const S* b = static_cast<const S*>(p->b);
+        for (int64_t kk = 0; kk < kc; kk++)
+          for (int64_t i = 0; i < NR; i++) {
+            const S* from = p->trans_b ? b + (j + i) * p->ldb + pc + kk : b + (pc + kk) * p->ldb + j + i;
+            to[kk * NR + i] = j + i < p->n ? *from : S{};
+          }
+      }
     }
   });
 }
@@ -325,11 +394,9 @@ void pack_all(const AgPack* p) {
 }  // namespace
 
 int64_t gemm_workspace(const AgGemm* g) {
-#ifndef AG_LEVEL_PORTABLE
-  if (g->dt == AG_F64) return portable::gemm_workspace(g);
-#endif
-  if (g->m == 0 || g->n == 0 || skinny(g)) return 0;
-  return g->dt == AG_F64 ? Plan<double>(g).bytes() : Plan<float>(g).bytes();
+  if (elsewhere(g->dt)) return other::gemm_workspace(g);
+  if (g->m == 0 || g->n == 0 || skinny(g) || thin(g)) return 0;
+  return with_here(g->dt, [&](auto tag) { return Plan<typename decltype(tag)::type>(g).bytes(); });
 }
 
 AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
@@ -338,33 +405,33 @@ AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
     snprintf(ctx->error, sizeof ctx->error, "gemm: dtype %d to %d is not available", int(g->dt), int(g->dt_c));
     return AG_INVALID;
   }
-  if (g->dt == AG_F64) {
-#ifdef AG_LEVEL_PORTABLE
-    gemm_any<double, double>(ctx, g);
-#else
-    return portable::gemm(ctx, g);
-#endif
-  } else if (g->dt == AG_F32) {
-    gemm_any<float, float>(ctx, g);
-  } else if (g->dt_c == AG_F32) {
-    gemm_any<bf16, float>(ctx, g);
-  } else {
-    gemm_any<bf16, bf16>(ctx, g);
-  }
+  if (elsewhere(g->dt)) return other::gemm(ctx, g);
+  with_here(g->dt, [&](auto tag) {
+    typedef typename decltype(tag)::type S;
+    if (sizeof(S) == 2 && g->dt_c == AG_F32)
+      gemm_any<S, Acc<S>>(ctx, g);
+    else
+      gemm_any<S, S>(ctx, g);
+    return 0;
+  });
   return AG_OK;
 }
 
 int64_t pack_bytes(const AgPack* p) {
-#ifndef AG_LEVEL_PORTABLE
-  if (p->dt == AG_F64) return portable::pack_bytes(p);
-#endif
-  return p->k * round_up(p->n, p->dt == AG_F64 ? kNR<double> : kNR<float>) * size_of(p->dt);
+  if (elsewhere(p->dt)) return other::pack_bytes(p);
+  return with_here(p->dt, [&](auto tag) {
+    typedef typename decltype(tag)::type S;
+    return steps_of<S>(p->k) * round_up(p->n, kNR<Acc<S>>) * int64_t(sizeof(Blob<S>));
+  });
 }
 AgStatus pack(AgCtx* ctx, const AgPack* p) {
-#ifndef AG_LEVEL_PORTABLE
-  if (p->dt == AG_F64) return portable::pack(ctx, p);
-#endif
-  return with_float(ctx, "pack", p->dt, [&](auto tag) { pack_all<typename decltype(tag)::type>(p); });
+  if (p->dt > AG_F64) return bad_dtype(ctx, "pack", p->dt, "f32, bf16 or f64");
+  if (elsewhere(p->dt)) return other::pack(ctx, p);
+  with_here(p->dt, [&](auto tag) {
+    pack_all<typename decltype(tag)::type>(p);
+    return 0;
+  });
+  return AG_OK;
 }
 
 }  // namespace AG_LEVEL

@@ -1,4 +1,5 @@
-// What each CPU level exports: every kernel of the table (backend.h). backend.cc puts them together.
+// What each CPU level exports: every kernel of the table (backend.h), or those in which it differs from another level.
+// backend.cc puts them together.
 #pragma once
 #include "../backend.h"
 
@@ -52,9 +53,31 @@
   int64_t sample_workspace(const AgSample*);                    \
   }
 
+// A level that differs from avx512 in the products of bf16 only: the rest, f32 included, is avx512's own code.
+#define AG_DECLARE_DOT_LEVEL(level)                             \
+  namespace level {                                             \
+  using avx512::col_sum;                                        \
+  using avx512::col_sum_workspace;                              \
+  AgStatus gemm(AgCtx*, const AgGemm*);                         \
+  AgStatus pack(AgCtx*, const AgPack*);                         \
+  int64_t pack_bytes(const AgPack*);                            \
+  AgStatus attention(AgCtx*, const AgAttention*);               \
+  AgStatus attention_grad(AgCtx*, const AgAttention*);          \
+  AgStatus attention_cached(AgCtx*, const AgAttentionCached*);  \
+  AgStatus align_mix(AgCtx*, const AgAlignMix*);                \
+  AgStatus align_mix_grad(AgCtx*, const AgAlignMix*);           \
+  int64_t gemm_workspace(const AgGemm*);                        \
+  int64_t attention_workspace(const AgAttention*);              \
+  int64_t attention_grad_workspace(const AgAttention*);         \
+  int64_t attention_cached_workspace(const AgAttentionCached*); \
+  int64_t align_mix_workspace(const AgAlignMix*);               \
+  int64_t align_mix_grad_workspace(const AgAlignMix*);          \
+  }
+
 AG_DECLARE_LEVEL(portable)
 AG_DECLARE_LEVEL(avx2)
 AG_DECLARE_LEVEL(avx512)
+AG_DECLARE_DOT_LEVEL(avx512bf16)
 
 // The table of one level, or NULL where this machine cannot run it. For tests; everyone else asks ag_cpu_backend.
 const AgBackend* ag_cpu_level(const char* name);

@@ -6,7 +6,10 @@
 namespace AG_LEVEL {
 namespace {
 
-#if defined(AG_LEVEL_AVX512)
+#if defined(AG_AMX)
+template <class C>
+constexpr int kMR = 32;  // two tiles
+#elif defined(AG_LEVEL_AVX512)
 template <class C>
 constexpr int kMR = 14;
 #elif defined(AG_LEVEL_AVX2)
@@ -93,9 +96,9 @@ inline __attribute__((always_inline)) void put_row(C* to, int g, Vec<C> v, bool 
     store_n(to + g, v, rest);
 }
 
-// dst[kk][width]: element (i, kk) is row[i][kk]; rows from count on are zero.
-template <int width, class C, class S>
-inline void pack_across(const S* const* row, int64_t count, int64_t k, C* dst) {
+// dst[kk][width]: get(i, k0, kn) gives elements k0 .. k0 + kn of row i; rows from count on are zero.
+template <int width, class C, class F>
+inline __attribute__((always_inline)) void pack_rows(const F& get, int64_t count, int64_t k, C* dst) {
   constexpr int W = kWidth<C>;
 #pragma GCC unroll 1
   for (int64_t k0 = 0; k0 < k; k0 += W) {
@@ -105,8 +108,7 @@ inline void pack_across(const S* const* row, int64_t count, int64_t k, C* dst) {
       Vec<C> r[W];
       int64_t here = min_of(W, count - g);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++)
-        r[i] = i >= here ? Vec<C>{} : kn == W ? load(row[g + i] + k0) : load_n(row[g + i] + k0, kn);
+      for (int i = 0; i < W; i++) r[i] = i >= here ? Vec<C>{} : get(g + i, k0, kn);
       transpose(r);
       C* to = dst + k0 * width;
       if (kn == W && k0 + W < k) {
@@ -118,12 +120,12 @@ inline void pack_across(const S* const* row, int64_t count, int64_t k, C* dst) {
     }
   }
 }
-// The same with rows ld apart.
 template <int width, class C, class S>
-inline void pack_across(const S* src, int64_t ld, int64_t count, int64_t k, C* dst) {
-  const S* row[width + kWidth<C>];
-  for (int64_t i = 0; i < count; i++) row[i] = src + i * ld;
-  pack_across<width, C, S>(row, count, k, dst);
+inline void pack_across(const S* const* row, int64_t count, int64_t k, C* dst) {
+  auto get = [&](int64_t i, int64_t k0, int64_t kn) __attribute__((always_inline)) {
+    return kn == kWidth<C> ? load(row[i] + k0) : load_n(row[i] + k0, kn);
+  };
+  pack_rows<width, C>(get, count, k, dst);
 }
 
 // dst[kk][width]: element (i, kk) is row kk's i-th; columns from count on are zero. `at(kk)` gives row kk.
@@ -147,6 +149,9 @@ inline void pack_along(const F& at, int64_t count, int64_t k, C* dst) {
 }
 
 // ---- the product ------------------------------------------------------------------------------------
+inline __attribute__((always_inline)) void multiply_add(vf& x, float a, vf b) { x += splat(a) * b; }
+inline __attribute__((always_inline)) void multiply_add(vd& x, double a, vd b) { x += splat(a) * b; }
+
 // x += A B for R rows and two vectors of columns. Element (i, kk) of A is a[i * row + kk * step], row kk of B is at
 // b + kk * ldb: packed panels have row 1, step kMR, ldb kNR.
 template <int R, class C, class B>
@@ -155,13 +160,13 @@ inline __attribute__((always_inline)) void multiply(Vec<C> (&x)[R][2], int64_t k
   constexpr int W = kWidth<C>;
 #pragma GCC unroll 2
   for (int64_t kk = 0; kk < k; kk++) {
-    Vec<C> b0 = load(b), b1 = load(b + W);
+    auto b0 = load(b), b1 = load(b + W);
     __builtin_prefetch(a + 16 * step);
+    if (R <= 8) __builtin_prefetch(b + 40 * ldb), __builtin_prefetch(b + 40 * ldb + W);  // so few rows wait for B
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      Vec<C> v = splat(a[i * row]);
-      x[i][0] += v * b0;
-      x[i][1] += v * b1;
+      multiply_add(x[i][0], a[i * row], b0);
+      multiply_add(x[i][1], a[i * row], b1);
     }
     a += step;
     b += ldb;
@@ -195,25 +200,33 @@ __attribute__((noinline)) void micro(int64_t k, const C* a, int64_t step, const 
   write<R, C>(x, c, ldc, add);
 }
 // The same with a row-major A of a fixed leading dimension (a tile of scores).
-template <int R, int lda, class C>
-__attribute__((noinline)) void micro_rows(int64_t k, const C* a, const C* b, C* c, int64_t ldc, bool add) {
+template <int R, int lda, class C, class B>
+__attribute__((noinline)) void micro_rows(int64_t k, const C* a, const B* b, C* c, int64_t ldc, bool add) {
   Vec<C> x[R][2];
   clear<R, C>(x);
-  multiply<R, C, C>(x, k, a, lda, 1, b, kNR<C>);
+  multiply<R, C, B>(x, k, a, lda, 1, b, kNR<C>);
   write<R, C>(x, c, ldc, add);
 }
 
 // Fewer rows than kMR at an edge: the narrowest kernel that has them all.
+#ifdef AG_AMX
+template <class C>
+constexpr int kHalf = 16;
+template <class C>
+constexpr int kQuarter = 16;
+#else
 template <class C>
 constexpr int kHalf = kMR<C> > 8   ? 8
                       : kMR<C> > 4 ? 4
                                    : 2;
 template <class C>
 constexpr int kQuarter = kMR<C> > 4 ? kHalf<C> / 2 : 1;
+#endif
 template <class C>
 inline int64_t rows_computed(int64_t rows) {
   return rows > kHalf<C> ? kMR<C> : rows > kQuarter<C> ? kHalf<C> : kQuarter<C>;
 }
+#ifndef AG_AMX
 template <class C, class B>
 inline void micro_edge(int64_t rows, int64_t k, const C* a, int64_t step, const B* b, int64_t ldb, C* c, int64_t ldc,
                        bool add) {
@@ -224,6 +237,64 @@ inline void micro_edge(int64_t rows, int64_t k, const C* a, int64_t step, const 
   else
     micro<kQuarter<C>, C, B>(k, a, step, b, ldb, c, ldc, add);
 }
+#endif
+
+// ---- operands of this level -------------------------------------------------------------------------
+// A panel is cut along k into steps of one slot each, a slot being a number of the sums' type. Here a step is one k;
+// dot.h, for levels whose instructions multiply bf16, has two k in a slot.
+#ifndef AG_BF16_DOT
+template <class S>
+constexpr int64_t kStep = 1;  // k in a step
+template <class S>
+inline int64_t steps_of(int64_t k) {
+  return k;
+}
+// Panels from rows along k (at(i) is row i) and from rows across it (at(kk) is row kk, count elements of it).
+template <class S, class F>
+inline void a_of_rows(const F& at, int64_t count, int64_t k, Acc<S>* to) {
+  const S* row[kMR<Acc<S>> + kWidth<Acc<S>>];
+  for (int64_t i = 0; i < count; i++) row[i] = at(i);
+  pack_across<kMR<Acc<S>>, Acc<S>, S>(row, count, k, to);
+}
+template <class S, class F>
+inline void a_of_columns(const F& at, int64_t count, int64_t k, Acc<S>* to) {
+  pack_along<kMR<Acc<S>>, Acc<S>>(at, count, k, to);
+}
+template <class S, class F>
+inline void b_of_rows(const F& at, int64_t count, int64_t k, Acc<S>* to) {
+  const S* row[kNR<Acc<S>> + kWidth<Acc<S>>];
+  for (int64_t i = 0; i < count; i++) row[i] = at(i);
+  pack_across<kNR<Acc<S>>, Acc<S>, S>(row, count, k, to);
+}
+template <class S, class F>
+inline void b_of_columns(const F& at, int64_t count, int64_t k, Acc<S>* to) {
+  pack_along<kNR<Acc<S>>, Acc<S>>(at, count, k, to);
+}
+// What a slot of B is to the kernel, and what the blob of `pack` is made of.
+template <class S>
+using Slot = Acc<S>;
+template <class S>
+using Blob = S;
+
+// Dot products of rows: kDotWidth elements at a time.
+template <class S>
+constexpr int kDotWidth = kWidth<Acc<S>>;
+template <class S>
+inline Vec<Acc<S>> dot_load(const S* p) {
+  return load(p);
+}
+template <class S>
+inline Vec<Acc<S>> dot_load_n(const S* p, int64_t n) {
+  return load_n(p, n);
+}
+template <class V>
+inline __attribute__((always_inline)) void dot_add(V& x, V a, V b) {
+  x += a * b;
+}
+#endif
 
 }  // namespace
 }  // namespace AG_LEVEL
+#ifdef AG_BF16_DOT
+#include "dot.h"
+#endif

@@ -16,6 +16,11 @@
 #include <immintrin.h>
 #endif
 
+// AG_BF16_DOT: an AVX-512 level whose instructions multiply bf16.
+#if defined(AG_LEVEL_AVX512BF16) || defined(AG_LEVEL_AMX)
+#define AG_BF16_DOT 1
+#define AG_LEVEL_AVX512 1
+#endif
 #if defined(AG_LEVEL_AVX512)
 #define AG_VECTOR_BYTES 64
 #elif defined(AG_LEVEL_AVX2)
@@ -123,7 +128,9 @@ inline vu bf16_bits(vf v) {
   return v == v ? (u + 0x7fff + (high & 1)) >> 16 : high | 0x40;
 }
 inline void store(bf16* p, vf v) {
-#if defined(AG_LEVEL_AVX512)
+#if defined(AG_BF16_DOT)  // the same but for subnormal numbers, which become zero
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(AG_LEVEL_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)bf16_bits(v)));
 #elif defined(AG_LEVEL_AVX2)
   __m256i u = (__m256i)bf16_bits(v);
@@ -369,6 +376,31 @@ inline AgStatus with_float_status(AgCtx* ctx, const char* kernel, AgDtype dt, co
   AgStatus status = AG_OK;
   AgStatus outer = with_float(ctx, kernel, dt, [&](auto tag) { status = f(tag); });
   return outer == AG_OK ? status : outer;
+}
+
+// Which dtypes this level has code for: f64 is for checking gradients and is at one level only, and a level that
+// differs from another in its bf16 products has nothing else. The `other` level has the rest.
+#if defined(AG_BF16_DOT)
+namespace other = ::avx512;
+inline bool elsewhere(AgDtype dt) { return dt != AG_BF16; }
+#elif defined(AG_LEVEL_PORTABLE)
+namespace other = ::portable;
+inline bool elsewhere(AgDtype) { return false; }
+#else
+namespace other = ::portable;
+inline bool elsewhere(AgDtype dt) { return dt == AG_F64; }
+#endif
+// f(Tag<storage type>) for a dtype that is here.
+template <class F>
+inline auto with_here(AgDtype dt, const F& f) {
+  (void)dt;
+#if defined(AG_LEVEL_PORTABLE)
+  if (dt == AG_F64) return f(Tag<double>());
+#endif
+#if !defined(AG_BF16_DOT)
+  if (dt == AG_F32) return f(Tag<float>());
+#endif
+  return f(Tag<bf16>());
 }
 
 template <class F>

@@ -2,12 +2,10 @@
 import { spawnSync } from 'node:child_process'
 import { describe, expect, test } from 'vitest'
 import { native } from '../src/native.js'
+import { cpuLevels } from './cpu-levels.js'
 import { specs } from './specs.js'
 
-const best = native.capabilities().level
-const levels = ['portable', 'avx2', 'avx512'].slice(0, ['portable', 'avx2', 'avx512'].indexOf(best) + 1)
-
-for (const level of levels)
+for (const level of cpuLevels)
   describe(level, () => {
     const run = spawnSync(process.execPath, ['--import', 'tsx', 'ts/test/op-checks.ts'], {
       cwd: new URL('../..', import.meta.url),
