@@ -45,37 +45,10 @@ export function trainingOptions(command: Command): Command {
 /** The training options of a parsed command line; plain lines instead of a bar where there is no terminal. */
 export function training(o: Record<string, unknown>, signal: AbortSignal): TrainOptions {
   const plain = !process.stderr.isTTY
-  const {
-    out,
-    batch,
-    microBatch,
-    lr,
-    epochs,
-    steps,
-    weightDecay,
-    clipGradNorm,
-    maxBad,
-    seed,
-    recompute,
-    groupByLength,
-    augment,
-  } = o
+  // What says which data, models and folders is for the script; all other options have the library's names.
+  const { data, images, llm, clip, model, dtype, device, ...options } = o
   return {
-    ...({
-      out,
-      batch,
-      microBatch,
-      lr,
-      epochs,
-      steps,
-      weightDecay,
-      clipGradNorm,
-      maxBad,
-      seed,
-      recompute,
-      groupByLength,
-      augment,
-    } as TrainOptions),
+    ...(options as TrainOptions),
     signal,
     onStep: (s: StepInfo) => {
       if (plain)

@@ -8,6 +8,7 @@ import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { AlignGPT, loadClip } from '../ts/src/aligngpt.js'
 import { saveTokenizer, trainBpe, trainClipBpe } from '../ts/src/bpe.js'
+import { readPreprocessor } from '../ts/src/config.js'
 import { loadDataset } from '../ts/src/data.js'
 import { evaluate, type Question } from '../ts/src/evaluate.js'
 import { generateBatch } from '../ts/src/generate.js'
@@ -39,7 +40,6 @@ import {
   type ClipPair,
   clipCaptions,
   Pictures,
-  readPreprocessor,
   trainClip,
   trainLlama,
   writeClipConfig,

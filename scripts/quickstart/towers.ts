@@ -6,7 +6,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { initSource } from '../../ts/src/aligngpt.js'
 import { CLIPModel, offsetsOf } from '../../ts/src/clip.js'
-import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig, readPreprocessor } from '../../ts/src/config.js'
+import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig } from '../../ts/src/config.js'
 import {
   augment,
   decodeImage,
@@ -49,6 +49,33 @@ function saveWeights(folder: string, parameters: readonly Parameter[]): void {
   )
 }
 const parametersOf = (m: Module): Parameter[] => [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
+
+/**
+ * Trains on random batches of `count` samples.
+ * @param lossOf runs a step's batch forward and back; what it returns is for the report
+ */
+async function descend(
+  parameters: readonly Parameter[],
+  count: number,
+  o: Budget & { batch: number; lr: number; seed: number; weightDecay: number; beta2: number },
+  lossOf: (chosen: Int32Array, step: number) => number,
+): Promise<Curve> {
+  const optimizer = new AdamW(parameters, o)
+  const curve: Curve = []
+  const perEpoch = Math.max(1, Math.floor(count / o.batch))
+  let order = permutation(count, o.seed, 0)
+  for (let step = 0; step < o.steps; step++) {
+    if (step % perEpoch === 0) order = permutation(count, o.seed, step / perEpoch)
+    const at = (step % perEpoch) * o.batch
+    const loss = scope(() => lossOf(order.subarray(at, at + o.batch), step))
+    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
+    curve.push(loss)
+    o.onStep?.(step, loss)
+    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
+  }
+  optimizer.dispose()
+  return curve
+}
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
@@ -102,7 +129,7 @@ export function writeClipConfig(folder: string, vocab: number): void {
 /** Training pictures in memory, each in several augmented versions made once. */
 export class Pictures {
   private constructor(
-    /** normalised pixels by picture and version */
+    /** uint8 [side, side, 3] by picture and version; version 0 is the picture as it is */
     private readonly bytes: Map<string, Uint8Array[]>,
     private readonly table: Float32Array,
   ) {}
@@ -168,36 +195,23 @@ export async function trainClip(
   const tokenizer = Tokenizer.load(folder)
   const model = new CLIPModel(initSource(o.seed, 'f32'), config)
   const parameters = parametersOf(model)
-  const optimizer = new AdamW(parameters, { weightDecay: 0.1, beta2: 0.98 })
   const texts = pairs.map((p) => p.captions.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH)))
   const categories = CATEGORIES.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH))
-  const curve: Curve = []
-  const perEpoch = Math.floor(pairs.length / o.batch)
   const { side } = CLIP
   const plane = 3 * side * side
-  let order = permutation(pairs.length, o.seed, 0)
-  for (let step = 0; step < o.steps; step++) {
-    const epoch = Math.floor(step / perEpoch)
-    if (step % perEpoch === 0) order = permutation(pairs.length, o.seed, epoch)
-    const chosen = order.subarray((step % perEpoch) * o.batch, ((step % perEpoch) + 1) * o.batch)
+  const settings = { ...o, weightDecay: 0.1, beta2: 0.98 }
+  const curve = await descend(parameters, pairs.length, settings, (chosen, step) => {
     const rng = new Rng(o.seed, 0x10000 + step)
-    const pixels = new Float32Array(o.batch * plane)
+    const pixels = new Float32Array(chosen.length * plane)
     for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
-    const loss = scope(() => {
-      const image = model.imageEmbeds(tensor(pixels, [o.batch, 3, side, side]))
-      const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
-      const out = contrastiveLoss(image, text, model.logit_scale)
-      const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
-      backward(kinds.includes(-1) ? out : add(out, scale(categoryLoss(model, image, categories, kinds), 0.3)))
-      return out.item()
-    })
-    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
-    curve.push(loss)
-    o.onStep?.(step, loss)
-    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
-  }
+    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side]))
+    const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
+    const loss = contrastiveLoss(image, text, model.logit_scale)
+    const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
+    backward(kinds.includes(-1) ? loss : add(loss, scale(categoryLoss(model, image, categories, kinds), 0.3)))
+    return loss.item()
+  })
   saveWeights(folder, parameters)
-  optimizer.dispose()
   model.dispose()
   return curve
 }
@@ -241,57 +255,33 @@ export async function trainLlama(
   const tokenizer = Tokenizer.load(folder)
   const source = initSource(o.seed, 'f32')
   const model = new LlamaModel(source.at('model'), config)
-  const head = model.embed_tokens.weight // tied: what reads a word also writes it
+  const words = model.embed_tokens.weight
   const parameters = [...model.namedParameters('model.')].map(([name, t]) => ({ name, tensor: t }))
-  const optimizer = new AdamW(parameters, { weightDecay: 0.05, beta2: 0.95 })
   // Of plain text everything is learned, of conversations the answers.
   const samples = [
     ...texts.map((text) => encodePieces([{ text, loss: true }], tokenizer)),
     ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer)),
   ]
   const rope = new RopeTable(config, 'f32')
-  const curve: Curve = []
-  const perEpoch = Math.ceil(samples.length / o.batch)
-  for (let step = 0; step < o.steps; step++) {
-    const order = permutation(samples.length, o.seed, Math.floor(step / perEpoch))
-    const at = (step % perEpoch) * o.batch
-    const batch = Array.from(order.subarray(at, at + o.batch), (i) => samples[i])
-    const loss = scope(() => {
-      const ids = Int32Array.from(batch.flatMap((s) => [...s.ids]))
-      const labels = batch.flatMap((s) => [...s.labels])
-      const positions = Int32Array.from(batch.flatMap((s) => Array.from(s.ids, (_, i) => i)))
-      // BOS, the first of each sample, is never a target: no row predicts the next sample
-      const rows = [...labels.keys()].filter((i) => i + 1 < labels.length && labels[i + 1] !== IGNORE)
-      const packing = {
-        offsets: offsetsOf(batch.map((s) => s.ids.length)),
-        positions: tensor(positions),
-        ...rope.get(Math.max(...batch.map((s) => s.ids.length))),
-      }
-      const h = model.layers.reduce(
-        (x, layer, i) => layer.forward(x, packing, i),
-        embedding(tensor(ids), model.embed_tokens.weight),
-      )
-      const targets = Int32Array.from(rows, (r) => labels[r + 1])
-      const { loss } = lmHeadLoss(
-        model.norm.forward(h),
-        head,
-        tensor(Int32Array.from(rows)),
-        tensor(targets),
-        rows.length,
-      )
-      backward(loss)
-      return loss.item()
-    })
-    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
-    curve.push(loss)
-    o.onStep?.(step, loss)
-    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
-  }
+  const settings = { ...o, weightDecay: 0.05, beta2: 0.95 }
+  const curve = await descend(parameters, samples.length, settings, (chosen) => {
+    const batch = Array.from(chosen, (i) => samples[i])
+    const ids = Int32Array.from(batch.flatMap((s) => [...s.ids]))
+    const labels = batch.flatMap((s) => [...s.labels])
+    const positions = Int32Array.from(batch.flatMap((s) => Array.from(s.ids, (_, i) => i)))
+    // BOS, the first of each sample, is never a target: no row predicts the next sample
+    const rows = Int32Array.from([...labels.keys()].filter((i) => i + 1 < labels.length && labels[i + 1] !== IGNORE))
+    const lengths = batch.map((s) => s.ids.length)
+    const packing = { offsets: offsetsOf(lengths), positions: tensor(positions), ...rope.get(Math.max(...lengths)) }
+    const h = model.layers.reduce((x, layer, i) => layer.forward(x, packing, i), embedding(tensor(ids), words))
+    const targets = tensor(rows.map((r) => labels[r + 1]))
+    // tied: what reads a word also writes it
+    const { loss } = lmHeadLoss(model.norm.forward(h), words, tensor(rows), targets, rows.length)
+    backward(loss)
+    return loss.item()
+  })
   saveWeights(folder, parameters)
-  optimizer.dispose()
   rope.dispose()
   model.dispose()
   return curve
 }
-
-export { readPreprocessor }

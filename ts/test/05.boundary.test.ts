@@ -102,7 +102,6 @@ describe('hostile arguments', () => {
 
 test('errors carry a code and say what, expected and got', () => {
   const cases: [() => unknown, string, RegExp][] = [
-    [() => native.linear(live.h, live.h, null, 'none').toString(), 'ok', /./],
     [
       () => native.matmul(live.h, live.h, false, false),
       'ERR_SHAPE',
@@ -118,7 +117,7 @@ test('errors carry a code and say what, expected and got', () => {
     [() => native.embedding(live.h, live.h), 'ERR_SHAPE', /index: expected rank 1/],
     [() => (native as unknown as Record<string, Any>).add(live.h), 'ERR_ARGUMENT', /arguments: expected 2, got 1/],
   ]
-  for (const [call, code, message] of cases.slice(1)) {
+  for (const [call, code, message] of cases) {
     const error = (() => {
       try {
         call()
