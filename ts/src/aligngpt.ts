@@ -317,13 +317,14 @@ export class AlignGPT extends Module {
   embed(b: PackedBatch, mix: Mix): Embedded {
     const { config } = this.#parts
     const images = b.imageRows.length
-    const visionFeatures = noGrad(() => {
+    const seen = (): Tensor => {
       const pixels = tensor(b.pixels, [images, 3, b.imageSize, b.imageSize])
       const vision = this.vision_tower.vision_tower.vision_model
       const input = this.dtype === 'f32' ? pixels : cast(pixels, this.dtype)
       const withClass = config.mm_vision_select_feature === 'cls_patch'
       return vision.features(input, config.mm_vision_select_layer, withClass)
-    })
+    }
+    const visionFeatures = scope(() => noGrad(seen))
     const result = alignMix({
       ...this.#projector.beforeLast(visionFeatures),
       embed: this.model.embed_tokens.weight,
@@ -376,7 +377,13 @@ export class AlignGPT extends Module {
 
   /** inputs_embeds [T, H] -> last hidden state after the final norm [T, H]. */
   hidden(embeds: Tensor, p: Packing): Tensor {
-    return this.model.norm.forward(this.model.layers.reduce((h, layer, i) => layer.forward(h, p, i), embeds))
+    // What a layer made besides its result lives on only where backward needs it, and until it has used it.
+    const last = this.model.layers.reduce((h, layer, i) => {
+      const next = scope(() => layer.forward(h, p, i))
+      if (i > 0) h.dispose()
+      return next
+    }, embeds)
+    return this.model.norm.forward(last)
   }
 
   /** Next-token loss of a batch: the sum over its labelled rows divided by `denominator` (default: their number). */

@@ -2,7 +2,7 @@
 import type { ClipConfig, ClipTextConfig, ClipVisionConfig } from './config.js'
 import { activationOf, Embedding, type Init, LayerNorm, Linear, Module, type Source } from './nn.js'
 import { type Activation, add, attention, embedding, gather, l2Normalize, patchEmbedding, reshape } from './ops.js'
-import { type Dtype, type Tensor, tensor } from './tensor.js'
+import { type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 interface TowerConfig {
   hidden_size: number
@@ -92,7 +92,7 @@ class CLIPEncoder extends Module {
   }
   /** The hidden state after `count` layers. */
   forward(x: Tensor, offsets: Tensor, causal: boolean, count = this.layers.length): Tensor {
-    return this.layers.slice(0, count).reduce((h, layer) => layer.forward(h, offsets, causal), x)
+    return this.layers.slice(0, count).reduce((h, layer) => scope(() => layer.forward(h, offsets, causal)), x)
   }
 }
 
