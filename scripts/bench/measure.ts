@@ -28,6 +28,8 @@ export interface Context {
   temp: string
   /** milliseconds since the epoch after which nothing is repeated any more */
   deadline: number
+  /** how much longer the run may wait for other programs, all in all */
+  patience: { milliseconds: number }
   log: (line: string) => void
 }
 
@@ -55,7 +57,9 @@ export interface Comparison {
 const PAIRS = 5
 const ROUNDS = 3
 /** OpenMP's threads spin for some milliseconds after a parallel region before they sleep; ours for less than one. */
-const SETTLE = { peer: 30, ours: 3 }
+const SETTLE = { peer: 60, ours: 3 }
+/** CPUs used by other programs from which on a timing is disturbed: they slow PyTorch's waiting threads down several times. */
+export const BUSY = 0.3
 
 const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms))
 
@@ -101,31 +105,65 @@ export async function compare(
   const oursReps = repetitions(timeOurs(ours, 1), sample)
   await peer.time(warmup)
   const peerReps = repetitions(await peer.time(1), sample)
-  const a: number[] = []
-  const b: number[] = []
-  const used = watchOthers([process.pid, c.peer.pid])
+  const pairs: Pair[] = []
   for (let round = 0; round < ROUNDS; round++) {
-    for (let i = 0; i < PAIRS; i++) {
-      await pause(SETTLE.peer)
-      a.push(timeOurs(ours, oursReps))
-      await pause(SETTLE.ours)
-      b.push(await peer.time(peerReps))
-    }
-    if (Date.now() > c.deadline || !drowned(a, b)) break
+    for (let i = 0; i < PAIRS; i++)
+      pairs.push(
+        await undisturbed(
+          c,
+          () => timeOurs(ours, oursReps),
+          () => peer.time(peerReps),
+        ),
+      )
+    if (Date.now() > c.deadline || !drowned(pairs)) break
   }
-  const others = used()
-  const ratios = a.map((x, i) => b[i] / x)
-  const result = { label, ours: median(a), peer: median(b), ratio: median(b) / median(a), spread: spreadOf(ratios) }
+  const [a, b] = [median(pairs.map((p) => p.ours)), median(pairs.map((p) => p.peer))]
+  const others = pairs[0].others === null ? null : median(pairs.map((p) => p.others as number))
+  const result = { label, ours: a, peer: b, ratio: b / a, spread: spreadOf(ratiosOf(pairs)) }
   c.log(
     `${label}: ours ${milli(result.ours)}, PyTorch ${milli(result.peer)}, ratio ${result.ratio.toFixed(2)} ` +
-      `± ${(100 * result.spread).toFixed(0)} % (${a.length} pairs${others === null ? '' : `, others ${others.toFixed(1)} CPUs`})`,
+      `± ${(100 * result.spread).toFixed(0)} % (${pairs.length} pairs${others === null ? '' : `, others ${others.toFixed(1)} CPUs`})`,
   )
-  return { ...result, pairs: a.length, others }
+  return { ...result, pairs: pairs.length, others }
 }
 
-function drowned(a: readonly number[], b: readonly number[]): boolean {
-  const ratios = a.map((x, i) => b[i] / x)
+const ratiosOf = (pairs: readonly Pair[]): number[] => pairs.map((p) => p.peer / p.ours)
+
+function drowned(pairs: readonly Pair[]): boolean {
+  const ratios = ratiosOf(pairs)
   return spreadOf(ratios) > Math.abs(Math.log(median(ratios)))
+}
+
+/** Seconds of one run on each side, one right after the other, and the CPUs other programs used meanwhile. */
+interface Pair {
+  ours: number
+  peer: number
+  others: number | null
+}
+
+/** Both sides once; again when other programs came in between, as long as there is patience. */
+async function undisturbed(c: Context, ours: () => number, peer: () => Promise<number>): Promise<Pair> {
+  for (;;) {
+    await quiet(c)
+    const began = performance.now()
+    const used = watchOthers([process.pid, c.peer.pid])
+    const a = ours()
+    await pause(SETTLE.ours)
+    const b = await peer()
+    const others = used()
+    if ((others ?? 0) < BUSY || c.patience.milliseconds <= 0) return { ours: a, peer: b, others }
+    c.patience.milliseconds -= performance.now() - began
+  }
+}
+
+/** Waits until both sides and all other programs are idle, as long as there is patience for the latter. */
+export async function quiet(c: Context): Promise<void> {
+  for (;;) {
+    const used = watchOthers([process.pid, c.peer.pid])
+    await pause(SETTLE.peer)
+    if ((used() ?? 0) < BUSY || c.patience.milliseconds <= 0) return
+    c.patience.milliseconds -= SETTLE.peer
+  }
 }
 
 export const milli = (seconds: number): string => `${(1000 * seconds).toFixed(seconds < 0.01 ? 3 : 1)} ms`

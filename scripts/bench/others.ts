@@ -3,6 +3,8 @@ import fs from 'node:fs'
 
 /** Ticks of CPU time, 100 a second on Linux. */
 const HERTZ = 100
+/** Ticks that rounding may add. */
+const SLACK = 2
 
 /** Ticks all CPUs were busy, time taken by other virtual machines included; null where there is no /proc. */
 function busyTicks(): number | null {
@@ -40,6 +42,6 @@ export function watchOthers(pids: readonly number[]): () => number | null {
   return () => {
     const after = foreign()
     if (before === null || after === null) return null
-    return Math.max(0, (after - before) / HERTZ / ((performance.now() - start) / 1000))
+    return Math.max(0, (after - before - SLACK) / HERTZ / ((performance.now() - start) / 1000))
   }
 }

@@ -112,10 +112,13 @@ def measure_memory(server, kind, args, out):
 def main():
     p = argparse.ArgumentParser(description="PyTorch side of the benchmark; started by scripts/bench/torch.ts")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--cache", default="", help="folder for what torch.compile compiles")
     p.add_argument("--memory", metavar="KIND", default="")
     p.add_argument("--args", default="{}")
     a = p.parse_args()
     os.environ.update(OMP_NUM_THREADS=str(a.threads), HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    if a.cache:  # what an interrupted run left half written elsewhere would fail for ever
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = a.cache
     # replies get the real stdout for themselves; whatever a library prints goes to stderr
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

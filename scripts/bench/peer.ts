@@ -25,6 +25,7 @@ function unusable(python: string, reason: string): AlignGPTError {
 const last = (text: string): string => text.trim().split('\n').at(-1) ?? ''
 
 export class Peer {
+  readonly #argv: string[]
   readonly #child: ChildProcessWithoutNullStreams
   readonly #waiting: Waiting[] = []
   #errors = ''
@@ -35,8 +36,10 @@ export class Peer {
   private constructor(
     readonly python: string,
     readonly threads: number,
+    cache: string,
   ) {
-    this.#child = spawn(python, ['-B', SCRIPT, '--threads', String(threads)])
+    this.#argv = ['-B', SCRIPT, '--threads', String(threads), '--cache', cache]
+    this.#child = spawn(python, this.#argv)
     const end = (reason: string): void => {
       this.#ended = reason
       for (const w of this.#waiting.splice(0)) w.reject(unusable(python, reason))
@@ -60,8 +63,9 @@ export class Peer {
     return this.#child.pid as number
   }
 
-  static async start(python: string, threads: number): Promise<Peer> {
-    const peer = new Peer(python, threads)
+  /** @param cache folder for what torch.compile compiles */
+  static async start(python: string, threads: number, cache: string): Promise<Peer> {
+    const peer = new Peer(python, threads, cache)
     peer.versions = (await peer.#request({ op: 'hello' })) as unknown as Peer['versions']
     return peer
   }
@@ -88,7 +92,7 @@ export class Peer {
 
   /** Runs a case in a fresh process. @returns bytes: resident before the first run, and at most once it is warm */
   memory(kind: string, args: object): { base: number; peak: number } {
-    const argv = ['-B', SCRIPT, '--threads', `${this.threads}`, '--memory', kind, '--args', JSON.stringify(args)]
+    const argv = [...this.#argv, '--memory', kind, '--args', JSON.stringify(args)]
     const r = spawnSync(this.python, argv, { encoding: 'utf8' })
     if (r.status !== 0) throw new Error(`PyTorch: ${last(r.stderr ?? '') || r.error?.message || `status ${r.status}`}`)
     return JSON.parse(last(r.stdout))

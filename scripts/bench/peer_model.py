@@ -172,7 +172,9 @@ class Decode:
             self.out = self.lm.generate(self.ids, attention_mask=torch.ones_like(self.ids), **self.options)
 
     def values(self):
-        return {"ids": self.out[0, self.ids.shape[1] :].tolist()}
+        with torch.no_grad():
+            logits = self.lm(self.ids).logits[0, -1]
+        return {"ids": self.out[0, self.ids.shape[1] :].tolist(), "logits": logits}
 
 
 KINDS = {"step": Step, "decode": Decode}

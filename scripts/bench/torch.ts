@@ -16,17 +16,17 @@ import { native } from '../../ts/src/native.js'
 import { fail, integer } from '../cli.js'
 import { freshGroups } from './fresh.js'
 import { kernelGroups } from './kernels.js'
-import type { Context, Group, Row } from './measure.js'
+import { BUSY, type Context, type Group, type Row } from './measure.js'
 import { Peer } from './peer.js'
 import { describeScaling, measureScaling } from './scaling.js'
 import { stepGroups } from './steps.js'
 
 /** Nothing is repeated after so many minutes: the whole run takes at most 20. */
-const PATIENCE_MINUTES = 14
+const MINUTES = 14
+/** So long it waits for other programs to become idle, all in all. */
+const PATIENCE_MINUTES = 3
 /** Not rows: exponents of our own cost, for which there is no peer. */
 const SCALING = 'scaling'
-/** CPUs used by others from which on a row is called disturbed. */
-const BUSY = 0.15
 const GROUPS: Group[] = [...kernelGroups, ...stepGroups, ...freshGroups]
 
 type Wants = (row: string) => boolean
@@ -133,23 +133,19 @@ async function main(o: Options): Promise<void> {
   const wants = wanted(o.filter)
   if (o.threads < 1) throw new AlignGPTError('ERR_ARGUMENT', `[bench] --threads: expected at least 1, got ${o.threads}`)
   native.setThreads(o.threads)
-  const peer = await Peer.start(o.python, o.threads)
   const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-bench-'))
   const tidy = (): void => fs.rmSync(temp, { recursive: true, force: true })
-  for (const [signal, status] of [
-    ['SIGINT', 130],
-    ['SIGTERM', 143],
-  ] as const)
-    process.once(signal, () => {
-      tidy()
-      process.exit(status)
-    })
-  const deadline = Date.now() + PATIENCE_MINUTES * 60_000
+  process.once('exit', tidy)
+  process.once('SIGINT', () => process.exit(130))
+  process.once('SIGTERM', () => process.exit(143))
+  const peer = await Peer.start(o.python, o.threads, path.join(temp, 'inductor'))
+  const deadline = Date.now() + MINUTES * 60_000
+  const patience = { milliseconds: PATIENCE_MINUTES * 60_000 }
+  const log = (line: string): void => console.error(line)
   try {
-    await measure(o, { peer, threads: o.threads, temp, deadline, log: (line) => console.error(line) }, wants)
+    await measure(o, { peer, threads: o.threads, temp, deadline, patience, log }, wants)
   } finally {
     peer.close()
-    tidy()
   }
 }
 
