@@ -484,6 +484,7 @@ void define_ops(Napi::Object& e) {
   define(e, "copy", call<&ops::copy>);
   define(e, "random", call<&ops::random>);
   define(e, "linear", call<&ops::linear>);
+  define(e, "siluMulLinear", call<&ops::silu_mul_linear>);
   define(e, "matmul", call<&ops::matmul>);
   define(e, "patchEmbedding", call<&ops::patch_embedding>);
   define(e, "layerNorm", call<&ops::layer_norm>);

@@ -59,7 +59,6 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
   gemm("linear", x.device(), g);
   if (!rec) return y;
   Tensor sx = wants_grad(w) ? x.detached() : Tensor(), sw = wants_grad(x) ? w.detached() : Tensor();
-  Shape shape_x = x.shape;
   record("linear", {&y}, {x, w, b}, [=](Grads& grads) {
     Tensor dy = grads.out();
     if (act != AG_NONE) {
@@ -75,12 +74,61 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
     if (grads.needs(2))
       run("linear", dy.device(), table(dy).col_sum, AgColSum{grads.slot(2), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (grads.needs(0)) {
-      Tensor dx = empty(dy.device(), shape_x, dy.dt);
       AgGemm gx = product(dy, false, sw, false, m, k, n);
-      gx.c = dx.data();
+      into(gx, grads.slot(0));
       gemm("linear", dy.device(), gx);
-      grads.add(0, std::move(dx));
     }
+  });
+  return y;
+}
+
+// The product is not kept for backward but computed again from gate and up: elementwise work against the largest
+// activation of a layer.
+Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, const Opt& bias) {
+  const char* op = "siluMulLinear";
+  want_float(op, "gate", gate);
+  want_dtype(op, "up", up, gate.dt);
+  want_shape(op, "up", up, gate.shape);
+  want_dtype(op, "weight", w, gate.dt);
+  want_rank(op, "weight", w, 2);
+  check(gate.shape.rank >= 1 && gate.shape.cols() == w.shape[1], "ERR_SHAPE", "[siluMulLinear] gate: expected [..., ", w.shape[1], "], got ", gate.shape);
+  Tensor b = bias ? *bias : Tensor();
+  want_same_device(op, {&gate, &up, &w, &b});
+  int64_t m = gate.shape.rows(), k = w.shape[1], n = w.shape[0];
+  if (b.defined()) {
+    want_dtype(op, "bias", b, gate.dt);
+    want_shape(op, "bias", b, Shape{n});
+  }
+  auto activated = [op](const Tensor& g, const Tensor& u) {
+    Tensor y = empty_like(g);
+    run(op, y.device(), table(y).silu_mul, AgSiluMul{y.data(), g.data(), u.data(), y.numel(), y.dt});
+    return y;
+  };
+  Tensor h = activated(gate, up), y = empty(gate.device(), gate.shape.with_last(n), gate.dt);
+  AgGemm g = product(h, false, w, true, m, n, k);
+  g.c = y.data();
+  g.bias = b.defined() ? b.data() : nullptr;
+  gemm(op, gate.device(), g);
+  Tensor sg = gate.detached(), su = up.detached(), sw = w.detached();
+  record(op, {&y}, {gate, up, w, b}, [=](Grads& grads) {
+    const Tensor& dy = grads.out();
+    if (grads.needs(2)) {
+      Tensor again = activated(sg, su);
+      AgGemm gw = product(dy, true, again, false, n, k, m);
+      into(gw, grads.slot(2));
+      gemm(op, dy.device(), gw);
+    }
+    if (grads.needs(3))
+      run(op, dy.device(), table(dy).col_sum, AgColSum{grads.slot(3), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
+    if (!grads.needs(0) && !grads.needs(1)) return;
+    Tensor dh = empty(dy.device(), sg.shape, dy.dt), dg = empty_like(dh), du = empty_like(dh);
+    AgGemm gh = product(dy, false, sw, false, m, k, n);
+    gh.c = dh.data();
+    gemm(op, dy.device(), gh);
+    run(op, dy.device(), table(dy).silu_mul_grad,
+        AgSiluMulGrad{dg.data(), du.data(), dh.data(), sg.data(), su.data(), dh.numel(), dh.dt});
+    grads.add(0, std::move(dg));
+    grads.add(1, std::move(du));
   });
   return y;
 }

@@ -49,6 +49,8 @@ void random(const Tensor& x, const std::string& kind, double a, double b, double
 // ---- linear.cc --------------------------------------------------------------------------------------
 // y = act(x W^T + b): x [..., K], W [N, K], b [N]
 Tensor linear(const Tensor& x, const Tensor& w, const Opt& b, const std::string& act);
+// y = (silu(gate) * up) W^T + b: gate, up [..., K], W [N, K], b [N]
+Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, const Opt& b);
 Tensor matmul(const Tensor& a, const Tensor& b, bool trans_a, bool trans_b);
 // CLIP: pixels [M, C, S, S], weight [D, C, p, p], class [D], position [P+1, D] -> [M, P+1, D]
 Tensor patch_embedding(const Tensor& pixels, const Tensor& weight, const Tensor& cls, const Tensor& position);

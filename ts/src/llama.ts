@@ -3,7 +3,7 @@
 import type { Cache } from './cache.js'
 import type { LlamaConfig } from './config.js'
 import { Embedding, Linear, Module, RMSNorm, type Source } from './nn.js'
-import { add, attention, rope, siluMul } from './ops.js'
+import { add, attention, rope, siluMulLinear } from './ops.js'
 import { type Dtype, type Tensor, tensor } from './tensor.js'
 
 /** What the layers need to know about the packed batch. */
@@ -128,7 +128,8 @@ class LlamaMLP extends Module {
     this.down_proj = new Linear(s.at('down_proj'), c.intermediate_size, c.hidden_size, o)
   }
   forward(x: Tensor): Tensor {
-    return this.down_proj.forward(siluMul(this.gate_proj.forward(x), this.up_proj.forward(x)))
+    const { weight, bias } = this.down_proj
+    return siluMulLinear(this.gate_proj.forward(x), this.up_proj.forward(x), weight, bias)
   }
 }
 

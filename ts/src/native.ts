@@ -78,6 +78,7 @@ export interface Native {
   copy(dst: H, src: H): void
   random(x: H, kind: 'uniform' | 'normal', a: number, b: number, seed: number, offset: number): void
   linear(x: H, w: H, b: H | null, activation: string): H
+  siluMulLinear(gate: H, up: H, w: H, b: H | null): H
   matmul(a: H, b: H, transA: boolean, transB: boolean): H
   patchEmbedding(pixels: H, weight: H, cls: H, position: H): H
   layerNorm(x: H, w: H, b: H, eps: number): H

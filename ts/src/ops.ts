@@ -46,6 +46,9 @@ export const mean = (x: Tensor): Tensor => wrap(native.mean(x.h))
 /** act(x W^T + b): x [..., K], weight [N, K], bias [N] -> [..., N] */
 export const linear = (x: Tensor, weight: Tensor, bias?: Tensor | null, activation: Activation = 'none'): Tensor =>
   wrap(native.linear(x.h, weight.h, handle(bias), activation))
+/** (silu(gate) * up) W^T + b: gate, up [..., K], weight [N, K], bias [N] -> [..., N]; backward computes the product again. */
+export const siluMulLinear = (gate: Tensor, up: Tensor, weight: Tensor, bias?: Tensor | null): Tensor =>
+  wrap(native.siluMulLinear(gate.h, up.h, weight.h, handle(bias)))
 /** op(a) op(b) of two matrices. */
 export const matmul = (a: Tensor, b: Tensor, transA = false, transB = false): Tensor =>
   wrap(native.matmul(a.h, b.h, transA, transB))

@@ -329,6 +329,27 @@ const matrix: Spec[] = [
       }),
     ),
   ),
+  ...[true, false].map(
+    (bias): Spec => ({
+      name: `siluMulLinear${bias ? ' bias' : ''}`,
+      covers: ['siluMulLinear'],
+      cases: gemmShapes.map(([m, n, k]) => ({
+        inputs: bias
+          ? [[m, k], [m, k], [n, k], [n]]
+          : [
+              [m, k],
+              [m, k],
+              [n, k],
+            ],
+      })),
+      depth: (c) => last(c.inputs[0]),
+      run: ([g, u, w, b]) => ops.siluMulLinear(g, u, w, b),
+      ref: ([g, u, w, b], [sg, , sw]) => {
+        const h = g.map((v, i) => v * sigmoid(v) * u[i])
+        return product(h, w, sg[0], sw[0], sw[1], false, true).map((v, i) => v + (b ? b[i % sw[0]] : 0))
+      },
+    }),
+  ),
   ...(['none', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'] as const).flatMap((act) =>
     [true, false].map(
       (bias): Spec => ({
