@@ -907,7 +907,7 @@ const Test kTests[] = {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const char* level : {"portable", "avx2", "avx512", "avx512bf16"}) {
+  for (const char* level : {"portable", "avx2", "avx512", "avx512bf16", "amx"}) {
     const AgBackend* b = ag_cpu_level(level);
     if (!b) {
       std::printf("  %s: not on this machine, skipped\n", level);
