@@ -62,7 +62,6 @@ inline void pairs_of_columns(const F& at, int64_t count, int64_t k, float* dst) 
   int64_t steps = div_up(k, 2);
   for (int64_t s = 0; s < steps; s++) {
     const bf16 *x = at(2 * s), *y = 2 * s + 1 < k ? at(2 * s + 1) : nullptr;
-    if (2 * s + 33 < k) __builtin_prefetch(at(2 * s + 32)), __builtin_prefetch(at(2 * s + 33));
 #pragma GCC unroll 2
     for (int g = 0; g < width; g += 16)
       put_row<width>(dst + s * width, g, interleave(x + g, y ? y + g : nullptr, count - g), s + 1 == steps);

@@ -9,6 +9,8 @@ namespace {
 
 #if defined(AG_LEVEL_PORTABLE)
 constexpr int64_t kKC = 128;  // steps of a block; without fused multiply-add shorter sums keep the error down
+#elif defined(AG_BF16_DOT)
+constexpr int64_t kKC = 640;
 #else
 constexpr int64_t kKC = 384;
 #endif
