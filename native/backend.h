@@ -445,7 +445,7 @@ typedef struct {
 // ---- the table --------------------------------------------------------------------------------------
 typedef struct {
   char name[64];    // "cpu", "cuda"
-  char level[32];   // "portable", "avx2", "avx512", "sm_90"
+  char level[32];   // "portable", "avx2", "avx512", "avx512bf16", "amx", "sm_90"
   char device[128]; // what the machine calls it
   int32_t threads;
   int64_t memory_bytes;  // 0: unknown

@@ -12,7 +12,7 @@ if (!existsSync(commands)) throw new Error(`${commands} is missing: npm run buil
 /** What the build compiles now: an object left over from a source since removed does not count. */
 const objects = JSON.parse(readFileSync(commands, 'utf8'))
   .map(({ directory, output, command }) => path.resolve(directory, output ?? / -o (\S+)/.exec(command)[1]))
-  .filter((file) => /[\\/]kernels_avx\w+\.dir[\\/](?!Debug|RelWithDebInfo)/.test(file)) // one of several configurations
+  .filter((file) => /[\\/]kernels_a[vm]x\w*\.dir[\\/](?!Debug|RelWithDebInfo)/.test(file)) // one of several configurations
 if (objects.length === 0 && process.arch === 'x64') throw new Error(`no AVX kernels in ${commands}`)
 
 let weak = 0

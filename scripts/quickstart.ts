@@ -53,7 +53,7 @@ const LEVELS = 8
 const SEED = 1
 const SIZE = args.fast
   ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 2000, half: 400, llama: 1500, pretrain: 100, finetune: 1200, clipBatch: 128, versions: 8 }
+  : { clip: 2000, half: 400, llama: 1500, pretrain: 100, finetune: 2400, clipBatch: 128, versions: 8 }
 
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {

@@ -46,6 +46,7 @@ void forward_all(AgCtx* ctx, const AgAttention* a) {
     int64_t rest = task - p.first_q[s] * a->heads, head = rest / tiles,
             tile = tiles - 1 - rest % tiles;  // long ones first
     int64_t kv = head / (a->heads / a->kv_heads), q0 = a->q_offsets[s];
+    Tiles tiles_of_thread;
     Head<S> h{};
     h.q = static_cast<const S*>(a->q) + q0 * a->ldq + head * a->dim;
     h.o = static_cast<S*>(a->o) + q0 * a->ldo + head * a->dim;
@@ -172,7 +173,7 @@ void tile_grads(float* s, float* dp, int64_t rows, int64_t padded, float scale, 
 #ifdef AG_AMX
   for (int64_t step = 0; step < steps_of<S>(rows); step += 16)
     for (int64_t i = 0; i < padded; i += 16)
-      for (float* block : {s + step * kAcross + i, s + step * kAcross + kBK + i}) transpose_block(block, kAcross);
+      for (int64_t second = 0; second <= kBK; second += kBK) transpose_block(s + step * kAcross + second + i, kAcross);
 #endif
 }
 inline const float* across_weights(const float* s, const float*) { return s; }
@@ -312,6 +313,7 @@ void backward_all(AgCtx* ctx, const AgAttention* a) {
   int64_t workers = (ctx->workspace_bytes - arena.used) / per;
   parallel_workers(a->batch * a->kv_heads * split.chunks, max_of(1, workers), [&](int64_t task, int64_t worker) {
     int64_t pair = task / split.chunks;
+    Tiles tiles_of_thread;
     b.task(pair / a->kv_heads, pair % a->kv_heads, task % split.chunks,
            BackwardScratch<S>(arena.here() + worker * per, split.keys, a->dim));
   });

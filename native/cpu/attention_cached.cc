@@ -158,6 +158,7 @@ void prefill(const AgAttentionCached* a, Panels<S>& p, char* scratch, int64_t pe
     int64_t s = find_tile(p.first_q, a->batch, task / a->heads), tile = task / a->heads - p.first_q[s],
             head = task % a->heads;
     int64_t kv = head / (a->heads / a->kv_heads), q0 = a->q_offsets[s];
+    Tiles tiles_of_thread;
     Head<S> h{};
     h.q = static_cast<const S*>(a->q) + q0 * a->ldq + head * a->dim;
     h.o = static_cast<S*>(a->o) + q0 * a->ldo + head * a->dim;

@@ -6,6 +6,10 @@
 
 #include "level.h"
 #include "pool.h"
+#ifdef AG_AMX_BUILT
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -62,6 +66,7 @@ struct Level {
   bool (*supported)();
   void (*table)(AgBackend&);
   int64_t (*workspace)(AgKernel, const void*);
+  bool by_default;  // or only where ALIGNGPT_CPU_LEVEL names it
 };
 
 template <class T>
@@ -154,6 +159,9 @@ AG_LEVEL_TABLE(avx512)
     }                                                                                                 \
   }
 AG_DOT_LEVEL_TABLE(avx512bf16)
+#ifdef AG_AMX_BUILT
+AG_DOT_LEVEL_TABLE(amx)
+#endif
 
 // __builtin_cpu_supports asks the operating system too (XGETBV).
 bool has_avx2() {
@@ -164,16 +172,36 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#ifdef AG_AMX_BUILT
+// The CPU has tiles of the size the kernels take for granted, the operating system switches them, and it lets this
+// process use them: Linux wants to be asked, once for all threads (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512bf16()) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return false;                            // OSXSAVE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // BF16, TILE
+  if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) return false;  // palette 1: 8 tiles of 16 rows of 64 bytes
+  if (a != (1024u << 16 | 8192u) || b != (8u << 16 | 64u) || (c & 0xffff) != 16) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & 3u << 17) != 3u << 17) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 #endif
 
 // best first
 const Level kLevels[] = {
-#ifdef AG_X86
-    {"avx512bf16", has_avx512bf16, table_avx512bf16, workspace_avx512bf16},
-    {"avx512", has_avx512, table_avx512, workspace_avx512},
-    {"avx2", has_avx2, table_avx2, workspace_avx2},
+#ifdef AG_AMX_BUILT
+    {"amx", has_amx, table_amx, workspace_amx, false},  // no CPU with it has run the tests yet
 #endif
-    {"portable", always, table_portable, workspace_portable},
+#ifdef AG_X86
+    {"avx512bf16", has_avx512bf16, table_avx512bf16, workspace_avx512bf16, true},
+    {"avx512", has_avx512, table_avx512, workspace_avx512, true},
+    {"avx2", has_avx2, table_avx2, workspace_avx2, true},
+#endif
+    {"portable", always, table_portable, workspace_portable, true},
 };
 constexpr int kLevelCount = int(sizeof kLevels / sizeof *kLevels);
 
@@ -230,14 +258,12 @@ const AgBackend* table() {
   }();
   return &made;
 }
+template <int first = 0>
 const AgBackend* table_of(int level) {
-#ifdef AG_X86
-  if (level == 0) return table<0>();
-  if (level == 1) return table<1>();
-  if (level == 2) return table<2>();
-#endif
-  (void)level;
-  return table<kLevelCount - 1>();
+  if constexpr (first + 1 < kLevelCount) {
+    if (level > first) return table_of<first + 1>(level);
+  }
+  return table<first>();
 }
 
 struct Chosen {
@@ -249,14 +275,14 @@ Chosen choose() {
   Chosen c;
   const char* wanted = std::getenv("ALIGNGPT_CPU_LEVEL");
   if (wanted && !*wanted) wanted = nullptr;
-  std::string names;
-  for (int i = 0; i < kLevelCount; i++) {
-    const Level& l = kLevels[i];
-    bool runs = l.supported();
-    if ((!wanted || std::strcmp(wanted, l.name) == 0) && !c.table && runs) c.table = table_of(i);
-    names += (names.empty() ? "" : ", ") + std::string(l.name) + (runs ? "" : " (not on this CPU)");
-  }
-  if (!c.table) {  // whoever loads the backend asks for the error first; the table stays usable all the same
+  for (int i = 0; i < kLevelCount && !c.table; i++)  // asks for a level's instructions only where it may be used
+    if ((wanted ? std::strcmp(wanted, kLevels[i].name) == 0 : kLevels[i].by_default) && kLevels[i].supported())
+      c.table = table_of(i);
+  if (!c.table) {
+    std::string names;
+    for (const Level& l : kLevels)
+      names += (names.empty() ? "" : ", ") + std::string(l.name) + (l.supported() ? "" : " (not on this CPU)");
+    // whoever loads the backend asks for the error first; the table stays usable all the same
     c.error = "[cpu] ALIGNGPT_CPU_LEVEL: expected one of " + names + ", got '" + wanted + "'";
     c.table = table_of(kLevelCount - 1);
   }

@@ -9,6 +9,8 @@ namespace {
 
 #if defined(AG_LEVEL_PORTABLE)
 constexpr int64_t kKC = 128;  // steps of a block; without fused multiply-add shorter sums keep the error down
+#elif defined(AG_BF16_DOT)
+constexpr int64_t kKC = 640;
 #else
 constexpr int64_t kKC = 384;
 #endif
@@ -188,6 +190,7 @@ struct Product {
 
   // Rows i0.. and columns j0.. of C over the whole depth. jc: where the shared columns begin.
   void task(int64_t i0, int64_t rows, int64_t j0, int64_t cols, int64_t jc, int64_t nc, char* scratch) const {
+    Tiles tiles_of_thread;
     Arena arena(scratch);
     C *mine = arena.take<C>(plan.own), *sums = plan.sums ? arena.take<C>(plan.sums) : nullptr;
     int64_t padded_m = round_up(g->m, MR), padded_n = round_up(g->b_packed ? g->n : nc, NR), lds = round_up(cols, NR);

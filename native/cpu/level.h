@@ -78,6 +78,8 @@ AG_DECLARE_LEVEL(portable)
 AG_DECLARE_LEVEL(avx2)
 AG_DECLARE_LEVEL(avx512)
 AG_DECLARE_DOT_LEVEL(avx512bf16)
+AG_DECLARE_DOT_LEVEL(amx)
+AG_DECLARE_DOT_LEVEL(amx_emulated)  // in test builds only
 
 // The table of one level, or NULL where this machine cannot run it. For tests; everyone else asks ag_cpu_backend.
 const AgBackend* ag_cpu_level(const char* name);

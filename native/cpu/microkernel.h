@@ -239,6 +239,13 @@ inline void micro_edge(int64_t rows, int64_t k, const C* a, int64_t step, const 
 }
 #endif
 
+#ifndef AG_AMX
+// What a task of the pool holds while it multiplies: nothing here, see amx.h.
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
 // ---- operands of this level -------------------------------------------------------------------------
 // A panel is cut along k into steps of one slot each, a slot being a number of the sums' type. Here a step is one k;
 // dot.h, for levels whose instructions multiply bf16, has two k in a slot.

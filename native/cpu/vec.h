@@ -17,7 +17,13 @@
 #endif
 
 // AG_BF16_DOT: an AVX-512 level whose instructions multiply bf16.
-#if defined(AG_LEVEL_AVX512BF16) || defined(AG_LEVEL_AMX)
+#if defined(AG_LEVEL_AMX_EMULATED)
+#define AG_AMX_EMULATED 1
+#endif
+#if defined(AG_LEVEL_AMX) || defined(AG_AMX_EMULATED)
+#define AG_AMX 1
+#endif
+#if defined(AG_LEVEL_AVX512BF16) || defined(AG_AMX)
 #define AG_BF16_DOT 1
 #define AG_LEVEL_AVX512 1
 #endif

@@ -76,7 +76,14 @@ std::vector<Level> levels() {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) all.push_back(LEVEL(avx2, false));
   if (avx512) all.push_back(LEVEL(avx512, false));
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back(LEVEL(avx512bf16, true));
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    all.push_back(LEVEL(avx512bf16, true));
+    all.push_back(LEVEL(amx_emulated, true));
+  }
+#ifdef AG_AMX_BUILT
+  const char* asked = std::getenv("ALIGNGPT_CPU_LEVEL");  // amx is for those who name it
+  if (asked && std::strcmp(asked, "amx") == 0 && ag_cpu_level("amx")) all.push_back(LEVEL(amx, true));
+#endif
 #endif
   return all;
 }
@@ -316,6 +323,7 @@ void test_gemms(const Level& l) {
         }
   for (int trans = 0; trans < 4; trans++)
     for (AgDtype dt : {AG_F32, AG_BF16}) {
+      if (elsewhere(l, dt) || (trans != 2 && std::string(l.name) == "amx_emulated")) continue;  // emulation is slow
       GemmCase c{577, 600, 390, trans >= 2, trans % 2 == 1, dt, dt, false, false, false, false, false, AG_NONE, 0};
       test_gemm(l, c);
       c = GemmCase{90,   2500,  400,   trans >= 2, trans % 2 == 1, dt,      AG_F32,
