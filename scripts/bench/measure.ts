@@ -90,21 +90,22 @@ const repetitions = (one: number, seconds: number): number => Math.min(500, Math
 /**
  * Times both sides in turn: warm-up, then at least five pairs A B A B ..., more while the spread is wider than the
  * difference between the sides.
- * @param o.sample seconds a sample should last, runs are repeated for it
+ * @param o.sample seconds a sample should last, runs are repeated for it; 0: one run
  * @param o.warmup runs before the first pair
+ * @param o.warmPeer the peer needs none
  */
 export async function compare(
   c: Context,
   label: string,
   ours: () => void,
   peer: PeerCase,
-  o: { sample?: number; warmup?: number } = {},
+  o: { sample?: number; warmup?: number; warmPeer?: boolean } = {},
 ): Promise<Comparison> {
   const { sample = 0.02, warmup = 2 } = o
   timeOurs(ours, warmup)
-  const oursReps = repetitions(timeOurs(ours, 1), sample)
-  await peer.time(warmup)
-  const peerReps = repetitions(await peer.time(1), sample)
+  if (!o.warmPeer) await peer.time(warmup)
+  const oursReps = sample ? repetitions(timeOurs(ours, 1), sample) : 1
+  const peerReps = sample ? repetitions(await peer.time(1), sample) : 1
   const pairs: Pair[] = []
   for (let round = 0; round < ROUNDS; round++) {
     for (let i = 0; i < PAIRS; i++)

@@ -71,7 +71,7 @@ async function quickest(
     try {
       await peer.time(2)
       await quiet(c)
-      const seconds = Math.min(await peer.time(1), await peer.time(1))
+      const seconds = await peer.time(1)
       c.log(`${what}: PyTorch ${nameOf(variant)}: ${milli(seconds)}`)
       if (best && best.seconds <= seconds) {
         await peer.drop()
@@ -91,10 +91,12 @@ async function quickest(
 
 async function step(c: Context, name: string, phase: 1 | 2, dtype: Float, lengths: readonly number[]): Promise<Result> {
   const folder = await writeModel(c.temp)
-  const { variant, peer } = await quickest(c, name, VARIANTS[dtype], { folder, phase, lengths, lr: RATE })
+  // nobody who looks for the quickest way computes logits on the padding too
+  const variants = VARIANTS[dtype].filter((v) => lengths !== UNEVEN || v.logits === 'text')
+  const { variant, peer } = await quickest(c, name, variants, { folder, phase, lengths, lr: RATE })
   const ours = await TrainStep.load(folder, phase, dtype, lengths)
   try {
-    const found = await compare(c, name, () => ours.run(), peer, { sample: 0, warmup: 2 })
+    const found = await compare(c, name, () => ours.run(), peer, { sample: 0, warmup: 2, warmPeer: true })
     const { losses } = await peer.values<{ losses: number[] }>()
     assertLosses(name, ours.losses, losses, dtype)
     const rows = ours.batch.tokens.length
