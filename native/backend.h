@@ -123,7 +123,7 @@ typedef struct {
 
 typedef struct {
   void* dgate;
-  void* dup;
+  void* dup;  // may be dy
   const void* dy;
   const void* gate;
   const void* up;

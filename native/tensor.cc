@@ -83,6 +83,19 @@ static int64_t rounded(int64_t bytes) {
   return std::max<int64_t>(64, (bytes + step - 1) / step * step);
 }
 
+constexpr int64_t kSlack = int64_t(32) << 20;
+
+// Gives idle blocks back, the largest first, until at most `reserved` bytes are held.
+void Device::drop_idle(int64_t reserved) {
+  while (!idle_.empty() && c_.reserved > reserved) {
+    auto largest = std::prev(idle_.end());
+    backend->free(stream, largest->second);
+    c_.reserved -= largest->first;
+    idle_bytes_ -= largest->first;
+    idle_.erase(largest);
+  }
+}
+
 void* Device::allocate(int64_t bytes, int64_t* actual) {
   int64_t want = rounded(bytes);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -96,11 +109,10 @@ void* Device::allocate(int64_t bytes, int64_t* actual) {
     idle_bytes_ -= want;
     idle_.erase(it);
   } else {
+    // Idle blocks of other sizes make room: what is reserved stays near the most that was ever in use.
+    drop_idle(std::max(c_.peak, c_.in_use + want) + kSlack - want);
     if (backend->alloc(stream, want, &p) != AG_OK) {
-      for (auto& block : idle_) backend->free(stream, block.second);
-      c_.reserved -= idle_bytes_;
-      idle_.clear();
-      idle_bytes_ = 0;
+      drop_idle(0);
       if (backend->alloc(stream, want, &p) != AG_OK)
         fail("ERR_MEMORY", "[memory] out of memory: ", bytes, " bytes wanted, ", c_.in_use, " in use");
     }
@@ -113,19 +125,13 @@ void* Device::allocate(int64_t bytes, int64_t* actual) {
   return p;
 }
 
-// An idle block is kept when the idle ones together stay below a quarter of the peak plus 64 MB: enough for a
-// training step to find its blocks again, without a second copy of the model lying around unused.
+// Kept for the next step, which wants the same sizes again; allocate() bounds what lies idle, trim() gives it back.
 void Device::release(void* p, int64_t actual) {
   std::lock_guard<std::mutex> lock(mutex_);
   c_.in_use -= actual;
   c_.blocks--;
-  if (idle_bytes_ + actual <= c_.peak / 4 + (int64_t(64) << 20)) {
-    idle_.emplace(actual, p);
-    idle_bytes_ += actual;
-  } else {
-    backend->free(stream, p);
-    c_.reserved -= actual;
-  }
+  idle_.emplace(actual, p);
+  idle_bytes_ += actual;
 }
 
 MemoryCounters Device::counters() {
@@ -140,10 +146,7 @@ void Device::reset_peak() {
 
 void Device::trim() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& block : idle_) backend->free(stream, block.second);
-  c_.reserved -= idle_bytes_;
-  idle_.clear();
-  idle_bytes_ = 0;
+  drop_idle(0);
 }
 
 void Device::fail_after(int64_t allocations) {

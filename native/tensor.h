@@ -94,6 +94,7 @@ class Device {
   void fail_after(int64_t allocations);  // test hook: the n-th allocation from now fails; negative: off
 
  private:
+  void drop_idle(int64_t reserved);
   std::mutex mutex_;
   std::multimap<int64_t, void*> idle_;
   int64_t idle_bytes_ = 0;

@@ -2,7 +2,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 
 #include "level.h"
 #include "pool.h"
@@ -10,7 +12,7 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #endif
-#if defined(__linux__)
+#if defined(__linux__) || defined(__APPLE__)
 #include <sys/mman.h>
 #include <unistd.h>
 #elif defined(_WIN32)
@@ -20,22 +22,73 @@
 namespace {
 
 // ---- services ---------------------------------------------------------------------------------------
+// Large blocks are mapped by themselves: free() would keep most of them for the process (glibc raises its threshold for
+// mapping up to 32 MB), in pieces between what is still in use. With sanitizers everything goes through malloc.
+#if (defined(__linux__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
+#define AG_MAPS_BLOCKS 1
+constexpr int64_t kMapFrom = int64_t(1) << 20, kHuge = int64_t(2) << 20;
+struct Mapped {
+  std::mutex m;
+  std::unordered_map<void*, size_t> bytes;
+};
+Mapped& mapped() {
+  static Mapped* all = new Mapped();  // never destroyed: tensors may be released after static destructors
+  return *all;
+}
+// `bytes` rounded to pages, from an address that is a multiple of kHuge when a huge page fits.
+void* map_block(int64_t bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page, extra = size >= kHuge ? kHuge : 0;
+  void* got = mmap(nullptr, size_t(size + extra), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (got == MAP_FAILED) return nullptr;
+  char *from = static_cast<char*>(got), *p = from;
+  if (extra) {
+    p += (kHuge - int64_t(reinterpret_cast<uintptr_t>(from) % kHuge)) % kHuge;
+    if (p > from) munmap(from, size_t(p - from));
+    if (from + extra > p) munmap(p + size, size_t(from + extra - p));
+#if defined(__linux__)
+    madvise(p, size_t(size), MADV_HUGEPAGE);
+#endif
+  }
+  std::lock_guard<std::mutex> lock(mapped().m);
+  mapped().bytes[p] = size_t(size);
+  return p;
+}
+bool unmap_block(void* p) {
+  size_t size = 0;
+  {
+    std::lock_guard<std::mutex> lock(mapped().m);
+    auto it = mapped().bytes.find(p);
+    if (it == mapped().bytes.end()) return false;
+    size = it->second;
+    mapped().bytes.erase(it);
+  }
+  munmap(p, size);
+  return true;
+}
+#endif
+
 AgStatus alloc(void*, int64_t bytes, void** out) {
-  size_t align = bytes >= (4 << 20) ? size_t(2) << 20 : 64;
-#ifdef _WIN32
-  void* p = _aligned_malloc(size_t(bytes), align);
-#else
   void* p = nullptr;
-  if (posix_memalign(&p, align, bytes > 0 ? size_t(bytes) : 1)) p = nullptr;
+#if defined(AG_MAPS_BLOCKS)
+  if (bytes >= kMapFrom && bytes < INT64_MAX / 2) {
+    if (!(p = map_block(bytes))) return AG_OUT_OF_MEMORY;
+    *out = p;
+    return AG_OK;
+  }
+#endif
+#ifdef _WIN32
+  p = _aligned_malloc(size_t(bytes), 64);
+#else
+  if (posix_memalign(&p, 64, bytes > 0 ? size_t(bytes) : 1)) p = nullptr;
 #endif
   if (!p) return AG_OUT_OF_MEMORY;
-#if defined(__linux__)
-  if (align > 64) madvise(p, size_t(bytes), MADV_HUGEPAGE);
-#endif
   *out = p;
   return AG_OK;
 }
 void release(void*, void* p) {
+#if defined(AG_MAPS_BLOCKS)
+  if (unmap_block(p)) return;
+#endif
 #ifdef _WIN32
   _aligned_free(p);
 #else

@@ -121,14 +121,14 @@ Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, co
     if (grads.needs(3))
       run(op, dy.device(), table(dy).col_sum, AgColSum{grads.slot(3), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (!grads.needs(0) && !grads.needs(1)) return;
-    Tensor dh = empty(dy.device(), sg.shape, dy.dt), dg = empty_like(dh), du = empty_like(dh);
+    Tensor dh = empty(dy.device(), sg.shape, dy.dt), dg = empty_like(dh);
     AgGemm gh = product(dy, false, sw, false, m, k, n);
     gh.c = dh.data();
     gemm(op, dy.device(), gh);
     run(op, dy.device(), table(dy).silu_mul_grad,
-        AgSiluMulGrad{dg.data(), du.data(), dh.data(), sg.data(), su.data(), dh.numel(), dh.dt});
+        AgSiluMulGrad{dg.data(), dh.data(), dh.data(), sg.data(), su.data(), dh.numel(), dh.dt});
     grads.add(0, std::move(dg));
-    grads.add(1, std::move(du));
+    grads.add(1, std::move(dh));
   });
   return y;
 }

@@ -153,6 +153,7 @@ export function alignMix(a: AlignMixArgs): AlignMixResult {
 /**
  * Cross entropy of hidden[rows] W^T against targets, summed and divided by `denominator`; logits exist for one chunk of
  * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R].
+ * @param chunk rows; default: as many as make 8 MB of f32 logits, which a CPU's cache holds
  */
 export function lmHeadLoss(
   hidden: Tensor,
@@ -160,7 +161,7 @@ export function lmHeadLoss(
   rows: Tensor,
   targets: Tensor,
   denominator: number,
-  chunk = 256,
+  chunk = Math.min(1024, Math.max(64, Math.floor(2 ** 21 / weight.shape[0]))),
 ): { loss: Tensor; nll: Tensor } {
   const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
   return { loss, nll }

@@ -7,6 +7,7 @@ import type { PackedBatch } from './batch.js'
 import type { Dataset, Dropped } from './data.js'
 import { AlignGPTError } from './errors.js'
 import { type Loader, openLoader } from './loader.js'
+import { native } from './native.js'
 import { AdamW, cosineRate } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
 
@@ -219,6 +220,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     log.end()
     await loader.close()
     optimizer.dispose()
+    native.trim() // what lay idle between the steps
   }
   result.aborted = result.steps < steps
   result.seconds = (performance.now() - began) / 1000
