@@ -204,16 +204,25 @@ struct From<std::vector<T>> {
     return out;
   }
 };
+// Reads the fields of an object by name.
+struct Fields {
+  const Call& c;
+  Napi::Object o;
+  Fields(const Call& c, const Napi::Value& v, const std::string& what) : c(c) {
+    if (!v.IsObject()) bad_argument(c, what, "an object", v);
+    o = v.As<Napi::Object>();
+  }
+  template <class T>
+  void operator()(const char* key, T& field) {
+    Napi::Value e = o.Get(key);
+    field = From<T>::value(c, e, key);
+  }
+};
 template <>
 struct From<ops::AlignMixIn> {
   static ops::AlignMixIn value(const Call& c, const Napi::Value& v, const std::string& what) {
-    if (!v.IsObject()) bad_argument(c, what, "an object", v);
-    Napi::Object o = v.As<Napi::Object>();
+    Fields read(c, v, what);
     ops::AlignMixIn in;
-    auto read = [&](const char* key, auto& field) {
-      Napi::Value e = o.Get(key);
-      field = From<std::decay_t<decltype(field)>>::value(c, e, key);
-    };
     read("x", in.x);
     read("weight", in.weight);
     read("bias", in.bias);
@@ -230,6 +239,29 @@ struct From<ops::AlignMixIn> {
     read("gateOffsets", in.gate_offsets);
     read("gate", in.gate);
     read("global", in.global);
+    return in;
+  }
+};
+template <>
+struct From<ops::AdamWIn> {
+  static ops::AdamWIn value(const Call& c, const Napi::Value& v, const std::string& what) {
+    Fields read(c, v, what);
+    ops::AdamWIn in;
+    read("params", in.params);
+    read("grads", in.grads);
+    read("masters", in.masters);
+    read("m", in.m);
+    read("v", in.v);
+    read("lrScale", in.lr_scale);
+    read("weightDecay", in.weight_decay);
+    read("beta1", in.beta1);
+    read("beta2", in.beta2);
+    read("eps", in.eps);
+    read("lr", in.lr);
+    read("step", in.step);
+    read("normSquared", in.norm_squared);
+    read("maxNorm", in.max_norm);
+    read("seed", in.seed);
     return in;
   }
 };

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 1
+#define AG_BACKEND_VERSION 2
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -156,7 +156,7 @@ typedef struct {
   AgDtype dt;
   int64_t n;
 } AgSpan;
-// *out (host double) = sum of squares over all spans, summed in double; Inf or NaN if any element is not finite
+// *out (one double in device memory) = sum of squares over all spans, summed in double; Inf or NaN if any element is not finite
 typedef struct {
   const AgSpan* spans;
   int64_t count;
@@ -412,23 +412,42 @@ typedef struct {
 
 // ---- optimizer, sampling ----------------------------------------------------------------------------
 // PyTorch's AdamW (decoupled decay): p *= 1 - lr*wd; m += (1-b1)(g-m); v = b2 v + (1-b2) g^2;
-// p -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps), with g = grad * grad_scale.
+// p -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps), with g = grad * min(1, max_norm / (norm + 1e-6)).
+//
+// A bf16 parameter is the rounding of an f32 value that the update works on. Where the rest of that value is:
+//   AG_STATE_FULL     in `master`, the f32 value itself; m and v are f32
+//   AG_STATE_COMPACT  in `master`, as int16: bits of the f32 value - (bits of p << 16), where p is the value rounded to the
+//                     nearest, ties away from zero, so nothing is lost; m and v are bf16, rounded stochastically:
+//                     (bits + r) >> 16 with r the low (m) or high (v) 16 bits of random(first + i).
+// random(i) = mix(low(i) ^ mix(high(i) ^ mix(low(step) ^ mix(low(seed) ^ mix(high(seed)))))), of 32-bit halves, where
+// mix(x): x ^= x >> 16; x *= 0x7feb352d; x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16.
+typedef enum { AG_STATE_FULL = 0, AG_STATE_COMPACT } AgOptimizerState;
 typedef struct {
   void* p;  // f32 or bf16
   AgDtype dt_p;
   const void* g;  // f32 or bf16
   AgDtype dt_g;
-  float* master;  // f32 copy of a bf16 parameter; NULL when p is f32
-  float* m;
-  float* v;
+  AgOptimizerState state;  // AG_STATE_FULL when p is f32
+  void* master;            // NULL when p is f32
+  void* m;
+  void* v;
   int64_t n;
-  double lr, weight_decay;
+  int64_t first;  // number of this tensor's first element in the random numbers of the update
+  double lr_scale, weight_decay;
 } AgAdamWTensor;
+// What changes from one update to the next; in device memory, so that a captured graph can be launched again.
+typedef struct {
+  double lr;
+  int64_t step;  // 1 for the first
+} AgAdamWStep;
 typedef struct {
   const AgAdamWTensor* tensors;
   int64_t count;
-  double beta1, beta2, eps, grad_scale;
-  int64_t step;  // 1 for the first
+  double beta1, beta2, eps;
+  const AgAdamWStep* now;      // in device memory
+  const double* norm_squared;  // in device memory: of all gradients. Not finite: nothing is changed. NULL: not looked at
+  double max_norm;             // 0: gradients are taken as they are
+  uint64_t seed;
 } AgAdamW;
 
 // out[i] = an id drawn from row i. temperature 0: argmax (lowest id on ties). top_k 0 and top_p 1: no cut.

@@ -33,6 +33,7 @@ export function trainingOptions(command: Command): Command {
     .option('--steps <n>', 'instead of epochs', integer)
     .option('--weight-decay <x>', 'decoupled weight decay', number)
     .option('--clip-grad-norm <x>', 'largest gradient norm', number)
+    .option('--optimizer-state <kind>', 'of bf16 weights: full (18 bytes each) or compact (10)')
     .option('--max-bad <share>', 'share of records that may be unusable', number)
     .option('--seed <n>', 'of order and new weights', integer, 0)
     .option('--dtype <type>', 'f32 or bf16', 'f32')

@@ -189,9 +189,12 @@ void adamw(bench::Table& table) {
   for (int64_t i = 0; i < kTensors; i++)
     for (auto* list : {&p, &g, &m, &v}) list->push_back(list == &v ? zeros(&cpu(), Shape{kEach}, AG_F32) : uniform(Shape{kEach}, AG_F32));
   std::vector<ops::Opt> masters(kTensors);
-  std::vector<double> lr(kTensors, 1e-4), decay(kTensors, 0.01);
-  double step = 0;
-  table.row(name, 0, 7.0 * 4 * kTensors * kEach, [&] { ops::adamw(p, g, masters, m, v, lr, decay, 0.9, 0.95, 1e-8, ++step, 1); });
+  ops::AdamWIn in{p, g, masters, m, v, std::vector<double>(kTensors, 1), std::vector<double>(kTensors, 0.01), 0.9, 0.95, 1e-8,
+                  1e-4, 0, std::nullopt, 0, 0};
+  table.row(name, 0, 7.0 * 4 * kTensors * kEach, [&] {
+    in.step++;
+    ops::adamw(in);
+  });
 }
 
 }  // namespace

@@ -97,12 +97,19 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets);  // mean, -> 
 Tensor contrastive_loss(const Tensor& image, const Tensor& text, const Tensor& log_scale);
 
 // ---- optim.cc ---------------------------------------------------------------------------------------
-double sum_squares(const std::vector<Tensor>& xs);  // Inf or NaN when any element is not finite
-// One call over all parameters. masters[i] is empty for f32 parameters.
-void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Opt>& masters,
-           const std::vector<Tensor>& m, const std::vector<Tensor>& v, const std::vector<double>& lr,
-           const std::vector<double>& weight_decay, double beta1, double beta2, double eps, double step,
-           double grad_scale);
+Tensor sum_squares(const std::vector<Tensor>& xs);  // f64 []; Inf or NaN when any element is not finite
+// One call over all parameters. masters[i] is empty for f32 parameters; the moments' dtype is the state's (backend.h).
+struct AdamWIn {
+  std::vector<Tensor> params, grads;
+  std::vector<Opt> masters;
+  std::vector<Tensor> m, v;
+  std::vector<double> lr_scale, weight_decay;
+  double beta1, beta2, eps, lr, step;
+  Opt norm_squared;  // of sum_squares: nothing changes when it is not finite
+  double max_norm;   // 0: no clipping
+  double seed;
+};
+void adamw(const AdamWIn& in);
 // ---- decode.cc (inference only: nothing is recorded) -------------------------------------------------
 // cache [blocks, block, kvHeads*dim]; slot i32 [T] = block * block_size + place
 void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot);

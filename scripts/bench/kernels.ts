@@ -237,7 +237,9 @@ const adamw: Group = {
     const [p, g, m, v] = [parameters, gradients, ...moments].map((ts) => ts.map((t) => t.h))
     const each = <T>(value: T): T[] => parameters.map(() => value)
     let step = 0
-    const run = (): void => native.adamw(p, g, each(null), m, v, each(lr), each(0), 0.9, 0.999, 1e-8, ++step, 1)
+    const state = { params: p, grads: g, masters: each(null), m, v, lrScale: each(1), weightDecay: each(0) }
+    const rates = { beta1: 0.9, beta2: 0.999, eps: 1e-8, lr, normSquared: null, maxNorm: 0, seed: 0 }
+    const run = (): void => native.adamw({ ...state, ...rates, step: ++step })
     const peer = await c.peer.make('adamw', { shapes: ADAMW_SHAPES, lr })
     try {
       run()

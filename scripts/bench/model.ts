@@ -156,7 +156,8 @@ export class TrainStep {
     lengths: readonly number[],
   ) {
     this.batch = makeBatch(model, lengths)
-    this.#optimizer = new AdamW(trainable(model, phase === 1 ? PRETRAIN : FINETUNE))
+    // the peer's bf16 variant keeps everything in bf16
+    this.#optimizer = new AdamW(trainable(model, phase === 1 ? PRETRAIN : FINETUNE), { state: 'compact' })
   }
   static async load(folder: string, phase: 1 | 2, dtype: Dtype, lengths: readonly number[]): Promise<TrainStep> {
     return new TrainStep(await AlignGPT.load(folder, { dtype }), phase, lengths)

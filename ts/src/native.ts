@@ -29,6 +29,30 @@ export interface NativeAlignMix {
   global: boolean
 }
 
+/** The lists have an entry for each parameter. */
+export interface NativeAdamW {
+  params: H[]
+  grads: H[]
+  /** of bf16 parameters */
+  masters: (H | null)[]
+  /** f32: full state; bf16: compact state */
+  m: H[]
+  v: H[]
+  lrScale: number[]
+  weightDecay: number[]
+  beta1: number
+  beta2: number
+  eps: number
+  lr: number
+  /** 1 for the first */
+  step: number
+  /** of sumSquares: not finite means that nothing is changed */
+  normSquared: H | null
+  /** 0: no clipping */
+  maxNorm: number
+  seed: number
+}
+
 export interface Native {
   tensor(data: TensorData, shape: number[], dtype: Dtype): H
   write(t: H, data: TensorData): void
@@ -113,21 +137,8 @@ export interface Native {
   lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number): H[]
   crossEntropy(logits: H, targets: H): H
   contrastiveLoss(image: H, text: H, logScale: H): H
-  sumSquares(xs: H[]): number
-  adamw(
-    params: H[],
-    grads: H[],
-    masters: (H | null)[],
-    m: H[],
-    v: H[],
-    lr: number[],
-    weightDecay: number[],
-    beta1: number,
-    beta2: number,
-    eps: number,
-    step: number,
-    gradScale: number,
-  ): void
+  sumSquares(xs: H[]): H
+  adamw(args: NativeAdamW): void
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 

@@ -2,7 +2,7 @@
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
 import { reshape, slice } from './ops.js'
-import { noGrad, scope, Tensor, zeros } from './tensor.js'
+import { type Dtype, noGrad, scope, Tensor, zeros } from './tensor.js'
 
 /** Parameters that are not decayed, by name, as the Hugging Face trainer decides it: biases and norms. */
 const NO_DECAY = /bias|layernorm|layer_norm|layrnorm|(?:^|\.)norm(?:$|\.)/
@@ -14,42 +14,73 @@ export interface Parameter {
   lrScale?: number
 }
 
-/** Pieces of one flat f32 buffer in the shapes of the parameters. */
-function bucket(parameters: readonly Parameter[]): { flat: Tensor; views: Tensor[] } {
-  const total = parameters.reduce((n, p) => n + p.tensor.numel, 0)
-  const flat = zeros([total]).persist()
-  let at = 0
-  const views = parameters.map((p) => {
-    const n = p.tensor.numel
-    const view = scope(() => reshape(slice(flat, 0, at, at + n), p.tensor.shape)).persist()
-    at += n
-    return view
+/**
+ * What is kept of a bf16 parameter besides its 2 bytes.
+ * full: f32 gradient, moments and master, 16 bytes. compact: bf16 gradient, bf16 moments rounded stochastically, and the 16
+ * bits that its f32 value has more, 8 bytes: the update is still that of the f32 value.
+ * f32 parameters have f32 gradients and moments, 12 bytes, in both.
+ */
+export type OptimizerState = 'full' | 'compact'
+
+/** Pieces of a flat buffer for each dtype, in the shapes of the parameters. */
+function bucket(parameters: readonly Parameter[], dtypes: readonly Dtype[]): { flats: Tensor[]; views: Tensor[] } {
+  const views = new Array<Tensor>(parameters.length)
+  const flats = [...new Set(dtypes)].map((dtype) => {
+    const mine = parameters.map((_, i) => i).filter((i) => dtypes[i] === dtype)
+    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype).persist()
+    let at = 0
+    for (const i of mine) {
+      const { numel, shape } = parameters[i].tensor
+      views[i] = scope(() => reshape(slice(flat, 0, at, at + numel), shape)).persist()
+      at += numel
+    }
+    return flat
   })
-  return { flat, views }
+  return { flats, views }
 }
 
-/** AdamW (Loshchilov & Hutter 2019) with PyTorch's arithmetic; f32 gradients and moments, an f32 master of bf16 weights. */
+export interface AdamWOptions {
+  beta1?: number
+  beta2?: number
+  eps?: number
+  weightDecay?: number
+  /** default full */
+  state?: OptimizerState
+  /** of the stochastic rounding of the compact state */
+  seed?: number
+}
+
+/** AdamW (Loshchilov & Hutter 2019) with PyTorch's arithmetic; bf16 parameters are updated in f32 (OptimizerState). */
 export class AdamW {
   readonly #parameters: readonly Parameter[]
-  readonly #buckets: { flat: Tensor; views: Tensor[] }[]
+  readonly #gradients: { flats: Tensor[]; views: Tensor[] }
+  readonly #moments: { flats: Tensor[]; views: Tensor[] }[]
   readonly #masters: (Tensor | null)[]
   #step = 0
 
   /** Marks the parameters as wanting gradients and gives them buffers. */
   constructor(
     parameters: readonly Parameter[],
-    private readonly o: { beta1?: number; beta2?: number; eps?: number; weightDecay?: number } = {},
+    private readonly o: AdamWOptions = {},
   ) {
     if (parameters.length === 0)
       throw new AlignGPTError('ERR_ARGUMENT', '[AdamW] parameters: expected at least one, got none')
+    if (o.state !== undefined && o.state !== 'full' && o.state !== 'compact')
+      throw new AlignGPTError('ERR_ARGUMENT', `[AdamW] state: expected full or compact, got ${o.state}`)
     this.#parameters = parameters
-    this.#buckets = noGrad(() => [bucket(parameters), bucket(parameters), bucket(parameters)])
+    const compact = parameters.map((p) => o.state === 'compact' && p.tensor.dtype === 'bf16')
+    const dtypes = compact.map((c) => (c ? 'bf16' : 'f32'))
+    this.#gradients = noGrad(() => bucket(parameters, dtypes))
+    this.#moments = noGrad(() => [bucket(parameters, dtypes), bucket(parameters, dtypes)])
     this.#masters = noGrad(() =>
-      parameters.map(({ tensor: p }) => (p.dtype === 'bf16' ? new Tensor(native.cast(p.h, 'f32')).persist() : null)),
+      parameters.map(({ tensor: p }, i) => {
+        if (p.dtype !== 'bf16') return null
+        return (compact[i] ? zeros(p.shape, 'bf16') : new Tensor(native.cast(p.h, 'f32'))).persist()
+      }),
     )
     for (const [i, { tensor: p }] of parameters.entries()) {
       p.requiresGrad()
-      native.setGrad(p.h, this.#buckets[0].views[i].h)
+      native.setGrad(p.h, this.#gradients.views[i].h)
     }
   }
 
@@ -59,11 +90,17 @@ export class AdamW {
 
   /** Norm over all gradients; not finite when any element is not. */
   gradientNorm(): number {
+    return scope(() => this.#norm(this.#normSquared()))
+  }
+
+  #normSquared(): number {
     // a parameter no gradient reached holds zeros, not what was there before
-    scope(() => {
-      for (const { tensor: p } of this.#parameters) native.grad(p.h)
-    })
-    return Math.sqrt(native.sumSquares([this.#buckets[0].flat.h]))
+    for (const { tensor: p } of this.#parameters) native.grad(p.h)
+    return native.sumSquares(this.#gradients.flats.map((t) => t.h))
+  }
+
+  #norm(squared: number): number {
+    return Math.sqrt((native.read(squared) as Float64Array)[0])
   }
 
   /**
@@ -74,25 +111,31 @@ export class AdamW {
    * @throws ERR_NOT_FINITE before anything is changed
    */
   update(lr: number, maxNorm: number | null = null): number {
-    const norm = this.gradientNorm()
+    const [m, v] = this.#moments.map((b) => b.views.map((t) => t.h))
+    const norm = scope(() => {
+      const normSquared = this.#normSquared()
+      native.adamw({
+        params: this.#parameters.map((p) => p.tensor.h),
+        grads: this.#gradients.views.map((t) => t.h),
+        masters: this.#masters.map((t) => t?.h ?? null),
+        m,
+        v,
+        lrScale: this.#parameters.map((p) => p.lrScale ?? 1),
+        weightDecay: this.#parameters.map((p) => (NO_DECAY.test(p.name) ? 0 : (this.o.weightDecay ?? 0))),
+        beta1: this.o.beta1 ?? 0.9,
+        beta2: this.o.beta2 ?? 0.999,
+        eps: this.o.eps ?? 1e-8,
+        lr,
+        step: this.#step + 1,
+        normSquared,
+        maxNorm: maxNorm ?? 0,
+        seed: this.o.seed ?? 0,
+      })
+      return this.#norm(normSquared)
+    })
     if (!Number.isFinite(norm))
       throw new AlignGPTError('ERR_NOT_FINITE', `[AdamW] gradient norm: expected a finite number, got ${norm}`)
-    const scale = maxNorm === null ? 1 : Math.min(1, maxNorm / (norm + 1e-6))
-    const [g, m, v] = this.#buckets.map((b) => b.views.map((t) => t.h))
-    native.adamw(
-      this.#parameters.map((p) => p.tensor.h),
-      g,
-      this.#masters.map((t) => t?.h ?? null),
-      m,
-      v,
-      this.#parameters.map((p) => lr * (p.lrScale ?? 1)),
-      this.#parameters.map((p) => (NO_DECAY.test(p.name) ? 0 : (this.o.weightDecay ?? 0))),
-      this.o.beta1 ?? 0.9,
-      this.o.beta2 ?? 0.999,
-      this.o.eps ?? 1e-8,
-      ++this.#step,
-      scale,
-    )
+    this.#step++
     this.zeroGrad()
     return norm
   }
@@ -104,7 +147,7 @@ export class AdamW {
   /** Frees gradients and moments; the parameters become constants again. */
   dispose(): void {
     for (const { tensor: p } of this.#parameters) if (p.live) p.requiresGrad(false)
-    for (const b of this.#buckets) for (const t of [b.flat, ...b.views]) t.dispose()
+    for (const b of [this.#gradients, ...this.#moments]) for (const t of [...b.flats, ...b.views]) t.dispose()
     for (const t of this.#masters) t?.dispose()
   }
 }

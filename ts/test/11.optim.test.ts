@@ -18,26 +18,74 @@ function reference(p: number[], grads: number[][], lr: number, wd: number): numb
   })
 }
 
-for (const dtype of ['f32', 'bf16'] as const)
-  test(`AdamW on ${dtype} parameters follows PyTorch's formula`, () => {
+const CASES = [
+  ['f32', 'full', 5e-7],
+  // five steps of f32 rounding; bf16 keeps 8 bits, the rest of the value all of them
+  ['bf16', 'full', 2 ** -8],
+  // and the moments are rounded to 8 bits in each step
+  ['bf16', 'compact', 2 ** -8],
+] as const
+for (const [dtype, state, limit] of CASES)
+  test(`AdamW on ${dtype} parameters with the ${state} state follows PyTorch's formula`, () => {
     const n = 1003 // not a multiple of any vector width
     const start = Float32Array.from({ length: n }, (_, i) => Math.fround(((i % 17) - 8) / 8))
-    const grads = Array.from({ length: 5 }, (_, t) => Array.from({ length: n }, (_, i) => Math.fround(Math.sin(i + t))))
+    // exact in bf16, so that the norm is the same for every dtype of the gradient
+    const grads = Array.from({ length: 5 }, (_, t) =>
+      Array.from({ length: n }, (_, i) => ((i + 3 * t) % 15) / 8 - 0.75),
+    )
     const p = tensor(start, [n], dtype).persist()
-    const optimizer = new AdamW([{ name: 'w.weight', tensor: p }], { weightDecay: 0.1 })
+    const optimizer = new AdamW([{ name: 'w.weight', tensor: p }], { weightDecay: 0.1, state })
     for (const g of grads) {
       scope(() => native.write(native.grad(p.h) as number, Float32Array.from(g)))
       expect(optimizer.update(1e-2)).toBeCloseTo(Math.hypot(...g), 4)
     }
     const want = reference(Array.from(start), grads, 1e-2, 0.1)
     const got = p.toFloats()
-    // five steps of f32 rounding; bf16 keeps 8 bits, its master all of them
-    const limit = dtype === 'f32' ? 5e-7 : 2 ** -8
     for (let i = 0; i < n; i++)
       expect(Math.abs(got[i] - want[i])).toBeLessThanOrEqual(limit * Math.max(1, Math.abs(want[i])))
     optimizer.dispose()
     p.dispose()
   })
+
+/** 300 steps towards the minimum of sum (w - target)^2 / 2 with a small rate. */
+function descend(state: 'full' | 'compact', seed = 0): { w: Float32Array; bytes: number } {
+  const n = 4096
+  const before = native.memory().inUse
+  const p = tensor(new Float32Array(n).fill(1), [n], 'bf16').persist()
+  const optimizer = new AdamW([{ name: 'w', tensor: p }], { state, seed })
+  const bytes = (native.memory().inUse - before) / n
+  for (let step = 0; step < 300; step++) {
+    const w = p.toFloats()
+    scope(() =>
+      native.write(
+        native.grad(p.h) as number,
+        Float32Array.from(w, (x, i) => x - i / n),
+      ),
+    )
+    optimizer.update(1e-4)
+  }
+  const w = p.toFloats() as Float32Array
+  optimizer.dispose()
+  p.dispose()
+  return { w, bytes }
+}
+
+test('the compact state takes 10 bytes a parameter, loses no small update and is the same every time', () => {
+  const full = descend('full')
+  const compact = descend('compact')
+  expect([full.bytes, compact.bytes]).toEqual([18, 10])
+  // 300 updates of 1e-4 are a quarter of a unit of bf16 at most each: without the low bits nothing would have moved
+  for (const [i, w] of compact.w.entries()) expect(Math.abs(w - full.w[i])).toBeLessThanOrEqual(2 ** -7)
+  expect(compact.w[0]).toBeLessThan(0.975)
+  expect(descend('compact').w).toEqual(compact.w)
+  expect(descend('compact', 1).w).not.toEqual(compact.w)
+  expect(() => new AdamW([], { state: 'compact' })).toThrow(/at least one/)
+  const p = tensor([1]).persist()
+  expect(() => new AdamW([{ name: 'p', tensor: p }], { state: 'small' as 'full' })).toThrow(
+    /expected full or compact, got small/,
+  )
+  p.dispose()
+})
 
 test('a gradient that is not finite stops before anything changes', () => {
   const p = tensor([1, 2, 3]).persist()
