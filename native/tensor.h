@@ -115,14 +115,16 @@ struct Storage {
 };
 
 // ---- tensor -----------------------------------------------------------------------------------------
-struct Var;  // the tape's view of a tensor (tape.h)
+struct Var;    // the tape's view of a tensor (tape.h)
+struct Again;  // how to compute a tensor again (tape.h)
 
 struct Tensor {
   std::shared_ptr<Storage> storage;
   int64_t offset = 0;  // bytes
   AgDtype dt = AG_F32;
   Shape shape;
-  std::shared_ptr<Var> var;  // null: no gradient wanted
+  std::shared_ptr<Var> var;      // null: no gradient wanted
+  std::shared_ptr<Again> again;  // null: backward must keep the values
 
   bool defined() const { return storage != nullptr; }
   Device* device() const { return storage->device; }
@@ -133,7 +135,7 @@ struct Tensor {
   }
   int64_t numel() const { return shape.numel(); }
   int64_t bytes() const { return numel() * dtype_size(dt); }
-  Tensor detached() const;                // same storage, no tape
+  Tensor detached() const;                // same storage, no tape and no way to compute it again
   Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
 };
 

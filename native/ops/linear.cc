@@ -58,7 +58,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
   }
   gemm("linear", x.device(), g);
   if (!rec) return y;
-  Tensor sx = wants_grad(w) ? x.detached() : Tensor(), sw = wants_grad(x) ? w.detached() : Tensor();
+  Saved sx = wants_grad(w) ? Saved(x) : Saved();
+  Tensor sw = wants_grad(x) ? w.detached() : Tensor();
   record("linear", {&y}, {x, w, b}, [=](Grads& grads) {
     Tensor dy = grads.out();
     if (act != AG_NONE) {
@@ -67,7 +68,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
       dy = d;
     }
     if (grads.needs(1)) {
-      AgGemm gw = product(dy, true, sx, false, n, k, m);
+      Tensor input = sx.get();
+      AgGemm gw = product(dy, true, input, false, n, k, m);
       into(gw, grads.slot(1));
       gemm("linear", dy.device(), gw);
     }

@@ -161,7 +161,7 @@ export function lmHeadLoss(
   rows: Tensor,
   targets: Tensor,
   denominator: number,
-  chunk = Math.min(1024, Math.max(64, Math.floor(2 ** 21 / weight.shape[0]))),
+  chunk = Math.min(1024, Math.max(64, Math.floor(2 ** 20 / weight.shape[0]))),
 ): { loss: Tensor; nll: Tensor } {
   const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
   return { loss, nll }
