@@ -72,10 +72,13 @@ std::string Shape::str() const {
 // ---- device -----------------------------------------------------------------------------------------
 Device::Device(const AgBackend* backend) : backend(backend) {}
 
-// Sizes are rounded so that a block fits its successor: to 64 bytes below 4 KiB, else to 1/8 of the power of two.
+// Sizes are rounded so that a block fits its successor: to 64 bytes below 4 KiB, to 1/8 of the power of two below 1 MiB, and to
+// 64 KiB above, where what is lost counts and a block may serve requests up to 1/8 smaller anyway.
 static int64_t rounded(int64_t bytes) {
   int64_t step = 64;
-  if (bytes > 4096) {
+  if (bytes > int64_t(1) << 20) {
+    step = int64_t(64) << 10;
+  } else if (bytes > 4096) {
     int64_t power = 4096;
     while (power * 2 <= bytes) power *= 2;
     step = power / 8;
@@ -91,7 +94,6 @@ void Device::drop_idle(int64_t reserved) {
     auto largest = std::prev(idle_.end());
     backend->free(stream, largest->second);
     c_.reserved -= largest->first;
-    idle_bytes_ -= largest->first;
     idle_.erase(largest);
   }
 }
@@ -106,7 +108,6 @@ void* Device::allocate(int64_t bytes, int64_t* actual) {
   if (it != idle_.end() && it->first <= want + want / 8) {
     p = it->second;
     want = it->first;
-    idle_bytes_ -= want;
     idle_.erase(it);
   } else {
     // Idle blocks of other sizes make room: what is reserved stays near the most that was ever in use.
@@ -131,7 +132,6 @@ void Device::release(void* p, int64_t actual) {
   c_.in_use -= actual;
   c_.blocks--;
   idle_.emplace(actual, p);
-  idle_bytes_ += actual;
 }
 
 MemoryCounters Device::counters() {

@@ -97,7 +97,6 @@ class Device {
   void drop_idle(int64_t reserved);
   std::mutex mutex_;
   std::multimap<int64_t, void*> idle_;
-  int64_t idle_bytes_ = 0;
   int64_t fail_after_ = -1;
   MemoryCounters c_;
 };
