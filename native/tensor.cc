@@ -180,6 +180,12 @@ Tensor Tensor::view(const Shape& s) const {
   return t;
 }
 
+const void* Tensor::packed(int64_t rows, int64_t cols, bool trans_b) const {
+  for (const Packed& p : storage->packed)
+    if (p.offset == offset && p.dt == dt && p.rows == rows && p.cols == cols && p.trans_b == trans_b) return p.blob->p;
+  return nullptr;
+}
+
 Tensor empty(Device* device, const Shape& shape, AgDtype dt) {
   Tensor t;
   t.shape = shape;

@@ -102,11 +102,24 @@ class Device {
 };
 Device& cpu();
 
+struct Storage;
+
+// A matrix [rows, cols] once more, in the layout the backend's products want it as right-hand side (AgPack). It belongs
+// to the storage of its values: it goes with them, and whoever writes into them clears it.
+struct Packed {
+  int64_t offset;
+  AgDtype dt;
+  int64_t rows, cols;
+  bool trans_b;
+  std::shared_ptr<Storage> blob;
+};
+
 struct Storage {
   Device* device;
   void* p = nullptr;
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
+  std::vector<Packed> packed;
   Storage(Device* device, int64_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
@@ -134,6 +147,7 @@ struct Tensor {
   }
   int64_t numel() const { return shape.numel(); }
   int64_t bytes() const { return numel() * dtype_size(dt); }
+  const void* packed(int64_t rows, int64_t cols, bool trans_b) const;  // the blob of `pack` for this matrix, or null
   Tensor detached() const;                // same storage, no tape and no way to compute it again
   Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
 };

@@ -101,6 +101,8 @@ export interface Native {
   fill(x: H, value: number): void
   copy(dst: H, src: H): void
   random(x: H, kind: 'uniform' | 'normal', a: number, b: number, seed: number, offset: number): void
+  pack(w: H, transB: boolean): number
+  unpack(w: H): void
   linear(x: H, w: H, b: H | null, activation: string): H
   siluMulLinear(gate: H, up: H, w: H, b: H | null): H
   matmul(a: H, b: H, transA: boolean, transB: boolean): H

@@ -43,6 +43,14 @@ export const exp = (x: Tensor): Tensor => wrap(native.unary(x.h, 'exp'))
 export const siluMul = (gate: Tensor, up: Tensor): Tensor => wrap(native.siluMul(gate.h, up.h))
 export const sum = (x: Tensor): Tensor => wrap(native.sum(x.h))
 export const mean = (x: Tensor): Tensor => wrap(native.mean(x.h))
+/**
+ * Keeps a frozen matrix [R, C] once more in the layout its products take fastest; the results are the same bits. Whatever
+ * writes to it or makes it a parameter drops that, so it is never stale.
+ * @param transB for x W^T (linear, the LM head, alignMix), else for x W (gradients of their inputs)
+ * @returns bytes that takes, until `unpack` or the end of the tensor
+ */
+export const pack = (weight: Tensor, transB = true): number => native.pack(weight.h, transB)
+export const unpack = (weight: Tensor): void => native.unpack(weight.h)
 /** act(x W^T + b): x [..., K], weight [N, K], bias [N] -> [..., N] */
 export const linear = (x: Tensor, weight: Tensor, bias?: Tensor | null, activation: Activation = 'none'): Tensor =>
   wrap(native.linear(x.h, weight.h, handle(bias), activation))
