@@ -434,6 +434,7 @@ Napi::Value read_tensor(const Napi::CallbackInfo& info) {
   });
 }
 
+double kernel_seconds() { return double(cpu().kernel_nanoseconds.load()) * 1e-9; }
 Napi::Value memory(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
     MemoryCounters m = cpu().counters();
@@ -584,6 +585,7 @@ void define_core(Napi::Object& e) {
   define(e, "setGrad", call<&attach_grad>);
   define(e, "zeroGrad", call<&clear_grads>);
   define(e, "memory", memory);
+  define(e, "kernelSeconds", call<&kernel_seconds>);
   define(e, "resetPeak", call<&reset_peak>);
   define(e, "trim", call<&trim>);
   define(e, "failAfter", call<&fail_after>);

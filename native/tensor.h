@@ -3,6 +3,7 @@
 // Storage is process-wide with atomic counts; everything that refers to it (handles, tape) belongs to one thread.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <initializer_list>
 #include <map>
@@ -92,6 +93,7 @@ class Device {
   void reset_peak();
   void trim();                          // gives idle blocks back to the system
   void fail_after(int64_t allocations);  // test hook: the n-th allocation from now fails; negative: off
+  std::atomic<int64_t> kernel_nanoseconds{0};  // spent inside calls of kernels so far (a GPU's: in launching them)
 
  private:
   void drop_idle(int64_t reserved);
@@ -160,25 +162,30 @@ Tensor zeros(Device* device, const Shape& shape, AgDtype dt);
 // Throws when a kernel does not answer AG_OK.
 void check_status(const char* op, AgStatus status, const AgCtx& ctx);
 
-// Runs one kernel of the device's table, with the scratch it asked for. Kernels that take no scratch pass no id.
+// Runs one kernel of the device's table, with scratch of `scratch_bytes`.
 template <class Args>
-void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args) {
+void run_with(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, int64_t scratch_bytes) {
   AgCtx ctx{};
   ctx.stream = device->stream;
-  check_status(op, kernel(&ctx, &args), ctx);
+  std::shared_ptr<Storage> scratch;
+  if (scratch_bytes > 0) {
+    scratch = std::make_shared<Storage>(device, scratch_bytes);
+    ctx.workspace = scratch->p;
+    ctx.workspace_bytes = scratch_bytes;
+  }
+  const auto from = std::chrono::steady_clock::now();
+  const AgStatus status = kernel(&ctx, &args);
+  device->kernel_nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - from).count();
+  check_status(op, status, ctx);
+}
+// Kernels that take no scratch pass no id.
+template <class Args>
+void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args) {
+  run_with(op, device, kernel, args, 0);
 }
 template <class Args>
 void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, AgKernel id) {
-  AgCtx ctx{};
-  ctx.stream = device->stream;
-  int64_t bytes = device->backend->workspace(id, &args);
-  std::shared_ptr<Storage> scratch;
-  if (bytes > 0) {
-    scratch = std::make_shared<Storage>(device, bytes);
-    ctx.workspace = scratch->p;
-    ctx.workspace_bytes = bytes;
-  }
-  check_status(op, kernel(&ctx, &args), ctx);
+  run_with(op, device, kernel, args, device->backend->workspace(id, &args));
 }
 
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);

@@ -77,6 +77,8 @@ export interface Native {
   grad(t: H): H | null
   setGrad(t: H, buffer: H | null): void
   zeroGrad(ts: H[]): void
+  /** spent inside kernels by this process so far */
+  kernelSeconds(): number
   memory(): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
   resetPeak(): void
   trim(): void
