@@ -158,10 +158,13 @@ export function alignMix(a: AlignMixArgs): AlignMixResult {
   return { inputsEmbeds, textMean, dots, gateLogits, coefficients }
 }
 
+/** Rows of the LM head at a time: as many as make 4 MB of f32 logits, which a CPU's cache holds. */
+export const headChunk = (vocabulary: number): number => Math.min(1024, Math.max(64, Math.floor(2 ** 20 / vocabulary)))
+
 /**
  * Cross entropy of hidden[rows] W^T against targets, summed and divided by `denominator`; logits exist for one chunk of
  * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R].
- * @param chunk rows; default: as many as make 8 MB of f32 logits, which a CPU's cache holds
+ * @param chunk rows, default headChunk
  */
 export function lmHeadLoss(
   hidden: Tensor,
@@ -169,7 +172,7 @@ export function lmHeadLoss(
   rows: Tensor,
   targets: Tensor,
   denominator: number,
-  chunk = Math.min(1024, Math.max(64, Math.floor(2 ** 20 / weight.shape[0]))),
+  chunk = headChunk(weight.shape[0]),
 ): { loss: Tensor; nll: Tensor } {
   const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
   return { loss, nll }
