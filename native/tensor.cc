@@ -86,7 +86,7 @@ static int64_t rounded(int64_t bytes) {
   return std::max<int64_t>(64, (bytes + step - 1) / step * step);
 }
 
-constexpr int64_t kSlack = int64_t(16) << 20;
+constexpr int64_t kSlack = int64_t(4) << 20;
 
 // Gives idle blocks back, the largest first, until at most `reserved` bytes are held.
 void Device::drop_idle(int64_t reserved) {

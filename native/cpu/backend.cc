@@ -46,7 +46,9 @@ void* map_block(int64_t bytes) {
     if (p > from) munmap(from, size_t(p - from));
     if (from + extra > p) munmap(p + size, size_t(from + extra - p));
 #if defined(__linux__)
-    madvise(p, size_t(size), MADV_HUGEPAGE);
+    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14: all pages at once, cheaper than a fault for each
+  madvise(p, size_t(size), MADV_HUGEPAGE);
+  madvise(p, size_t(size), kPopulateWrite);
 #endif
   }
   std::lock_guard<std::mutex> lock(mapped().m);
