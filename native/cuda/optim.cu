@@ -1,0 +1,8 @@
+// AdamW.
+#include "gpu.h"
+
+namespace gpu {
+
+AgStatus adamw(AgCtx* ctx, const AgAdamW*) { return unsupported(ctx, "adamw"); }
+
+}  // namespace gpu
