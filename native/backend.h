@@ -4,6 +4,9 @@
 // never see a Tensor: the ops (native/ops) check, allocate and record, the kernels compute. Scratch memory
 // comes in through Ctx; `workspace` says how much a call needs. Every result is a pure function of the
 // arguments and of the backend's level: never of the number of threads or of timing.
+//
+// Pointers in the arguments are device memory, indices and offsets too. In host memory, and read before the call returns, are the
+// argument structs and the lists of AgSumSquares.spans and AgAdamW.tensors.
 #pragma once
 #include <stdint.h>
 
@@ -451,7 +454,8 @@ typedef struct {
 } AgAdamW;
 
 // out[i] = an id drawn from row i. temperature 0: argmax (lowest id on ties). top_k 0 and top_p 1: no cut.
-// top_k first, then the smallest set with probability >= top_p, as transformers does (ties at the k-th are kept). u[i] in [0,1) decides. A NaN is AG_INVALID.
+// top_k first, then the smallest set with probability >= top_p, as transformers does (ties at the k-th are kept). u[i] in [0,1)
+// decides. A NaN in row i gives -1. All three arrays are in device memory, so that a captured graph can draw again.
 typedef struct {
   const float* logits;  // [rows, cols]
   int64_t rows, cols;

@@ -209,4 +209,10 @@ void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes) {
   check_status("copy", device->backend->copy(&ctx, dst, src, bytes), ctx);
 }
 
+void synchronize(Device* device) {
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  check_status("synchronize", device->backend->synchronize(&ctx), ctx);
+}
+
 }  // namespace ag

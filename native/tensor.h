@@ -167,5 +167,6 @@ void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*)
 }
 
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);
+void synchronize(Device* device);  // until everything enqueued so far is done, copies to the host included
 
 }  // namespace ag

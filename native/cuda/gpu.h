@@ -122,6 +122,24 @@ template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<Pack<T>*>(p) = x;
 }
+// W numbers as f32: one access of W * sizeof(T) bytes (at most 16 at a time), which the address is aligned to. W = 1 is plain.
+template <class T, int W>
+struct alignas(W * sizeof(T) > 16 ? 16 : W * sizeof(T)) Group {
+  T v[W];
+};
+template <int W, class T>
+__device__ __forceinline__ void load_lanes(float (&out)[W], const T* p) {
+  const Group<T, W> x = *reinterpret_cast<const Group<T, W>*>(p);
+#pragma unroll
+  for (int j = 0; j < W; j++) out[j] = to_float(x.v[j]);
+}
+template <int W, class T>
+__device__ __forceinline__ void store_lanes(T* p, const float (&x)[W]) {
+  Group<T, W> out;
+#pragma unroll
+  for (int j = 0; j < W; j++) out.v[j] = from_float<T>(x[j]);
+  *reinterpret_cast<Group<T, W>*>(p) = out;
+}
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A gradient of either dtype (AgGrad), element i.
@@ -172,6 +190,24 @@ __device__ __forceinline__ T block_reduce(T x, T* scratch) {
   return x;
 }
 
+// ---- loops over the grid ----------------------------------------------------------------------------
+// Blocks for n pieces of work, one for each thread, in a loop over the grid: enough to fill the device, no more.
+inline dim3 grid_for(int64_t n, int threads) {
+  const int64_t most = int64_t(device().processors) * (2048 / threads), blocks = div_up(n, threads);
+  return dim3(unsigned(blocks < most ? blocks : most));
+}
+__device__ __forceinline__ int64_t grid_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t grid_threads() { return int64_t(gridDim.x) * blockDim.x; }
+
+// i / by and i % by; by 32 bits where they suffice, which is several times faster.
+struct Split {
+  int64_t quotient, rest;
+};
+__device__ __forceinline__ Split split(int64_t i, int64_t by) {
+  if ((i | by) >> 32 == 0) return {int64_t(uint32_t(i) / uint32_t(by)), int64_t(uint32_t(i) % uint32_t(by))};
+  return {i / by, i % by};
+}
+
 // ---- dispatch ---------------------------------------------------------------------------------------
 template <class T>
 struct Tag {
@@ -182,6 +218,17 @@ AgStatus with_float(AgCtx* ctx, const char* op, AgDtype dt, const F& f) {
   if (dt == AG_F32) return f(Tag<float>());
   if (dt == AG_BF16) return f(Tag<bf16>());
   return bad_dtype(ctx, op, dt);
+}
+
+// Calls f with the number of elements of an access as a constant: 16 bytes where `vector`, else one.
+template <int W>
+struct Width {
+  static constexpr int value = W;
+};
+template <class T, class F>
+AgStatus with_width(bool vector, const F& f) {
+  if (vector) return f(Width<Pack<T>::n>());
+  return f(Width<1>());
 }
 
 }  // namespace gpu

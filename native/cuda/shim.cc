@@ -97,7 +97,8 @@ struct Block {
   const std::function<void()>* body = nullptr;
   char* shared = nullptr;
   size_t shared_bytes = 0;
-} b;
+};
+Block& b = *new Block();  // never destroyed: its stacks serve every launch
 unsigned schedule = 0;
 
 Warp& warp_of(const Fiber& f) { return b.warps[size_t(f.number / 32)]; }

@@ -180,6 +180,9 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+inline int atomicOr(int* p, int bits) {  // fibers take turns, and ThreadSanitizer is told that it is one step
+  return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;

@@ -30,7 +30,7 @@ struct Buffer {
   int64_t n;
   std::vector<uint8_t> host;        // what a run begins with
   std::vector<uint8_t> results[3];  // CPU, device, device again
-  bool is_exact = false;
+  bool is_exact = false, is_bits = false;  // bits: no numbers; the case compares them itself
   int64_t skip = 0;    // elements before it: an address that is not aligned
   void* at = nullptr;  // on the side that runs
 
