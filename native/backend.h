@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 2
+#define AG_BACKEND_VERSION 3
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -479,15 +479,20 @@ typedef enum {
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
 } AgKernel;  // kernels that may want scratch; all others need none
 
+typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;
+
 typedef struct AgBackend {
   int32_t version;      // AG_BACKEND_VERSION
   int32_t struct_size;  // sizeof(AgBackend): a second check that both sides were built together
 
-  // (a) device services
+  // (a) device services. Work of one stream runs in order, work of different streams as events order it: whoever writes on the
+  // upload stream into memory that has been used before lets it wait for an event of the compute stream first.
   void (*capabilities)(AgCapabilities*);
+  void* (*stream)(AgStream);  // for AgCtx.stream; NULL there means the compute stream
   AgStatus (*alloc)(void* stream, int64_t bytes, void** out);  // 64-byte aligned, uncached
   void (*free)(void* stream, void* p);
-  AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);  // any direction; done when synchronize returns
+  // Any direction; done when synchronize returns. A source in host memory may change once copy has returned.
+  AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);
   AgStatus (*synchronize)(AgCtx*);
   AgStatus (*event_create)(void** out);
   AgStatus (*event_record)(AgCtx*, void* event);
@@ -540,6 +545,9 @@ typedef struct AgBackend {
 
 // The CPU backend, linked in. The level is chosen once: the best the machine has, or ALIGNGPT_CPU_LEVEL.
 const AgBackend* ag_cpu_backend(void);
+
+// The entry point of libaligngpt_cuda.so: NULL and one line in `message` when there is no device to use.
+typedef const AgBackend* (*AgOpenBackend)(char* message, int64_t message_bytes);
 
 #ifdef __cplusplus
 }

@@ -154,12 +154,6 @@ void Device::fail_after(int64_t allocations) {
   fail_after_ = allocations;
 }
 
-// Never destroyed: storages held by other threads may outlive main().
-Device& cpu() {
-  static Device* device = new Device(ag_cpu_backend());
-  return *device;
-}
-
 Storage::Storage(Device* device, int64_t bytes) : device(device), bytes(bytes) {
   p = device->allocate(bytes, &actual);
 }

@@ -102,6 +102,10 @@ class Device {
   MemoryCounters c_;
 };
 Device& cpu();
+// NULL without a CUDA device; *why then says in one line what is missing, else what was found.
+Device* cuda(std::string* why);
+// The table of a backend's library, or NULL and the reason.
+const AgBackend* open_backend(const std::string& file, std::string* why);
 
 struct Storage {
   Device* device;

@@ -35,6 +35,7 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
   return AG_OK;
 }
 void release(void*, void* p) { std::free(p); }
+void* stream(AgStream) { return nullptr; }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
   return AG_OK;
@@ -78,6 +79,7 @@ const DeviceInfo& device() {
 
 bool open_services(AgBackend& b, char*, int64_t) {
   b.capabilities = capabilities;
+  b.stream = stream;
   b.alloc = alloc;
   b.free = release;
   b.copy = copy;

@@ -20,8 +20,23 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
 void __tsan_release(void*);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+// What runs between the two is the emulation's own, though it is compiled with the kernels.
+static void ignore_begin() {
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+static void ignore_end() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
 #else
+static void ignore_begin() {}
+static void ignore_end() {}
 static void* __tsan_create_fiber(unsigned) { return nullptr; }
 static void __tsan_switch_to_fiber(void*, unsigned) {}
 static void* __tsan_get_current_fiber() { return nullptr; }
@@ -279,7 +294,9 @@ void collective(const char* what, unsigned mask, const void* in, int in_words, v
   f.waits_for = w.round;
   if (++w.arrived == w.alive) {
     w.arrived = 0;
+    ignore_begin();
     exchange(w.in[side], w.out[side], argument);
+    ignore_end();
     w.round++;
   } else {
     f.state = kInCollective;
