@@ -1,5 +1,5 @@
 // The program of cuda_test.h.
-//   test_cuda [--schedule SEED] [--filter TEXT] [--library libaligngpt_cuda.so] [--list]
+//   test_cuda [--schedule SEED] [--filter TEXT] [--library libaligngpt_cuda.so] [--small] [--list]
 // --schedule: the order of the emulation's threads (native/cuda/shim.h). Exit status 1 when a check failed.
 #include "cuda_test.h"
 
@@ -23,6 +23,7 @@ constexpr uint8_t kGuardByte = 0xA5;
 int g_failed = 0, g_checks = 0, g_shown = 0;
 std::string g_case;
 uint64_t g_random = 1;
+bool g_small = false;
 
 struct Case {
   const char* name;
@@ -69,6 +70,7 @@ void check(bool ok, const char* format, ...) {
   va_end(args);
 }
 
+bool small() { return g_small; }
 double uniform(double lo, double hi) {  // splitmix64
   uint64_t z = (g_random += 0x9E3779B97F4A7C15u);
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -253,9 +255,13 @@ Options parse(int argc, char** argv) {
       o.list = true;
       continue;
     }
+    if (name == "--small") {
+      g_small = true;
+      continue;
+    }
     const bool known = name == "--filter" || name == "--library" || name == "--schedule";
     if (!known || i + 1 == argc) {
-      std::fprintf(stderr, "usage: test_cuda [--schedule SEED] [--filter TEXT] [--library FILE] [--list]\n");
+      std::fprintf(stderr, "usage: test_cuda [--schedule SEED] [--filter TEXT] [--library FILE] [--small] [--list]\n");
       std::exit(2);
     }
     const char* value = argv[++i];

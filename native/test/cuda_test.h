@@ -18,6 +18,7 @@
 namespace cuda_test {
 
 void check(bool ok, const char* format, ...) __attribute__((format(printf, 2, 3)));
+bool small();  // --small: each case in its cheapest form that still takes every path, for sanitizers that run a hundred times slower
 double uniform(double lo = -1, double hi = 1);  // the case's own random numbers
 int64_t below(int64_t n);
 size_t size_of(AgDtype dt);
