@@ -289,11 +289,12 @@ __global__ void __launch_bounds__(kThreads) l2norm_kernel(T* y, const T* x, floa
   if (!row.inside) return;
   x += row.r * cols;
   const float length = sqrtf(row_sum<W, G>(x, cols, row.lane, reinterpret_cast<float*>(raw), [](float v) { return v * v; }));
+  const float inverse = 1 / length;
   each<W, G>(cols, row.lane, [&](int64_t i) {
     float v[W];
     load_lanes<W>(v, x + i);
 #pragma unroll
-    for (int j = 0; j < W; j++) v[j] /= length;
+    for (int j = 0; j < W; j++) v[j] *= inverse;
     store_lanes<W>(y + row.r * cols + i, v);
   });
   if (row.lane == 0) norm[row.r] = length;

@@ -105,7 +105,7 @@ struct Block {
   std::vector<Warp> warps;
   int threads = 0, alive = 0, arrived = 0;
   uint64_t round = 0;
-  char sync[2];
+  char sync[2], begun, ended;  // addresses for ThreadSanitizer
   Fiber* running = nullptr;
   void* host_sp = nullptr;
   void* host_sanitizer = nullptr;
@@ -124,7 +124,7 @@ void pause() {
 }
 
 void thread_main() {
-  __tsan_acquire(&b);
+  __tsan_acquire(&b.begun);
   (*b.body)();
   Fiber& f = *b.running;
   if (!f.open.empty() || !f.groups.empty()) die("a cp.async is still in flight where its thread ends");
@@ -133,7 +133,7 @@ void thread_main() {
   warp_of(f).alive--;
   b.alive--;
   f.state = kLeft;
-  __tsan_release(&b);
+  __tsan_release(&b.ended);
   for (;;) pause();
 }
 
@@ -207,7 +207,7 @@ void run_block() {
   b.alive = b.threads;
   b.host_sanitizer = __tsan_get_current_fiber();
   std::fill(b.shared, b.shared + b.shared_bytes, char(0xff));  // NaN in bf16 and f32
-  __tsan_release(&b);
+  __tsan_release(&b.begun);
   const std::vector<int> order = thread_order();
   while (b.alive) {
     if (sweep(order)) continue;
@@ -215,7 +215,7 @@ void run_block() {
       if (f.state == kAtBarrier || f.state == kInCollective) b.running = &f;
     die("deadlock: not all threads reach the same barrier or collective");
   }
-  __tsan_acquire(&b);
+  __tsan_acquire(&b.ended);
 }
 
 }  // namespace
