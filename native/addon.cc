@@ -311,11 +311,31 @@ std::tuple<std::decay_t<A>...> arguments(const Napi::CallbackInfo& info, const C
   return {From<std::decay_t<A>>::value(c, info[I], cat("argument ", I + 1))...};
 }
 
+// An export that returns nothing may have written into its tensors: what is packed of them is not theirs any more.
+template <class T>
+void forget_packed(const T&) {}
+void forget_packed(const Tensor& t) {
+  if (t.defined()) t.storage->packed.clear();
+}
+template <class T>
+void forget_packed(const std::optional<T>& t) {
+  if (t) forget_packed(*t);
+}
+template <class T>
+void forget_packed(const std::vector<T>& list) {
+  for (const T& t : list) forget_packed(t);
+}
+void forget_packed(const ops::AdamWIn& in) {
+  for (const auto* list : {&in.params, &in.m, &in.v}) forget_packed(*list);
+  forget_packed(in.masters);
+}
+
 template <auto F, class R, class... A>
 Napi::Value invoke(const Napi::CallbackInfo& info, R (*)(A...)) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
     auto args = arguments<A...>(info, c, std::index_sequence_for<A...>());
     if constexpr (std::is_void_v<R>) {
+      std::apply([](const auto&... a) { (forget_packed(a), ...); }, args);
       std::apply(F, args);
       return env.Undefined();
     } else {
@@ -360,6 +380,7 @@ void write_data(const Call& c, const Tensor& t, const TypedData& d) {
   check(int64_t(d.n) == t.numel(), "ERR_SHAPE", "[", c.op, "] data: expected ", t.numel(), " elements for shape ", t.shape, ", got ", d.n);
   check(is_float(d.dt) == is_float(t.dt), "ERR_DTYPE", "[", c.op, "] data: expected ", dtype_name(t.dt), ", got ", dtype_name(d.dt));
   if (d.n == 0) return;
+  forget_packed(t);
   if (d.dt == t.dt) return copy_bytes(t.device(), t.data(), d.p, t.bytes());
   Tensor staged = empty(t.device(), t.shape, d.dt);
   copy_bytes(t.device(), staged.data(), d.p, staged.bytes());
@@ -413,6 +434,7 @@ Napi::Value read_tensor(const Napi::CallbackInfo& info) {
   });
 }
 
+double kernel_seconds() { return double(cpu().kernel_nanoseconds.load()) * 1e-9; }
 Napi::Value memory(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
     MemoryCounters m = cpu().counters();
@@ -515,6 +537,8 @@ void define_ops(Napi::Object& e) {
   define(e, "fill", call<&ops::fill>);
   define(e, "copy", call<&ops::copy>);
   define(e, "random", call<&ops::random>);
+  define(e, "pack", call<&ops::pack>);
+  define(e, "unpack", call<&ops::unpack>);
   define(e, "linear", call<&ops::linear>);
   define(e, "siluMulLinear", call<&ops::silu_mul_linear>);
   define(e, "matmul", call<&ops::matmul>);
@@ -561,6 +585,7 @@ void define_core(Napi::Object& e) {
   define(e, "setGrad", call<&attach_grad>);
   define(e, "zeroGrad", call<&clear_grads>);
   define(e, "memory", memory);
+  define(e, "kernelSeconds", call<&kernel_seconds>);
   define(e, "resetPeak", call<&reset_peak>);
   define(e, "trim", call<&trim>);
   define(e, "failAfter", call<&fail_after>);

@@ -206,7 +206,7 @@ typedef struct {
   int64_t m, n, k;
   const void* a;
   int64_t lda;
-  const void* b;  // may be NULL when b_packed is given
+  const void* b;  // may be NULL when b_packed is given; with both the result is that of b alone
   int64_t ldb;
   const void* b_packed;  // result of `pack` for this B and trans_b, or NULL
   void* c;

@@ -72,6 +72,7 @@ void set_requires_grad(Tensor& t, bool on) {
   check(is_float(t.dt), "ERR_DTYPE", "[requiresGrad] dtype: expected a float tensor, got ", dtype_name(t.dt));
   if (t.var && t.var->node) fail("ERR_AUTOGRAD", "[requiresGrad] expected a leaf, got the result of ", t.var->node->op);
   if (t.var) return;
+  t.storage->packed.clear();  // it is going to change
   t.var = std::make_shared<Var>();
   t.var->shape = t.shape;
   t.var->dt = t.dt;
@@ -107,9 +108,11 @@ static void accumulate(Var& v, Tensor g) {
     g = Tensor();
     own_leaf_grad(v);
   } else if (v.stale) {  // a leaf's own buffer
+    v.grad.storage->packed.clear();
     run("cast", v.device, v.device->backend->cast, AgCast{v.grad.data(), v.grad.dt, g.data(), g.dt, g.numel()});
     v.stale = false;
   } else if (v.node == nullptr || v.grad.storage.use_count() == 1) {
+    v.grad.storage->packed.clear();
     add_into(v.grad, v.grad, cast_to(g, v.grad.dt));
   } else {  // the storage is someone else's gradient too: do not write into it
     Tensor sum = empty(v.device, v.shape, v.grad.dt);
@@ -146,6 +149,7 @@ AgGrad Grads::slot(int input) {
     copy_bytes(v->device, copy.data(), v->grad.data(), copy.bytes());
     v->grad = copy;
   }
+  v->grad.storage->packed.clear();  // a buffer that is written to may be anyone's
   bool fresh = v->stale;
   v->stale = false;
   return AgGrad{v->grad.data(), v->grad.dt, fresh ? 0 : 1};

@@ -51,7 +51,30 @@ bool wants_grad(const Tensor& t);
 bool recording(std::initializer_list<const Tensor*> inputs);
 bool recording(const std::vector<Tensor>& inputs);
 
-// Makes the outputs differentiable. Closures must save detached tensors only (Tensor::detached).
+// A tensor that costs little to compute from what its own node keeps anyway (a norm's output: from the norm's input).
+struct Again {
+  std::function<Tensor()> make;
+  Tensor value;  // while closures that want it are left
+};
+// What a closure keeps of a tensor: its values, or the way to compute them again, once for all closures that want them.
+class Saved {
+ public:
+  Saved() = default;
+  explicit Saved(const Tensor& t) : again_(t.again) {
+    if (!again_) values_ = t.detached();
+  }
+  Tensor get() const {
+    if (!again_) return values_;
+    if (!again_->value.defined()) again_->value = again_->make();
+    return again_->value;
+  }
+
+ private:
+  Tensor values_;
+  std::shared_ptr<Again> again_;
+};
+
+// Makes the outputs differentiable. Closures must save tensors as Saved or detached (Tensor::detached).
 void record(const char* op, std::initializer_list<Tensor*> outputs, const std::vector<Tensor>& inputs, Backward fn);
 
 void set_requires_grad(Tensor& t, bool on);

@@ -72,10 +72,13 @@ std::string Shape::str() const {
 // ---- device -----------------------------------------------------------------------------------------
 Device::Device(const AgBackend* backend) : backend(backend) {}
 
-// Sizes are rounded so that a block fits its successor: to 64 bytes below 4 KiB, else to 1/8 of the power of two.
+// Sizes are rounded so that a block fits its successor: to 64 bytes below 4 KiB, to 1/8 of the power of two below 1 MiB, and to
+// 64 KiB above, where what is lost counts and a block may serve requests up to 1/8 smaller anyway.
 static int64_t rounded(int64_t bytes) {
   int64_t step = 64;
-  if (bytes > 4096) {
+  if (bytes > int64_t(1) << 20) {
+    step = int64_t(64) << 10;
+  } else if (bytes > 4096) {
     int64_t power = 4096;
     while (power * 2 <= bytes) power *= 2;
     step = power / 8;
@@ -83,7 +86,7 @@ static int64_t rounded(int64_t bytes) {
   return std::max<int64_t>(64, (bytes + step - 1) / step * step);
 }
 
-constexpr int64_t kSlack = int64_t(64) << 20;
+constexpr int64_t kSlack = int64_t(16) << 20;
 
 // Gives idle blocks back, the largest first, until at most `reserved` bytes are held.
 void Device::drop_idle(int64_t reserved) {
@@ -91,7 +94,6 @@ void Device::drop_idle(int64_t reserved) {
     auto largest = std::prev(idle_.end());
     backend->free(stream, largest->second);
     c_.reserved -= largest->first;
-    idle_bytes_ -= largest->first;
     idle_.erase(largest);
   }
 }
@@ -106,7 +108,6 @@ void* Device::allocate(int64_t bytes, int64_t* actual) {
   if (it != idle_.end() && it->first <= want + want / 8) {
     p = it->second;
     want = it->first;
-    idle_bytes_ -= want;
     idle_.erase(it);
   } else {
     // Idle blocks of other sizes make room: what is reserved stays near the most that was ever in use.
@@ -131,7 +132,6 @@ void Device::release(void* p, int64_t actual) {
   c_.in_use -= actual;
   c_.blocks--;
   idle_.emplace(actual, p);
-  idle_bytes_ += actual;
 }
 
 MemoryCounters Device::counters() {
@@ -163,6 +163,7 @@ Storage::~Storage() { device->release(p, actual); }
 Tensor Tensor::detached() const {
   Tensor t = *this;
   t.var = nullptr;
+  t.again = nullptr;
   return t;
 }
 
@@ -171,6 +172,12 @@ Tensor Tensor::view(const Shape& s) const {
   Tensor t = detached();
   t.shape = s;
   return t;
+}
+
+const void* Tensor::packed(int64_t rows, int64_t cols, bool trans_b) const {
+  for (const Packed& p : storage->packed)
+    if (p.offset == offset && p.dt == dt && p.rows == rows && p.cols == cols && p.trans_b == trans_b) return p.blob->p;
+  return nullptr;
 }
 
 Tensor empty(Device* device, const Shape& shape, AgDtype dt) {

@@ -3,6 +3,7 @@
 // Storage is process-wide with atomic counts; everything that refers to it (handles, tape) belongs to one thread.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <initializer_list>
 #include <map>
@@ -92,12 +93,12 @@ class Device {
   void reset_peak();
   void trim();                          // gives idle blocks back to the system
   void fail_after(int64_t allocations);  // test hook: the n-th allocation from now fails; negative: off
+  std::atomic<int64_t> kernel_nanoseconds{0};  // spent inside calls of kernels so far (a GPU's: in launching them)
 
  private:
   void drop_idle(int64_t reserved);
   std::mutex mutex_;
   std::multimap<int64_t, void*> idle_;
-  int64_t idle_bytes_ = 0;
   int64_t fail_after_ = -1;
   MemoryCounters c_;
 };
@@ -107,11 +108,24 @@ Device* cuda(std::string* why);
 // The table of a backend's library, or NULL and the reason.
 const AgBackend* open_backend(const std::string& file, std::string* why);
 
+struct Storage;
+
+// A matrix [rows, cols] once more, in the layout the backend's products want it as right-hand side (AgPack). It belongs
+// to the storage of its values: it goes with them, and whoever writes into them clears it.
+struct Packed {
+  int64_t offset;
+  AgDtype dt;
+  int64_t rows, cols;
+  bool trans_b;
+  std::shared_ptr<Storage> blob;
+};
+
 struct Storage {
   Device* device;
   void* p = nullptr;
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
+  std::vector<Packed> packed;
   Storage(Device* device, int64_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
@@ -119,14 +133,16 @@ struct Storage {
 };
 
 // ---- tensor -----------------------------------------------------------------------------------------
-struct Var;  // the tape's view of a tensor (tape.h)
+struct Var;    // the tape's view of a tensor (tape.h)
+struct Again;  // how to compute a tensor again (tape.h)
 
 struct Tensor {
   std::shared_ptr<Storage> storage;
   int64_t offset = 0;  // bytes
   AgDtype dt = AG_F32;
   Shape shape;
-  std::shared_ptr<Var> var;  // null: no gradient wanted
+  std::shared_ptr<Var> var;      // null: no gradient wanted
+  std::shared_ptr<Again> again;  // null: backward must keep the values
 
   bool defined() const { return storage != nullptr; }
   Device* device() const { return storage->device; }
@@ -137,7 +153,8 @@ struct Tensor {
   }
   int64_t numel() const { return shape.numel(); }
   int64_t bytes() const { return numel() * dtype_size(dt); }
-  Tensor detached() const;                // same storage, no tape
+  const void* packed(int64_t rows, int64_t cols, bool trans_b) const;  // the blob of `pack` for this matrix, or null
+  Tensor detached() const;                // same storage, no tape and no way to compute it again
   Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
 };
 
@@ -149,25 +166,30 @@ Tensor zeros(Device* device, const Shape& shape, AgDtype dt);
 // Throws when a kernel does not answer AG_OK.
 void check_status(const char* op, AgStatus status, const AgCtx& ctx);
 
-// Runs one kernel of the device's table, with the scratch it asked for. Kernels that take no scratch pass no id.
+// Runs one kernel of the device's table, with scratch of `scratch_bytes`.
 template <class Args>
-void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args) {
+void run_with(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, int64_t scratch_bytes) {
   AgCtx ctx{};
   ctx.stream = device->stream;
-  check_status(op, kernel(&ctx, &args), ctx);
+  std::shared_ptr<Storage> scratch;
+  if (scratch_bytes > 0) {
+    scratch = std::make_shared<Storage>(device, scratch_bytes);
+    ctx.workspace = scratch->p;
+    ctx.workspace_bytes = scratch_bytes;
+  }
+  const auto from = std::chrono::steady_clock::now();
+  const AgStatus status = kernel(&ctx, &args);
+  device->kernel_nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - from).count();
+  check_status(op, status, ctx);
+}
+// Kernels that take no scratch pass no id.
+template <class Args>
+void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args) {
+  run_with(op, device, kernel, args, 0);
 }
 template <class Args>
 void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, AgKernel id) {
-  AgCtx ctx{};
-  ctx.stream = device->stream;
-  int64_t bytes = device->backend->workspace(id, &args);
-  std::shared_ptr<Storage> scratch;
-  if (bytes > 0) {
-    scratch = std::make_shared<Storage>(device, bytes);
-    ctx.workspace = scratch->p;
-    ctx.workspace_bytes = bytes;
-  }
-  check_status(op, kernel(&ctx, &args), ctx);
+  run_with(op, device, kernel, args, device->backend->workspace(id, &args));
 }
 
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);

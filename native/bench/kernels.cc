@@ -76,7 +76,7 @@ void packed_products(bench::Table& table, AgDtype dt) {
     run("bench", &cpu(), backend->pack, pack);
     AgGemm g{};
     g.m = p.m, g.n = p.n, g.k = p.k, g.dt = g.dt_c = dt, g.trans_b = 1;
-    g.a = a.data(), g.lda = p.k, g.b = b.data(), g.ldb = p.k, g.b_packed = blob.p, g.c = c.data(), g.ldc = p.n;
+    g.a = a.data(), g.lda = p.k, g.b_packed = blob.p, g.c = c.data(), g.ldc = p.n;
     double flops = 2.0 * double(p.m) * double(p.n) * double(p.k);
     table.row(name, flops, bytes_of({&a, &b, &c}), [&] { run("bench", &cpu(), backend->gemm, g, AG_K_GEMM); });
   }

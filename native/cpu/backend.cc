@@ -26,7 +26,7 @@ namespace {
 // mapping up to 32 MB), in pieces between what is still in use. With sanitizers everything goes through malloc.
 #if (defined(__linux__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
 #define AG_MAPS_BLOCKS 1
-constexpr int64_t kMapFrom = int64_t(4) << 20, kHuge = int64_t(2) << 20;
+constexpr int64_t kMapFrom = int64_t(1) << 20, kHuge = int64_t(2) << 20;
 struct Mapped {
   std::mutex m;
   std::unordered_map<void*, size_t> bytes;

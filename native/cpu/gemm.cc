@@ -22,8 +22,9 @@ constexpr int64_t kNarrow = 8;                         // rows that are not wort
 bool sums_in_c(const AgGemm* g) { return g->dt_c != AG_BF16 && !g->c_rows; }
 bool tiny(const AgGemm* g) { return double(g->m) * double(g->n) * double(g->k) < 64.0 * 64 * 128; }
 // A few rows against a matrix that is read once, as it lies: dot products with its rows, or sums of them.
-bool skinny(const AgGemm* g) { return g->m <= kNarrow && g->trans_b && !g->trans_a && !g->b_packed; }
-bool thin(const AgGemm* g) { return g->m <= kNarrow && !g->trans_b && !g->b_packed; }
+// Packed or not: the results are the same.
+bool skinny(const AgGemm* g) { return g->m <= kNarrow && g->trans_b && !g->trans_a && g->b; }
+bool thin(const AgGemm* g) { return g->m <= kNarrow && !g->trans_b && g->b; }
 
 // How a product is cut: by shape and level only.
 template <class S>

@@ -40,6 +40,21 @@ AgStatus with_op(AgCtx* ctx, const char* kernel, AgUnaryOp op, const F& f) {
   return AG_INVALID;
 }
 
+// The activation and its slope for tensors of S.
+template <class S, AgUnaryOp op, class V>
+inline V value_for(V x, V alpha) {
+  if constexpr (op == AG_GELU && sizeof(S) == 2) return x * normal_of(x).below;
+  return activate(op, x, alpha);
+}
+template <class S, AgUnaryOp op, class V>
+inline V slope_for(V x, V alpha) {
+  if constexpr (op == AG_GELU && sizeof(S) == 2) {
+    Normal n = normal_of(x);
+    return n.below + x * n.density;
+  }
+  return slope_of(op, x, alpha, Acc<S>());
+}
+
 // The bits of the value as an integer U: one loop for every dtype of a size.
 template <class U, class D>
 void fill_with(void* dst, int64_t n, D value) {
@@ -256,7 +271,7 @@ AgStatus unary(AgCtx* ctx, const AgUnary* a) {
     Vec<C> alpha = splat(C(a->alpha));
     return with_op(ctx, "unary", a->op, [&](auto op) {
       map(static_cast<S*>(a->y), static_cast<const S*>(a->x), a->n,
-          [=](Vec<C> x) { return activate(decltype(op)::value, x, alpha); });
+          [=](Vec<C> x) { return value_for<S, decltype(op)::value>(x, alpha); });
     });
   });
 }
@@ -268,7 +283,7 @@ AgStatus unary_grad(AgCtx* ctx, const AgUnaryGrad* a) {
     Vec<C> alpha = splat(C(a->alpha));
     return with_op(ctx, "unary_grad", a->op, [&](auto op) {
       map2(static_cast<S*>(a->dx), static_cast<const S*>(a->dy), static_cast<const S*>(a->x), a->n,
-           [=](Vec<C> dy, Vec<C> x) { return dy * slope_of(decltype(op)::value, x, alpha, C()); });
+           [=](Vec<C> dy, Vec<C> x) { return dy * slope_for<S, decltype(op)::value>(x, alpha); });
     });
   });
 }

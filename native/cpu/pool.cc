@@ -54,13 +54,39 @@ int wanted_threads() {
   return available_cpus();
 }
 
+// Where sleeping workers wake up. Left to itself the kernel often puts one on the CPU of the thread that woke it, although
+// another is idle, and takes 10 ms and more to move it: so the caller's CPU is closed to them until they run.
+struct Places {
+#if defined(__linux__)
+  cpu_set_t all, others;
+  void look() {
+    int cpu = sched_getcpu();
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || cpu < 0 || cpu >= CPU_SETSIZE) CPU_ZERO(&all);
+    others = all;
+    if (CPU_COUNT(&all) > 1) CPU_CLR(cpu, &others);
+  }
+  // Refused (the machine has more CPUs than a set holds, or they changed): the worker stays where it may be.
+  void close(pthread_t worker) const { pthread_setaffinity_np(worker, sizeof others, &others); }
+  void open() const { sched_setaffinity(0, sizeof all, &all); }
+#else
+  void look() {}
+  void close(std::thread::native_handle_type) const {}
+  void open() const {}
+#endif
+};
+
 struct Pool {
   std::atomic<int> threads{wanted_threads()};
   std::mutex busy;  // one caller at a time; others run inline
   std::mutex m;
   std::condition_variable wake;
   std::atomic<uint64_t> generation{0};
-  int started = 0;  // workers alive
+  struct Worker {
+    std::thread::native_handle_type thread;
+    bool asleep = false;
+  };
+  std::vector<Worker> workers;  // alive; worker i has the id i + 1
+  Places places;
 
   // the current job
   std::atomic<int64_t> next{0};
@@ -79,7 +105,10 @@ struct Pool {
       for (int spin = 0; spin < 4000 && generation.load(std::memory_order_acquire) == seen; spin++) pause();
       if (generation.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(m);
+        workers[size_t(id - 1)].asleep = true;
         wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });
+        workers[size_t(id - 1)].asleep = false;
+        places.open();
       }
       bool mine;
       {  // both under the lock: a worker that was not needed must not mistake the next job for this one
@@ -99,11 +128,24 @@ struct Pool {
   // wanted is not an error, the caller does what nobody else does.
   void start(int wanted) {
     try {
-      while (started < wanted) {
-        std::thread([this, id = started + 1, seen = generation.load()] { loop(id, seen); }).detach();
-        started++;
+      while (int(workers.size()) < wanted) {
+        workers.reserve(workers.size() + 1);
+        std::thread t([this, id = int(workers.size()) + 1, seen = generation.load()] { loop(id, seen); });
+        workers.push_back(Worker{t.native_handle()});
+        t.detach();
       }
     } catch (const std::system_error&) {
+    }
+  }
+
+  // Before sleeping workers are woken.
+  void place(int wanted) {
+    bool looked = false;
+    for (int i = 0; i < wanted && i < int(workers.size()); i++) {
+      if (!workers[size_t(i)].asleep) continue;
+      if (!looked) places.look();
+      looked = true;
+      places.close(workers[size_t(i)].thread);
     }
   }
 
@@ -123,6 +165,7 @@ struct Pool {
       {
         std::lock_guard<std::mutex> lock(m);
         start(use - 1);
+        place(use - 1);
         n = count;
         body = f;
         arg = a;

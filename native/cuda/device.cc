@@ -75,6 +75,7 @@ void release(void*, void* p) {
 // ---- copies -----------------------------------------------------------------------------------------
 // Ordinary host memory goes through two pinned pieces, one of which is filled while the other is on its way.
 constexpr size_t kStage = size_t(8) << 20;
+constexpr size_t kSmall = size_t(64) << 10;  // to this size the runtime keeps the bytes itself and nobody waits for a piece
 struct Staging {
   std::mutex mutex;
   char* piece[2] = {};
@@ -96,6 +97,7 @@ Staging& staging() {
 }
 
 cudaError_t upload(char* dst, const char* src, size_t bytes, cudaStream_t stream) {
+  if (bytes <= kSmall) return cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream);
   Staging& s = staging();
   std::lock_guard<std::mutex> lock(s.mutex);
   cudaError_t error = s.open();

@@ -96,6 +96,7 @@ static AgAlignMix check_args(const AlignMixIn& in) {
     want_shape(op, "weight", *in.weight, Shape{a.hidden, a.features});
     want_dtype(op, "weight", *in.weight, a.dt);
     a.w = in.weight->data();
+    a.w_packed = in.weight->packed(in.weight->shape[0], in.weight->shape[1], true);
     if (in.bias) {
       want_shape(op, "bias", *in.bias, Shape{a.hidden});
       want_dtype(op, "bias", *in.bias, a.dt);

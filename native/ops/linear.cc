@@ -15,6 +15,7 @@ static AgGemm product(const Tensor& a, bool trans_a, const Tensor& b, bool trans
   g.trans_a = trans_a;
   g.b = b.data();
   g.ldb = trans_b ? k : n;
+  g.b_packed = trans_b ? b.packed(n, k, true) : b.packed(k, n, false);
   g.trans_b = trans_b;
   g.dt = a.dt;
   g.ldc = n;
@@ -29,6 +30,24 @@ static void into(AgGemm& g, const AgGrad& slot) {
   g.dt_c = slot.dt;
   g.accumulate = slot.accumulate;
 }
+
+// Results are the same bits with and without: kernels sum in one order.
+int64_t pack(const Tensor& w, bool trans_b) {
+  want_float("pack", "weight", w);
+  want_rank("pack", "weight", w, 2);
+  check(!wants_grad(w), "ERR_ARGUMENT", "[pack] weight: expected one that wants no gradient, got one that does");
+  int64_t rows = w.shape[0], cols = w.shape[1];
+  AgPack p{w.data(), trans_b ? rows : cols, trans_b ? cols : rows, cols, trans_b, w.dt, nullptr};
+  int64_t bytes = table(w).pack_bytes(&p);
+  if (bytes == 0 || w.packed(rows, cols, trans_b)) return bytes;
+  auto blob = std::make_shared<Storage>(w.device(), bytes);
+  p.blob = blob->p;
+  run("pack", w.device(), table(w).pack, p);
+  w.storage->packed.push_back(Packed{w.offset, w.dt, rows, cols, trans_b, std::move(blob)});
+  return bytes;
+}
+
+void unpack(const Tensor& w) { w.storage->packed.clear(); }
 
 // The kernel writes a C of the inputs' dtype or f32; an f32 gradient of f64 does not exist, and a bf16 gradient of
 // f32 inputs neither: leaves have their own dtype or f32.
@@ -58,7 +77,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
   }
   gemm("linear", x.device(), g);
   if (!rec) return y;
-  Tensor sx = wants_grad(w) ? x.detached() : Tensor(), sw = wants_grad(x) ? w.detached() : Tensor();
+  Saved sx = wants_grad(w) ? Saved(x) : Saved();
+  Tensor sw = wants_grad(x) ? w.detached() : Tensor();
   record("linear", {&y}, {x, w, b}, [=](Grads& grads) {
     Tensor dy = grads.out();
     if (act != AG_NONE) {
@@ -67,7 +87,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
       dy = d;
     }
     if (grads.needs(1)) {
-      AgGemm gw = product(dy, true, sx, false, n, k, m);
+      Tensor input = sx.get();
+      AgGemm gw = product(dy, true, input, false, n, k, m);
       into(gw, grads.slot(1));
       gemm("linear", dy.device(), gw);
     }

@@ -48,7 +48,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
     AgGemm g{};
     g.m = n, g.n = V, g.k = H;
     g.a = rows_RH.as<char>() + at * H * size, g.lda = H;
-    g.b = weight.data(), g.ldb = H, g.trans_b = 1;
+    g.b = weight.data(), g.ldb = H, g.trans_b = 1, g.b_packed = weight.packed(V, H, true);
     g.c = logits.data(), g.ldc = V, g.dt = dt, g.dt_c = acc;
     run("lmHeadLoss", device, t.gemm, g, AG_K_GEMM);
     AgCrossEntropy ce{};
@@ -64,7 +64,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
       AgGemm d{};
       d.m = n, d.n = H, d.k = V;
       d.a = d_logits.data(), d.lda = V;
-      d.b = weight.data(), d.ldb = H;
+      d.b = weight.data(), d.ldb = H, d.b_packed = weight.packed(V, H, false);
       d.c = want.d_rows.as<char>() + at * H * size, d.ldc = H, d.dt = d.dt_c = dt;
       run("lmHeadLoss", device, t.gemm, d, AG_K_GEMM);
     }

@@ -47,6 +47,10 @@ void copy(const Tensor& dst, const Tensor& src);                          // con
 void random(const Tensor& x, const std::string& kind, double a, double b, double seed, double offset);
 
 // ---- linear.cc --------------------------------------------------------------------------------------
+// Keeps w [R, C] once more as the products x W^T (trans_b) or x W take it fastest, until its values are written to or it
+// wants a gradient. Returns the bytes that takes.
+int64_t pack(const Tensor& w, bool trans_b);
+void unpack(const Tensor& w);
 // y = act(x W^T + b): x [..., K], W [N, K], b [N]
 Tensor linear(const Tensor& x, const Tensor& w, const Opt& b, const std::string& act);
 // y = (silu(gate) * up) W^T + b: gate, up [..., K], W [N, K], b [N]

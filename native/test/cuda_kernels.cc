@@ -430,6 +430,16 @@ void test_refusals(Test& t) {
   t.refuse("adamw", &AgBackend::adamw, AgAdamW{&tensor, 1, 0.9, 0.999, 1e-8, nullptr, nullptr, 0, 0}, AG_INVALID);
 }
 
+// Every entry of the table is there.
+void test_table(Test& t) {
+  constexpr size_t kHead = 2 * sizeof(int32_t), kEntries = (sizeof(AgBackend) - kHead) / sizeof(void*);
+  for (const AgBackend* b : {&t.cpu, &t.device}) {
+    void* entries[kEntries];
+    std::memcpy(entries, reinterpret_cast<const char*>(b) + kHead, sizeof entries);
+    for (size_t i = 0; i < kEntries; i++) check(entries[i], "entry %zu of the %s table is missing", i, b == &t.cpu ? "CPU" : "device");
+  }
+}
+
 // A graph keeps the launches and their arguments; what is in device memory is read when it runs.
 void test_services(Test& t) {
   const AgBackend& b = t.device;
@@ -463,7 +473,7 @@ const Registered kCases[] = {{"fill", test_fill}, {"copy2d", test_copy2d}, {"cas
   {"unary", test_unary}, {"binary", test_binary}, {"silu_mul", test_silu_mul}, {"rope", test_rope}, {"patchify", test_patchify},
   {"col_sum", test_col_sum}, {"sum", test_sum}, {"sum_squares", test_sum_squares}, {"rows", test_rows}, {"scatter_add", test_scatter_add},
   {"norm", test_norm}, {"norm_grad", test_norm_grad}, {"softmax", test_softmax}, {"cross_entropy", test_cross_entropy}, {"sample", test_sample},
-  {"adamw", test_adamw}, {"adamw_many", test_adamw_many}, {"refusals", test_refusals}, {"services", test_services}};
+  {"adamw", test_adamw}, {"adamw_many", test_adamw_many}, {"refusals", test_refusals}, {"table", test_table}, {"services", test_services}};
 
 }  // namespace
 }  // namespace cuda_test

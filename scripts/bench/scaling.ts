@@ -2,7 +2,7 @@
 import { native } from '../../ts/src/native.js'
 import { memory } from '../../ts/src/tensor.js'
 import { median } from './measure.js'
-import { EVEN, type Size, STEP_SIZE, TrainStep, writeModel } from './model.js'
+import { EVEN, type Size, TrainStep, writeModel } from './model.js'
 
 interface Point {
   /** rows of a step, layers, or size of the vocabulary */
@@ -27,12 +27,8 @@ export interface Scaling {
 }
 interface Outside {
   stepSeconds: number
-  nativeCalls: number
-  /** share of the step outside calls into the native core: JavaScript */
-  javascript: number
-  /** time of the same calls on the smallest tensors over the step's: binding, checks, tape and JavaScript, in a hot loop */
-  smallest: number
-  note: string
+  /** of the step: JavaScript, binding, checks, tape, allocator */
+  share: number
 }
 
 /** Small, so that 32 k rows fit into seconds: pictures of 64 patches, sequences of 128 rows. */
@@ -93,62 +89,19 @@ async function curve(xs: readonly number[], at: (x: number) => Promise<Point>): 
   }
 }
 
-/** Replaces every export of the native core by one that also takes the time; `undo` puts the originals back. */
-function timeNativeCalls(): { spent: () => { seconds: number; calls: number }; undo: () => void } {
-  const exports = native as unknown as Record<string, (...args: unknown[]) => unknown>
-  const originals = { ...exports }
-  let total = 0
-  let calls = 0
-  for (const [name, original] of Object.entries(originals))
-    exports[name] = (...args) => {
-      const start = performance.now()
-      try {
-        return original(...args)
-      } finally {
-        total += performance.now() - start
-        calls++
-      }
-    }
-  return { spent: () => ({ seconds: total / 1000, calls }), undo: () => void Object.assign(exports, originals) }
-}
-
-/**
- * What of a step is not kernels. The core has no counter for the time in its kernels, so two numbers are measured: the
- * share outside native calls, and the time of the same sequence of calls where the kernels have next to nothing to do.
- */
+/** What of a step is not spent inside kernels. */
 async function outsideKernels(temp: string): Promise<Outside> {
   const step = await TrainStep.load(await writeModel(temp), 2, 'f32', EVEN)
-  let full: number
-  let spent: { seconds: number; calls: number }
-  let traced: number
   try {
     for (let i = 0; i < 2; i++) step.run()
-    full = median(Array.from({ length: 3 }, () => seconds(() => step.run())))
-    const timed = timeNativeCalls()
-    try {
-      traced = seconds(() => step.run())
-      spent = timed.spent()
-    } finally {
-      timed.undo()
-    }
+    const runs = Array.from({ length: 5 }, () => {
+      const before = native.kernelSeconds()
+      const stepSeconds = seconds(() => step.run())
+      return { stepSeconds, share: 1 - (native.kernelSeconds() - before) / stepSeconds }
+    })
+    return { stepSeconds: median(runs.map((r) => r.stepSeconds)), share: median(runs.map((r) => r.share)) }
   } finally {
     step.dispose()
-  }
-  const vision = { ...STEP_SIZE.vision, hidden: 8, inter: 8, heads: 1 }
-  const tiny: Size = { ...STEP_SIZE, hidden: 8, inter: 8, heads: 1, vocab: 16, image: 14, vision }
-  const small = await TrainStep.load(await writeModel(temp, tiny), 2, 'f32', [2])
-  try {
-    for (let i = 0; i < 20; i++) small.run()
-    const least = median(Array.from({ length: 50 }, () => seconds(() => small.run())))
-    return {
-      stepSeconds: full,
-      nativeCalls: spent.calls,
-      javascript: (traced - spent.seconds) / traced,
-      smallest: least / full,
-      note: 'no counter of kernel time in the native core: page faults of large blocks are not separated from kernels',
-    }
-  } finally {
-    small.dispose()
   }
 }
 
@@ -172,7 +125,6 @@ export function describeScaling(s: Scaling): string {
     `  ${line('tokens per step', s.tokens)}`,
     `  ${line('layers', s.layers)}`,
     `  ${line('vocabulary', s.vocabulary)}`,
-    `Step outside kernels (target < 3 %): JavaScript ${percent(o.javascript)} of ${o.nativeCalls} native calls' step; ` +
-      `the same calls on the smallest tensors (binding, checks, tape): ${percent(o.smallest)}`,
+    `Step outside kernels (target < 3 %): ${percent(o.share)} of ${(1000 * o.stepSeconds).toFixed(0)} ms`,
   ].join('\n')
 }

@@ -7,6 +7,7 @@
  * with commas. The ratio is larger-is-better for us everywhere. Ends with status 1 when both sides do not agree on a
  * result, or a case cannot be run.
  */
+import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
@@ -25,8 +26,9 @@ import { stepGroups } from './steps.js'
 const MINUTES = 14
 /** So long it waits for other programs to become idle, all in all. */
 const PATIENCE_MINUTES = 3
-/** Not rows: exponents of our own cost, for which there is no peer. */
+/** Not rows: exponents of our own cost, for which there is no peer, and f32 products with both sides held to AVX2. */
 const SCALING = 'scaling'
+const AVX2 = 'avx2'
 const GROUPS: Group[] = [...kernelGroups, ...stepGroups, ...freshGroups]
 
 type Wants = (row: string) => boolean
@@ -35,7 +37,7 @@ function wanted(filter: string | undefined): Wants {
   if (filter === undefined) return () => true
   const starts = filter.split(',').map((s) => s.trim())
   const wants = (row: string): boolean => starts.some((s) => s !== '' && row.startsWith(s))
-  const names = [...GROUPS.flatMap((g) => Object.keys(g.rows)), SCALING]
+  const names = [...GROUPS.flatMap((g) => Object.keys(g.rows)), SCALING, AVX2]
   if (!names.some(wants))
     throw new AlignGPTError(
       'ERR_ARGUMENT',
@@ -99,6 +101,24 @@ function machine(peer: Peer): Record<string, unknown> {
   }
 }
 
+/** The rows of f32 products from a run of this program in which both sides use AVX2 and nothing above. */
+function avx2Rows(o: Options, temp: string): Row[] {
+  const file = path.join(temp, 'avx2.json')
+  const limits = {
+    ALIGNGPT_CPU_LEVEL: 'avx2',
+    ATEN_CPU_CAPABILITY: 'avx2',
+    ONEDNN_MAX_CPU_ISA: 'AVX2',
+    MKL_ENABLE_INSTRUCTIONS: 'AVX2',
+  }
+  const argv = [...process.execArgv, process.argv[1], '--python', o.python, '--threads', String(o.threads)]
+  const r = spawnSync(process.execPath, [...argv, '--filter', 'gemm.f32', '--json', file], {
+    env: { ...process.env, ...limits },
+    stdio: ['ignore', 'ignore', 'inherit'],
+  })
+  if (r.status !== 0) throw new Error(`avx2: the run ended with ${r.status ?? r.signal}`)
+  return JSON.parse(fs.readFileSync(file, 'utf8')).rows
+}
+
 interface Options {
   python: string
   json?: string
@@ -118,6 +138,11 @@ async function measure(o: Options, c: Context, wants: Wants): Promise<void> {
     save()
   }
   if (rows.length) console.log(`${table(rows)}${warning(rows)}`)
+  if (wants(AVX2)) {
+    const avx2 = avx2Rows(o, c.temp).map((r) => ({ ...r, target: 0.9 }))
+    report.avx2 = avx2
+    console.log(`\nBoth sides held to AVX2:\n${table(avx2)}`)
+  }
   if (wants(SCALING)) {
     const scaling = await measureScaling(c.temp, c.log)
     report.scaling = scaling

@@ -432,7 +432,8 @@ export class AlignGPT extends Module {
         const above = gradient
         gradient = scope(() => {
           const x = inputs[i].detach().requiresGrad()
-          backward(this.model.layers[i].forward(x, p, i), above)
+          const y = scope(() => this.model.layers[i].forward(x, p, i)) // the rest lives where the tape saved it
+          backward(y, above)
           return x.grad() as Tensor
         })
         above.dispose()

@@ -4,7 +4,7 @@ import type { Cache } from './cache.js'
 import type { LlamaConfig } from './config.js'
 import { Embedding, Linear, Module, RMSNorm, type Source } from './nn.js'
 import { add, attention, rope, siluMulLinear } from './ops.js'
-import { type Dtype, type Tensor, tensor } from './tensor.js'
+import { type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 /** What the layers need to know about the packed batch. */
 export interface Packing {
@@ -145,10 +145,10 @@ export class LlamaDecoderLayer extends Module {
     this.input_layernorm = new RMSNorm(s.at('input_layernorm'), c.hidden_size, c.rms_norm_eps)
     this.post_attention_layernorm = new RMSNorm(s.at('post_attention_layernorm'), c.hidden_size, c.rms_norm_eps)
   }
-  /** x [T, H] -> [T, H] */
+  /** x [T, H] -> [T, H]; what the halves made on the way lives on only where backward needs it */
   forward(x: Tensor, p: Packing, layer: number): Tensor {
-    const h = add(x, this.self_attn.forward(this.input_layernorm.forward(x), p, layer))
-    return add(h, this.mlp.forward(this.post_attention_layernorm.forward(h)))
+    const h = scope(() => add(x, this.self_attn.forward(this.input_layernorm.forward(x), p, layer)))
+    return scope(() => add(h, this.mlp.forward(this.post_attention_layernorm.forward(h))))
   }
 }
 

@@ -77,6 +77,8 @@ export interface Native {
   grad(t: H): H | null
   setGrad(t: H, buffer: H | null): void
   zeroGrad(ts: H[]): void
+  /** spent inside kernels by this process so far */
+  kernelSeconds(): number
   memory(): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
   resetPeak(): void
   trim(): void
@@ -101,6 +103,8 @@ export interface Native {
   fill(x: H, value: number): void
   copy(dst: H, src: H): void
   random(x: H, kind: 'uniform' | 'normal', a: number, b: number, seed: number, offset: number): void
+  pack(w: H, transB: boolean): number
+  unpack(w: H): void
   linear(x: H, w: H, b: H | null, activation: string): H
   siluMulLinear(gate: H, up: H, w: H, b: H | null): H
   matmul(a: H, b: H, transA: boolean, transB: boolean): H

@@ -43,6 +43,14 @@ export const exp = (x: Tensor): Tensor => wrap(native.unary(x.h, 'exp'))
 export const siluMul = (gate: Tensor, up: Tensor): Tensor => wrap(native.siluMul(gate.h, up.h))
 export const sum = (x: Tensor): Tensor => wrap(native.sum(x.h))
 export const mean = (x: Tensor): Tensor => wrap(native.mean(x.h))
+/**
+ * Keeps a frozen matrix [R, C] once more in the layout its products take fastest; the results are the same bits. Whatever
+ * writes to it or makes it a parameter drops that, so it is never stale.
+ * @param transB for x W^T (linear, the LM head, alignMix), else for x W (gradients of their inputs)
+ * @returns bytes that takes, until `unpack` or the end of the tensor
+ */
+export const pack = (weight: Tensor, transB = true): number => native.pack(weight.h, transB)
+export const unpack = (weight: Tensor): void => native.unpack(weight.h)
 /** act(x W^T + b): x [..., K], weight [N, K], bias [N] -> [..., N] */
 export const linear = (x: Tensor, weight: Tensor, bias?: Tensor | null, activation: Activation = 'none'): Tensor =>
   wrap(native.linear(x.h, weight.h, handle(bias), activation))
@@ -150,10 +158,13 @@ export function alignMix(a: AlignMixArgs): AlignMixResult {
   return { inputsEmbeds, textMean, dots, gateLogits, coefficients }
 }
 
+/** Rows of the LM head at a time: as many as make 4 MB of f32 logits, which a CPU's cache holds. */
+export const headChunk = (vocabulary: number): number => Math.min(1024, Math.max(64, Math.floor(2 ** 20 / vocabulary)))
+
 /**
  * Cross entropy of hidden[rows] W^T against targets, summed and divided by `denominator`; logits exist for one chunk of
  * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R].
- * @param chunk rows; default: as many as make 8 MB of f32 logits, which a CPU's cache holds
+ * @param chunk rows, default headChunk
  */
 export function lmHeadLoss(
   hidden: Tensor,
@@ -161,7 +172,7 @@ export function lmHeadLoss(
   rows: Tensor,
   targets: Tensor,
   denominator: number,
-  chunk = Math.min(1024, Math.max(64, Math.floor(2 ** 21 / weight.shape[0]))),
+  chunk = headChunk(weight.shape[0]),
 ): { loss: Tensor; nll: Tensor } {
   const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
   return { loss, nll }

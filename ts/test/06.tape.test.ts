@@ -91,6 +91,29 @@ test('a graph can be used once; without recording there is none', () => {
   })
 })
 
+test("a norm's output is not kept for backward but computed again, with the same gradients", () => {
+  scope(() => {
+    const values = (n: number, s: number): Float32Array => Float32Array.from({ length: n }, (_, i) => Math.sin(s + i))
+    const run = (through: (y: Tensor) => Tensor): { kept: number; grads: unknown[] } =>
+      scope(() => {
+        const [x, a, b] = [1, 2, 3].map((s) => tensor(values(64 * 64, s), [64, 64]).requiresGrad())
+        const w = tensor(values(64, 4)).requiresGrad()
+        const before = memory().inUse
+        const y = scope(() => {
+          const n = through(ops.rmsNorm(x, w, 1e-5))
+          return ops.add(ops.linear(n, a), ops.linear(n, b))
+        })
+        const kept = memory().inUse - before
+        backward(ops.mean(y))
+        return { kept, grads: [x, w, a, b].map((t) => Array.from(t.grad()?.toFloats() ?? [])) }
+      })
+    const again = run((n) => n)
+    const stored = run((n) => ops.reshape(n, [64, 64])) // a view has to be kept
+    expect(stored.kept - again.kept).toBe(64 * 64 * 4)
+    expect(again.grads).toEqual(stored.grads)
+  })
+})
+
 test('saved tensors die with their node, also in a chain of 20,000 ops', () => {
   const before = memory()
   scope(() => {

@@ -3,7 +3,7 @@
  * {name, checks, failures}. Started by 10.ops.test.ts once per level.
  */
 import { native } from '../src/native.js'
-import { mul, sum } from '../src/ops.js'
+import { mul, pack, sum } from '../src/ops.js'
 import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/tensor.js'
 import { type Case, type Spec, specs } from './specs.js'
 
@@ -21,13 +21,18 @@ const inputsOf = (spec: Spec, c: Case): Float64Array[] =>
 const make = (spec: Spec, c: Case, dtype: Dtype): Tensor[] =>
   inputsOf(spec, c).map((x, i) => tensor(x, c.inputs[i], dtype))
 
-/** Value and gradients of sum(out * w) with fixed w, as plain arrays. */
-function valueAndGrads(spec: Spec, c: Case, dtype: Dtype): number[][] {
+/**
+ * Value and gradients of sum(out * w) with fixed w, as plain arrays.
+ * @param frozen inputs behind the first want no gradient; 'packed': and its matrices are packed for both kinds of product
+ */
+function valueAndGrads(spec: Spec, c: Case, dtype: Dtype, frozen?: 'plain' | 'packed'): number[][] {
   return scope(() => {
-    const x = make(spec, c, dtype).map((t) => t.requiresGrad())
+    const x = make(spec, c, dtype).map((t, i) => (frozen && i ? t : t.requiresGrad()))
+    if (frozen === 'packed')
+      for (const t of x.slice(1)) if (t.shape.length === 2) for (const transB of [true, false]) pack(t, transB)
     const out = spec.run(x, c.o)
     const result = [Array.from(out.toFloats())]
-    if (spec.gradient === false || size([...out.shape]) === 0) return result
+    if (spec.gradient === false || size([...out.shape]) === 0 || (frozen && !native.wantsGrad(out.h))) return result
     backward(sum(mul(out, tensor(values(size([...out.shape]), 99, 1), out.shape, out.dtype))))
     for (const t of x) result.push(Array.from(t.grad()?.toFloats() ?? []))
     return result
@@ -117,7 +122,9 @@ for (const spec of specs) {
         const two = valueAndGrads(spec, c, dtype)
         if (!same(one, two)) fail(`${dtype} ${JSON.stringify(c.inputs)}: 1 and 2 threads differ`)
         if (!same(two, valueAndGrads(spec, c, dtype))) fail(`${dtype} ${JSON.stringify(c.inputs)}: two runs differ`)
-        checks += 3
+        if (!same(valueAndGrads(spec, c, dtype, 'plain'), valueAndGrads(spec, c, dtype, 'packed')))
+          fail(`${dtype} ${JSON.stringify(c.inputs)}: packed and plain inputs differ`)
+        checks += 4
       }
       if (native.capabilities().level === 'portable' && spec.gradient !== false) {
         gradcheck(spec, c, fail)

@@ -371,6 +371,24 @@ const matrix: Spec[] = [
     ),
   ),
   {
+    // op-checks.ts packs the inputs of every other row too
+    name: 'linear with a packed weight',
+    covers: ['pack', 'unpack'],
+    cases: [...gemmShapes, [70, 300, 400] as const].map(([m, n, k]) => ({
+      inputs: [
+        [m, k],
+        [n, k],
+      ],
+    })),
+    depth: (c) => last(c.inputs[0]),
+    run: ([x, w]) => {
+      const frozen = w.detach()
+      for (const transB of [true, false]) ops.pack(frozen, transB)
+      return ops.linear(x, frozen)
+    },
+    ref: ([x, w], [sx, sw]) => product(x, w, sx[0], sw[0], sw[1], false, true),
+  },
+  {
     name: 'patchEmbedding',
     covers: ['patchEmbedding'],
     cases: [
