@@ -4,6 +4,9 @@
 // never see a Tensor: the ops (native/ops) check, allocate and record, the kernels compute. Scratch memory
 // comes in through Ctx; `workspace` says how much a call needs. Every result is a pure function of the
 // arguments and of the backend's level: never of the number of threads or of timing.
+//
+// Pointers in the arguments are device memory, indices and offsets too. In host memory, and read before the call returns, are the
+// argument structs and the lists of AgSumSquares.spans and AgAdamW.tensors.
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 2
+#define AG_BACKEND_VERSION 3
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -451,7 +454,8 @@ typedef struct {
 } AgAdamW;
 
 // out[i] = an id drawn from row i. temperature 0: argmax (lowest id on ties). top_k 0 and top_p 1: no cut.
-// top_k first, then the smallest set with probability >= top_p, as transformers does (ties at the k-th are kept). u[i] in [0,1) decides. A NaN is AG_INVALID.
+// top_k first, then the smallest set with probability >= top_p, as transformers does (ties at the k-th are kept). u[i] in [0,1)
+// decides. A NaN in row i gives -1. All three arrays are in device memory, so that a captured graph can draw again.
 typedef struct {
   const float* logits;  // [rows, cols]
   int64_t rows, cols;
@@ -475,15 +479,20 @@ typedef enum {
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
 } AgKernel;  // kernels that may want scratch; all others need none
 
+typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;
+
 typedef struct AgBackend {
   int32_t version;      // AG_BACKEND_VERSION
   int32_t struct_size;  // sizeof(AgBackend): a second check that both sides were built together
 
-  // (a) device services
+  // (a) device services. Work of one stream runs in order, work of different streams as events order it: whoever writes on the
+  // upload stream into memory that has been used before lets it wait for an event of the compute stream first.
   void (*capabilities)(AgCapabilities*);
+  void* (*stream)(AgStream);  // for AgCtx.stream; NULL there means the compute stream
   AgStatus (*alloc)(void* stream, int64_t bytes, void** out);  // 64-byte aligned, uncached
   void (*free)(void* stream, void* p);
-  AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);  // any direction; done when synchronize returns
+  // Any direction; done when synchronize returns. A source in host memory may change once copy has returned.
+  AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);
   AgStatus (*synchronize)(AgCtx*);
   AgStatus (*event_create)(void** out);
   AgStatus (*event_record)(AgCtx*, void* event);
@@ -536,6 +545,9 @@ typedef struct AgBackend {
 
 // The CPU backend, linked in. The level is chosen once: the best the machine has, or ALIGNGPT_CPU_LEVEL.
 const AgBackend* ag_cpu_backend(void);
+
+// The entry point of libaligngpt_cuda.so: NULL and one line in `message` when there is no device to use.
+typedef const AgBackend* (*AgOpenBackend)(char* message, int64_t message_bytes);
 
 #ifdef __cplusplus
 }

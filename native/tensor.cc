@@ -154,12 +154,6 @@ void Device::fail_after(int64_t allocations) {
   fail_after_ = allocations;
 }
 
-// Never destroyed: storages held by other threads may outlive main().
-Device& cpu() {
-  static Device* device = new Device(ag_cpu_backend());
-  return *device;
-}
-
 Storage::Storage(Device* device, int64_t bytes) : device(device), bytes(bytes) {
   p = device->allocate(bytes, &actual);
 }
@@ -214,6 +208,12 @@ void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes) {
   AgCtx ctx{};
   ctx.stream = device->stream;
   check_status("copy", device->backend->copy(&ctx, dst, src, bytes), ctx);
+}
+
+void synchronize(Device* device) {
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  check_status("synchronize", device->backend->synchronize(&ctx), ctx);
 }
 
 }  // namespace ag

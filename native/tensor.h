@@ -103,6 +103,10 @@ class Device {
   MemoryCounters c_;
 };
 Device& cpu();
+// NULL without a CUDA device; *why then says in one line what is missing, else what was found.
+Device* cuda(std::string* why);
+// The table of a backend's library, or NULL and the reason.
+const AgBackend* open_backend(const std::string& file, std::string* why);
 
 struct Storage;
 
@@ -189,5 +193,6 @@ void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*)
 }
 
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);
+void synchronize(Device* device);  // until everything enqueued so far is done, copies to the host included
 
 }  // namespace ag

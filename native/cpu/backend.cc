@@ -102,6 +102,7 @@ AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   return AG_OK;
 }
 AgStatus synchronize(AgCtx*) { return AG_OK; }
+void* stream(AgStream) { return nullptr; }
 AgStatus event_create(void** out) {
   *out = nullptr;
   return AG_OK;
@@ -295,6 +296,7 @@ const AgBackend* table() {
     b.version = AG_BACKEND_VERSION;
     b.struct_size = int32_t(sizeof(AgBackend));
     b.capabilities = capabilities<level>;
+    b.stream = stream;
     b.alloc = alloc;
     b.free = release;
     b.copy = copy;

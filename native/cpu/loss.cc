@@ -155,13 +155,9 @@ int64_t sample_workspace(const AgSample* a) { return a->temperature == 0 ? 0 : a
 AgStatus sample(AgCtx* ctx, const AgSample* a) {
   for (int64_t r = 0; r < a->rows; r++) {
     const float* x = a->logits + r * a->cols;
-    for (int64_t i = 0; i < a->cols; i++)
-      if (x[i] != x[i]) {
-        snprintf(ctx->error, sizeof ctx->error, "[sample] logits[%lld, %lld]: expected a number, got NaN", (long long)r,
-                 (long long)i);
-        return AG_INVALID;
-      }
-    a->out[r] = sample_row(x, a->cols, a, a->u[r], static_cast<Item*>(ctx->workspace));
+    bool numbers = true;
+    for (int64_t i = 0; i < a->cols; i++) numbers = numbers && x[i] == x[i];
+    a->out[r] = numbers ? sample_row(x, a->cols, a, a->u[r], static_cast<Item*>(ctx->workspace)) : -1;
   }
   return AG_OK;
 }

@@ -84,12 +84,19 @@ std::vector<double> sample(const Tensor& logits, double temperature, int64_t top
   check(top_k >= 0, "ERR_ARGUMENT", "[sample] topK: expected >= 0, got ", top_k);
   check(top_p > 0 && top_p <= 1, "ERR_ARGUMENT", "[sample] topP: expected in (0, 1], got ", top_p);
   for (double u : uniform) check(u >= 0 && u < 1, "ERR_ARGUMENT", "[sample] uniform: expected in [0, 1), got ", u);
-  Tensor out = empty(logits.device(), Shape{logits.shape[0]}, AG_I32);
-  run(op, logits.device(), logits.device()->backend->sample,
-      AgSample{logits.as<const float>(), logits.shape[0], logits.shape[1], temperature, top_p, top_k, uniform.data(), out.as<int32_t>()},
+  Device* device = logits.device();
+  const int64_t rows = logits.shape[0];
+  Tensor u = empty(device, Shape{rows}, AG_F64), out = empty(device, Shape{rows}, AG_I32);
+  copy_bytes(device, u.data(), uniform.data(), u.bytes());
+  run(op, device, device->backend->sample,
+      AgSample{logits.as<const float>(), rows, logits.shape[1], temperature, top_p, top_k, u.as<const double>(), out.as<int32_t>()},
       AG_K_SAMPLE);
-  const int32_t* ids = host_i32(out);
-  return std::vector<double>(ids, ids + out.numel());
+  std::vector<int32_t> ids(uniform.size());
+  copy_bytes(device, ids.data(), out.data(), out.bytes());
+  synchronize(device);
+  for (size_t i = 0; i < ids.size(); i++)
+    check(ids[i] >= 0, "ERR_ARGUMENT", "[sample] logits[", i, "]: expected numbers, got a NaN");
+  return std::vector<double>(ids.begin(), ids.end());
 }
 
 }  // namespace ag::ops

@@ -1,0 +1,233 @@
+// The kernels of the CUDA backend at the sizes of a 7B model, timed through its table:
+//   bench_cuda --library libaligngpt_cuda.so [--filter TEXT] [--context '"date":"...","commit":"..."']
+// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, and `context` as it was given. Rows with the
+// same name in scripts/bench/cuda_peer.py are PyTorch's. Without a library it says so and does nothing.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../tensor.h"
+#include "bench.h"
+
+namespace {
+
+struct Options {
+  std::string library, filter, context;
+};
+
+// The backend and what a row needs of it. Memory is given back at the end of a row.
+struct Gpu {
+  const AgBackend& b;
+  const Options& options;
+  std::string name;  // of the device
+  std::vector<void*> blocks = {};
+
+  void* bytes(int64_t n) {
+    void* p = nullptr;
+    if (b.alloc(nullptr, n, &p) != AG_OK) ag::fail("ERR_MEMORY", "[bench] ", n, " bytes: out of memory");
+    blocks.push_back(p);
+    return p;
+  }
+  void* bf16(int64_t n, double low = -0.5, double high = 0.5) {
+    void* p = bytes(n * 2);
+    AgCtx ctx{};
+    const AgRandom a{p, AG_BF16, n, AG_UNIFORM, low, high, uint64_t(blocks.size()), 0};
+    ag::check_status("random", b.random(&ctx, &a), ctx);
+    return p;
+  }
+  template <class T>
+  void* copy(const std::vector<T>& host) {
+    void* p = bytes(int64_t(host.size() * sizeof(T)));
+    AgCtx ctx{};
+    ag::check_status("copy", b.copy(&ctx, p, host.data(), int64_t(host.size() * sizeof(T))), ctx);
+    return p;
+  }
+  void release() {
+    for (void* p : blocks) b.free(nullptr, p);
+    blocks.clear();
+  }
+  bool wants(const std::string& row) const { return row.find(options.filter) != std::string::npos; }
+
+  // Work is a number of floating point operations or, when `moved`, of bytes.
+  template <class Args>
+  void row(const std::string& name_of_row, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, int scratch, double work, bool moved) {
+    AgCtx ctx{};
+    ctx.workspace_bytes = scratch < 0 ? 0 : b.workspace(AgKernel(scratch), &args);
+    if (ctx.workspace_bytes) ctx.workspace = bytes(ctx.workspace_bytes);
+    const AgStatus first = kernel(&ctx, &args);
+    if (first == AG_UNSUPPORTED) {
+      std::printf("{\"row\":\"%s\",\"unsupported\":true,\"device\":\"%s\"}\n", name_of_row.c_str(), name.c_str());
+      return;
+    }
+    ag::check_status(name_of_row.c_str(), first, ctx);
+    ag::check_status(name_of_row.c_str(), b.synchronize(&ctx), ctx);
+    auto seconds = [&](int times) {
+      const double start = bench::now();
+      for (int i = 0; i < times; i++) kernel(&ctx, &args);
+      b.synchronize(&ctx);
+      return (bench::now() - start) / times;
+    };
+    const double once = seconds(3);
+    const int times = once > 0.05 ? 2 : int(0.1 / once) + 1;
+    double best = once;
+    for (int round = 0; round < 5; round++) best = std::fmin(best, seconds(times));
+    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3, moved ? "GB/s" : "TFLOP/s",
+                work / best / (moved ? 1e9 : 1e12), name.c_str(), options.context.empty() ? "" : ",", options.context.c_str());
+    std::fflush(stdout);
+  }
+};
+
+void copies(Gpu& g) {
+  constexpr int64_t n = int64_t(1) << 29;
+  if (g.wants("copy")) g.row("copy bf16 2^29", g.b.copy2d, AgCopy2d{g.bf16(n), n * 2, g.bf16(n), n * 2, 1, n * 2}, -1, 4.0 * n, true);
+  g.release();
+}
+
+void norms(Gpu& g) {
+  constexpr int64_t rows = 16384, cols = 4096, n = rows * cols;
+  if (!g.wants("rmsNorm") && !g.wants("siluMul")) return;
+  void *x = g.bf16(n), *y = g.bf16(n), *dy = g.bf16(n), *w = g.bf16(cols), *rstd = g.bytes(rows * 4);
+  g.row("rmsNorm forward bf16 16384x4096", g.b.norm, AgNorm{y, x, w, nullptr, nullptr, rstd, rows, cols, 1e-5, AG_BF16}, -1, 4.0 * n, true);
+  AgNormGrad a{};
+  a.dx = y, a.dy = dy, a.x = x, a.w = w, a.rstd = rstd, a.rows = rows, a.cols = cols, a.dt = AG_BF16;
+  a.dw = AgGrad{g.bytes(cols * 4), AG_F32, 0};
+  g.row("rmsNorm gradient bf16 16384x4096", g.b.norm_grad, a, AG_K_NORM_GRAD, 6.0 * n, true);
+  g.row("siluMul forward bf16 2^26", g.b.silu_mul, AgSiluMul{y, x, dy, n, AG_BF16}, -1, 6.0 * n, true);
+  g.release();
+}
+
+void optimizer(Gpu& g) {
+  constexpr int64_t n = int64_t(1) << 30;
+  for (bool compact : {true, false}) {
+    const std::string row = std::string("adamw ") + (compact ? "compact" : "full") + " bf16 2^30";
+    if (!g.wants(row)) continue;
+    const int64_t state = compact ? 2 : 4;
+    void *p = g.bf16(n), *grad = g.bf16(n), *master = g.bytes(n * state), *m = g.bytes(n * state), *v = g.bytes(n * state);
+    AgCtx ctx{};
+    for (void* zero : {master, m, v}) {
+      const AgFill a{zero, compact ? AG_BF16 : AG_F32, n, 0};
+      ag::check_status("fill", g.b.fill(&ctx, &a), ctx);
+    }
+    const AgAdamWTensor t{p, AG_BF16, grad, AG_BF16, compact ? AG_STATE_COMPACT : AG_STATE_FULL, master, m, v, n, 0, 1, 0};
+    void* now = g.copy(std::vector<AgAdamWStep>{{1e-5, 1}});
+    const AgAdamW a{&t, 1, 0.9, 0.999, 1e-8, static_cast<const AgAdamWStep*>(now), nullptr, 0, 1};
+    g.row(row, g.b.adamw, a, -1, double(n) * double(2 + 4 + 6 * state), true);
+    g.release();
+  }
+}
+
+void loss(Gpu& g) {
+  constexpr int64_t rows = 600, cols = 32000, width = 4096;
+  if (!g.wants("lmHead")) return;
+  void *hidden = g.bf16(rows * width), *w = g.bf16(cols * width), *logits = g.bf16(rows * cols, -5, 5), *nll = g.bytes(rows * 4);
+  std::vector<int32_t> labels;
+  for (int64_t i = 0; i < rows; i++) labels.push_back(int32_t(i * 53));
+  AgGemm gemm{};
+  gemm.m = rows, gemm.n = cols, gemm.k = width, gemm.a = hidden, gemm.lda = width, gemm.b = w, gemm.ldb = width, gemm.c = logits, gemm.ldc = cols;
+  gemm.dt = gemm.dt_c = AG_BF16, gemm.trans_b = 1;
+  g.row("lmHead product bf16 600x32000x4096", g.b.gemm, gemm, AG_K_GEMM, 2.0 * rows * cols * width, false);
+  const AgCrossEntropy a{logits, rows, cols, static_cast<const int32_t*>(g.copy(labels)), nll, logits, 1.0 / rows, AG_BF16, AG_BF16};
+  g.row("lmHead loss bf16 600x32000", g.b.cross_entropy, a, AG_K_CROSS_ENTROPY, 4.0 * rows * cols, true);
+  g.release();
+}
+
+void products(Gpu& g) {
+  for (int64_t n : {4096, 8192}) {
+    const std::string row = ag::cat("gemm bf16 ", n, "^3");
+    if (!g.wants(row)) continue;
+    AgGemm a{};
+    a.m = a.n = a.k = a.lda = a.ldb = a.ldc = n;
+    a.a = g.bf16(n * n), a.b = g.bf16(n * n), a.c = g.bf16(n * n), a.dt = a.dt_c = AG_BF16, a.trans_b = 1;
+    g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(n) * double(n) * double(n), false);
+    g.release();
+  }
+}
+
+void attention(Gpu& g) {
+  for (int64_t dim : {64, 128})
+    for (int64_t length : {1024, 2048, 4096}) {
+      const std::string row = ag::cat("attention causal bf16 d", dim, " s", length);
+      if (!g.wants(row)) continue;
+      const int64_t tokens = 16384, heads = 2048 / dim, n = tokens * heads * dim, batch = tokens / length;
+      std::vector<int32_t> offsets;
+      for (int64_t s = 0; s <= batch; s++) offsets.push_back(int32_t(s * length));
+      AgAttention a{};
+      a.q = g.bf16(n), a.k = g.bf16(n), a.v = g.bf16(n), a.o = g.bf16(n), a.lse = g.bytes(tokens * heads * 4);
+      a.ldq = a.ldk = a.ldv = a.ldo = heads * dim;
+      a.q_offsets = a.k_offsets = static_cast<const int32_t*>(g.copy(offsets));
+      a.batch = batch, a.heads = a.kv_heads = heads, a.dim = dim, a.scale = 1 / std::sqrt(double(dim)), a.causal = 1, a.dt = AG_BF16;
+      a.d_o = g.bf16(n), a.dq = g.bf16(n), a.dk = g.bf16(n), a.dv = g.bf16(n);
+      const double product = 2.0 * double(batch * heads) * double(length) * double(length) * double(dim) / 2;
+      g.row(row + " forward", g.b.attention, a, AG_K_ATTENTION, 2 * product, false);
+      g.row(row + " gradient", g.b.attention_grad, a, AG_K_ATTENTION_GRAD, 5 * product, false);
+      g.release();
+    }
+}
+
+// ViT-L/14-336 into a 7B model, 16 pictures with 32 words each, the gate deciding.
+void align_mix(Gpu& g) {
+  if (!g.wants("alignMix")) return;
+  constexpr int64_t images = 16, patches = 576, width = 4096, words = 32, vocab = 32000, levels = 8, gate = 256, sample = patches + 1 + words;
+  std::vector<int32_t> token, image_row, align_row, ids, offsets = {0};
+  for (int64_t m = 0; m < images; m++) {
+    align_row.push_back(int32_t(m * sample));
+    image_row.push_back(int32_t(m * sample + 1));
+    token.push_back(AG_ALIGN_TOKEN);
+    token.insert(token.end(), size_t(patches), AG_IMAGE_TOKEN);
+    for (int64_t i = 0; i < words; i++) token.push_back(int32_t(m * words + i)), ids.push_back(int32_t(m * words + i));
+    offsets.push_back(int32_t(ids.size()));
+  }
+  auto index = [&](const std::vector<int32_t>& list) { return static_cast<const int32_t*>(g.copy(list)); };
+  auto grad = [&](int64_t n) { return AgGrad{g.bytes(n * 4), AG_F32, 0}; };
+  AgAlignMix a{};
+  a.tokens = images * sample, a.hidden = a.features = width, a.vocab = vocab, a.images = images, a.patches = patches, a.levels = levels, a.gate_hidden = gate;
+  a.x = g.bf16(images * patches * width), a.w = g.bf16(width * width), a.b = g.bf16(width), a.embed = g.bf16(vocab * width), a.table = g.bf16(levels * width);
+  a.token = index(token), a.image_row = index(image_row), a.align_row = index(align_row), a.gate_ids = index(ids), a.gate_offsets = index(offsets);
+  a.mode = AG_MIX_GATE, a.global = 1, a.dt = AG_BF16;
+  a.gw0 = g.bf16(gate * patches), a.gb0 = g.bf16(gate), a.gw1 = g.bf16((levels - 1) * gate), a.gb1 = g.bf16(levels - 1);
+  a.out = g.bf16(a.tokens * width), a.mean = g.bytes(images * width * 4), a.dots = g.bytes(images * patches * 4);
+  a.gate_pre = g.bytes(images * gate * 4), a.logits = g.bytes(images * (levels - 1) * 4), a.coef = g.bytes(images * levels * 4);
+  const double product = 2.0 * images * patches * width * width;
+  g.row("alignMix forward bf16 16x576x4096", g.b.align_mix, a, AG_K_ALIGN_MIX, product, false);
+  a.d_out = g.bf16(a.tokens * width), a.dx = g.bf16(images * patches * width);
+  a.dw = grad(width * width), a.db = grad(width), a.d_table = grad(levels * width);
+  a.d_gw0 = grad(gate * patches), a.d_gb0 = grad(gate), a.d_gw1 = grad((levels - 1) * gate), a.d_gb1 = grad(levels - 1);
+  g.row("alignMix gradient bf16 16x576x4096", g.b.align_mix_grad, a, AG_K_ALIGN_MIX_GRAD, 2 * product, false);
+  g.release();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    if (name == "--library") o.library = argv[i + 1];
+    if (name == "--filter") o.filter = argv[i + 1];
+    if (name == "--context") o.context = argv[i + 1];
+  }
+  if (o.library.empty()) {
+    std::printf("cuda: not run, --library names no libaligngpt_cuda.so\n");
+    return 0;
+  }
+  std::string why;
+  const AgBackend* backend = ag::open_backend(o.library, &why);
+  if (!backend) {
+    std::printf("%s\n", why.c_str());
+    return 1;
+  }
+  AgCapabilities c;
+  backend->capabilities(&c);
+  Gpu g{*backend, o, c.device};
+  int failed = 0;
+  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, align_mix}) try {
+      rows(g);
+    } catch (const ag::Error& e) {  // the other rows are worth having all the same
+      std::printf("%s\n", e.what());
+      g.release();
+      failed = 1;
+    }
+  return failed;
+}

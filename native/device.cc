@@ -1,0 +1,64 @@
+// Finding the devices: the CPU is linked in, the CUDA backend is a library beside this one.
+#include <cstdlib>
+
+#include "tensor.h"
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace ag {
+
+// Never destroyed: storages held by other threads may outlive main().
+Device& cpu() {
+  static Device* device = new Device(ag_cpu_backend());
+  return *device;
+}
+
+#if defined(__linux__)
+// ALIGNGPT_CUDA_LIBRARY, or the file in the folder of the library (or program) this code is in.
+static std::string cuda_library() {
+  const char* chosen = std::getenv("ALIGNGPT_CUDA_LIBRARY");
+  if (chosen && *chosen) return chosen;
+  Dl_info self;
+  std::string folder = dladdr(reinterpret_cast<void*>(&cuda_library), &self) && self.dli_fname ? self.dli_fname : "";
+  return folder.substr(0, folder.rfind('/') + 1) + "libaligngpt_cuda.so";
+}
+
+// The library is never unloaded: memory of it and its driver may be in use until the process ends.
+const AgBackend* open_backend(const std::string& file, std::string* why) {
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  const char* problem = library ? nullptr : dlerror();
+  auto open = library ? reinterpret_cast<AgOpenBackend>(dlsym(library, "ag_cuda_backend")) : nullptr;
+  if (!open) {
+    *why = cat("[cuda] library: expected the CUDA backend in ", file, ", got: ", problem ? problem : "a library without ag_cuda_backend");
+    return nullptr;
+  }
+  char message[512] = "";
+  const AgBackend* backend = open(message, sizeof message);
+  *why = message;
+  if (!backend) return nullptr;
+  if (backend->version == AG_BACKEND_VERSION && backend->struct_size == int32_t(sizeof(AgBackend))) return backend;
+  *why = cat("[cuda] library: expected contract ", AG_BACKEND_VERSION, " (", sizeof(AgBackend), " bytes) in ", file, ", got ", backend->version,
+             " (", backend->struct_size, " bytes): built from another version of aligngpt");
+  return nullptr;
+}
+#else
+static std::string cuda_library() { return ""; }
+const AgBackend* open_backend(const std::string&, std::string* why) {
+  *why = "[cuda] the CUDA backend is there for Linux only";
+  return nullptr;
+}
+#endif
+
+Device* cuda(std::string* why) {
+  static std::mutex mutex;
+  static Device* device = nullptr;
+  static std::string line;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!device)  // tried again as long as it fails: the environment may have changed
+    if (const AgBackend* backend = open_backend(cuda_library(), &line)) device = new Device(backend);
+  if (why) *why = line;
+  return device;
+}
+
+}  // namespace ag

@@ -1,0 +1,129 @@
+"""PyTorch's side of native/bench/cuda.cc: the same rows by the same names, one JSON line each.
+
+    python3 scripts/bench/cuda_peer.py ['"date":"...","commit":"..."']
+"""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CONTEXT = json.loads("{" + (sys.argv[1] if len(sys.argv) > 1 else "") + "}")
+DEVICE = torch.cuda.get_device_name()
+
+
+def bf16(*shape, grad=False):
+    return (torch.rand(*shape, device="cuda") - 0.5).bfloat16().requires_grad_(grad)
+
+
+def row(name, work, moved, f):
+    """Fastest of five rounds of f; `work` is bytes when `moved`, else floating point operations."""
+
+    def ms(times):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(times):
+            f()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / times
+
+    f()
+    once = ms(3)
+    times = 2 if once > 50 else int(100 / once) + 1
+    best = min(ms(times) for _ in range(5))
+    unit, scale = ("GB/s", 1e6) if moved else ("TFLOP/s", 1e9)
+    line = {"row": name, "ms": round(best, 4), unit: round(work / best / scale, 1), "device": DEVICE}
+    print(json.dumps({**line, "peer": f"torch {torch.__version__}", **CONTEXT}), flush=True)
+
+
+def copies():
+    x, y = bf16(1 << 29), bf16(1 << 29)
+    row("copy bf16 2^29", 4 << 29, True, lambda: y.copy_(x))
+
+
+def norms():
+    x, w, dy = bf16(16384, 4096, grad=True), bf16(4096, grad=True), bf16(16384, 4096)
+    n = x.numel()
+    row("rmsNorm forward bf16 16384x4096", 4 * n, True, lambda: F.rms_norm(x.detach(), (4096,), w.detach(), 1e-5))
+    y = F.rms_norm(x, (4096,), w, 1e-5)
+    row("rmsNorm gradient bf16 16384x4096", 6 * n, True, lambda: torch.autograd.grad(y, (x, w), dy, retain_graph=True))
+    row("siluMul forward bf16 2^26", 6 * n, True, lambda: F.silu(x.detach()) * dy)
+
+
+def optimizer():
+    """Fused AdamW keeps bf16 moments and no master: 14 bytes of traffic a parameter against 18 of the compact state."""
+    p = bf16(1 << 30, grad=True)
+    p.grad = bf16(1 << 30)
+    step = torch.optim.AdamW([p], lr=1e-5, fused=True)
+    row("adamw compact bf16 2^30", 14 << 30, True, step.step)
+
+
+def loss():
+    hidden, w, logits = bf16(600, 4096), bf16(32000, 4096), bf16(600, 32000, grad=True)
+    target = torch.arange(600, device="cuda") * 53
+    row("lmHead product bf16 600x32000x4096", 2 * 600 * 32000 * 4096, False, lambda: hidden @ w.T)
+    row(
+        "lmHead loss bf16 600x32000",
+        4 * logits.numel(),
+        True,
+        lambda: torch.autograd.grad(F.cross_entropy(logits.float(), target), logits),
+    )
+
+
+def products():
+    for n in (4096, 8192):
+        a, b = bf16(n, n), bf16(n, n)
+        row(f"gemm bf16 {n}^3", 2 * n**3, False, lambda: a @ b.T)
+
+
+def attention():
+    for dim in (64, 128):
+        for length in (1024, 2048, 4096):
+            heads, batch = 2048 // dim, 16384 // length
+            q, k, v = (bf16(batch, heads, length, dim, grad=True) for _ in range(3))
+            g = bf16(batch, heads, length, dim)
+            product = batch * heads * length * length * dim
+            for backend, label in ((SDPBackend.FLASH_ATTENTION, "FA2"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
+                with sdpa_kernel(backend):
+                    name = f"attention causal bf16 d{dim} s{length}"
+                    CONTEXT["backend"] = label
+                    forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                    with torch.no_grad():
+                        row(f"{name} forward", 2 * product, False, forward)
+                    o = forward()
+                    backward = lambda: torch.autograd.grad(o, (q, k, v), g, retain_graph=True)
+                    row(f"{name} gradient", 5 * product, False, backward)
+            CONTEXT.pop("backend", None)
+
+
+def align_mix():
+    """The unfused projector layer, gate, mix and splice."""
+    images, patches, width, words = 16, 576, 4096, 32
+    x, w, b, embed = bf16(images, patches, width, grad=True), bf16(width, width, grad=True), bf16(width, grad=True), bf16(32000, width)
+    table = bf16(8, width, grad=True)
+    gate = [bf16(256, patches, grad=True), bf16(256, grad=True), bf16(7, 256, grad=True), bf16(7, grad=True)]
+    ids = torch.arange(images * words, device="cuda").view(images, words)
+
+    def forward():
+        rows, text = F.linear(x, w, b), F.embedding(ids, embed)
+        dots = torch.einsum("mph,mh->mp", rows, text.mean(1))
+        mix = torch.softmax(F.linear(F.gelu(F.linear(dots, gate[0], gate[1])), gate[2], gate[3]), -1)
+        return torch.cat([(mix @ table[:7] + table[7])[:, None], rows, text], 1)
+
+    product = 2 * images * patches * width * width
+    with torch.no_grad():
+        row("alignMix forward bf16 16x576x4096", product, False, forward)
+    out = forward()
+    grads = (x, w, b, table, *gate)
+    row("alignMix gradient bf16 16x576x4096", 2 * product, False, lambda: torch.autograd.grad(out, grads, out.detach(), retain_graph=True))
+
+
+for part in (copies, norms, optimizer, loss, products, attention, align_mix):
+    try:
+        part()
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(json.dumps({"row": part.__name__, "failed": str(error).splitlines()[0], "peer": "torch", **CONTEXT}), flush=True)
+    torch.cuda.empty_cache()

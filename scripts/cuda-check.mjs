@@ -1,0 +1,324 @@
+// What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon (npm ci); rung 6 needs
+// nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes down what it measured.
+// The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a planted bug is not found.
+import { spawn } from 'node:child_process'
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+
+const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..'))
+const { values: options } = parseArgs({
+  options: { 'require-nvcc': { type: 'boolean' }, 'write-budgets': { type: 'boolean' }, only: { type: 'string' } },
+})
+const build = path.join(root, 'build-native', 'check')
+const budgetFile = path.join(root, 'native', 'cuda', 'budgets.json')
+const jobs = os.availableParallelism()
+const schedules = [0, 1, 7, 1000, 1003] // native/cuda/shim.h
+const quiet = {
+  ASAN_OPTIONS: 'allocator_may_return_null=1',
+  TSAN_OPTIONS: 'allocator_may_return_null=1 halt_on_error=1 exitcode=66',
+}
+
+/** Runs a program; resolves with its status and everything it printed. */
+function run(command, args, { limit = 420, cwd = root } = {}) {
+  return new Promise((resolve) => {
+    const child = spawn(command, args, { cwd, env: { ...quiet, ...process.env }, stdio: ['ignore', 'pipe', 'pipe'] })
+    const parts = []
+    child.stdout.on('data', (part) => parts.push(part))
+    child.stderr.on('data', (part) => parts.push(part))
+    const timer = setTimeout(() => child.kill('SIGKILL'), limit * 1000)
+    const end = (status) => {
+      clearTimeout(timer)
+      resolve({ status, output: Buffer.concat(parts).toString() })
+    }
+    child.on('error', (error) => {
+      parts.push(Buffer.from(error.message))
+      end(127)
+    })
+    child.on('close', (status, signal) => end(signal ? 128 : status))
+  })
+}
+
+/** As many at a time as there are cores; results in the order of the list. */
+async function parallel(list, work) {
+  const results = []
+  let next = 0
+  const worker = async () => {
+    while (next < list.length) {
+      const at = next++
+      results[at] = await work(list[at])
+    }
+  }
+  await Promise.all(Array.from({ length: jobs }, worker))
+  return results
+}
+
+const tail = (text, lines) => text.trimEnd().split('\n').slice(-lines).join('\n')
+const program = (name) => path.join(build, name)
+
+/** Runs all; the first failure's output is the rung's. */
+async function all(commands) {
+  const results = await parallel(commands, ([command, ...args]) => run(command, args))
+  const bad = results.find((result) => result.status !== 0)
+  return bad
+    ? { ok: false, detail: tail(bad.output, 25) }
+    : { ok: true, detail: results.map((r) => tail(r.output, 1)).join('\n') }
+}
+
+async function configure() {
+  const flags = ['ADDON=OFF', 'TESTS=ON', 'CUDA_CHECK=ON'].map((flag) => `-DALIGNGPT_${flag}`)
+  const made = await run('cmake', ['-S', root, '-B', build, '-DCMAKE_BUILD_TYPE=Release', ...flags])
+  if (made.status !== 0) return { ok: false, detail: tail(made.output, 15) }
+  const targets = ['test_cuda', 'test_cuda_asan', 'test_cuda_tsan', 'test_loader', 'aligngpt_cuda_emulated']
+  const built = await run('cmake', ['--build', build, '--parallel', String(jobs), '--target', ...targets], {
+    limit: 900,
+  })
+  return { ok: built.status === 0, detail: built.status === 0 ? '' : tail(built.output, 40) }
+}
+
+// ---- rung 5: planted bugs ---------------------------------------------------------------------------
+/** The command that compiles `source` for an emulation, from CMake's own list. */
+function compileCommand(emulation, source) {
+  const entries = JSON.parse(fs.readFileSync(path.join(build, 'compile_commands.json'), 'utf8'))
+  const entry = entries.find(
+    (e) => e.command.includes(`/${emulation}.dir/`) && e.file.endsWith(`/native/cuda/${source}`),
+  )
+  return { entry, object: path.resolve(entry.directory, / -o (\S+)/.exec(entry.command)[1]) }
+}
+
+/** A copy of the backend's sources with one bug, beside a copy of the contract they include. */
+function plantedTree(plant, index) {
+  const tree = path.join(build, 'planted', String(index))
+  fs.rmSync(tree, { recursive: true, force: true })
+  fs.cpSync(path.join(root, 'native', 'cuda'), path.join(tree, 'cuda'), { recursive: true })
+  fs.copyFileSync(path.join(root, 'native', 'backend.h'), path.join(tree, 'backend.h'))
+  const file = path.join(tree, 'cuda', plant.file)
+  const text = fs.readFileSync(file, 'utf8')
+  if (text.split(plant.find).length !== 2)
+    throw new Error(`planted bug '${plant.name}': its text is not once in ${plant.file}`)
+  fs.writeFileSync(
+    file,
+    text.replace(plant.find, () => plant.replace),
+  )
+  return tree
+}
+
+const variants = {
+  2: ['cuda_emulated', ''],
+  3: ['cuda_emulated_asan', 'address,undefined'],
+  4: ['cuda_emulated_tsan', 'thread'],
+}
+
+const objectsBelow = (folder) =>
+  fs
+    .readdirSync(folder, { recursive: true })
+    .filter((f) => f.endsWith('.o'))
+    .map((f) => path.join(folder, f))
+
+/** The test program with one planted source in place of the true one. */
+async function buildPlanted(plant, index) {
+  const [emulation, sanitize] = variants[plant.rung]
+  const tree = plantedTree(plant, index)
+  const source = plant.compile ?? plant.file
+  const { entry, object } = compileCommand(emulation, source)
+  const mine = path.join(tree, `${source}.o`)
+  const command = entry.command.split(/\s+/).map((word) => {
+    if (word === entry.file) return path.join(tree, 'cuda', source)
+    return path.resolve(entry.directory, word) === object ? mine : word
+  })
+  const compiled = await run(command[0], command.slice(1), { cwd: entry.directory })
+  if (compiled.status !== 0)
+    throw new Error(`planted bug '${plant.name}' does not compile:\n${tail(compiled.output, 15)}`)
+  const folders = [emulation, `${emulation}_shim`, emulation.replace('cuda_emulated', 'test_cuda')]
+  const others = folders.flatMap((name) => objectsBelow(path.join(build, 'CMakeFiles', `${name}.dir`)))
+  const exe = path.join(tree, 'test')
+  const objects = [mine, ...others.filter((file) => path.resolve(file) !== object), program('libaligngpt_core.a')]
+  const flags = sanitize === '' ? [] : [`-fsanitize=${sanitize}`]
+  const linked = await run(command[0], [...flags, ...objects, '-ldl', '-lpthread', '-o', exe])
+  if (linked.status !== 0) throw new Error(`planted bug '${plant.name}' does not link:\n${tail(linked.output, 15)}`)
+  return exe
+}
+
+/** Where the named rung found it, or null. */
+async function hunt(plant, index) {
+  if (plant.rung === 6) {
+    if (!(await nvcc())) return 'not run'
+    const found = await resources([plant.file], path.join(plantedTree(plant, index), 'cuda'), ['90'])
+    return overBudget(found.kernels).find((line) => line.startsWith(plant.kernel)) ?? null
+  }
+  const exe = await buildPlanted(plant, index)
+  const small = plant.rung === 2 ? [] : ['--small']
+  for (const seed of plant.rung === 2 ? schedules : [0]) {
+    const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small])
+    const line =
+      /^(FAIL .*|\[cuda emulation\].*|.*runtime error.*|.*ERROR: AddressSanitizer.*|WARNING: ThreadSanitizer.*)$/m.exec(
+        output,
+      )?.[1]
+    if (status !== 0) return `schedule ${seed}: ${line ?? `status ${status}`}`
+  }
+  return null
+}
+
+// ---- rung 6: nvcc -----------------------------------------------------------------------------------
+async function nvcc() {
+  return (await run('nvcc', ['--version'])).status === 0
+}
+
+const architectures = ['80', '86', '89', '90', '100', '120']
+
+/** Registers, stack, spills and shared memory of every kernel of the sources: the most over its instances and architectures. */
+async function resources(sources, folder, archs) {
+  const kernels = {}
+  const objects = path.join(build, 'nvcc')
+  fs.mkdirSync(objects, { recursive: true })
+  const gencode = archs.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
+  const results = await parallel(sources, (source) => {
+    const out = path.join(objects, `${source}.${archs.length}.o`)
+    const flags = ['-std=c++17', '-O3', '-Xptxas', '-v', ...gencode, '-I', path.join(root, 'native')]
+    return run('nvcc', [...flags, '-c', path.join(folder, source), '-o', out])
+  })
+  for (const { status, output } of results) {
+    if (status !== 0) return { error: tail(output, 20), kernels }
+    await collect(output, kernels)
+  }
+  return { kernels }
+}
+
+/** Reads what `ptxas -v` prints; a template's instances count as one kernel. */
+async function collect(output, kernels) {
+  const mangled = [...new Set([...output.matchAll(/Compiling entry function '(\S+)'/g)].map((match) => match[1]))]
+  const plain = mangled.length === 0 ? [] : (await run('c++filt', mangled)).output.trimEnd().split('\n')
+  const names = new Map(
+    mangled.map((name, i) => [
+      name,
+      /([\w]+)(<.*)?\(/.exec(plain[i].replace(/\(anonymous namespace\)::/g, ''))?.[1] ?? name,
+    ]),
+  )
+  for (const part of output.split('Compiling entry function ').slice(1)) {
+    const number = (pattern) => Number(pattern.exec(part)?.[1] ?? 0)
+    const name = names.get(/'(\S+)'/.exec(part)[1])
+    const seen = {
+      registers: number(/Used (\d+) registers/),
+      stack: number(/(\d+) bytes stack frame/),
+      spills: number(/(\d+) bytes spill stores/),
+      shared: number(/(\d+) bytes smem/),
+    }
+    const most = kernels[name] ?? seen
+    kernels[name] = Object.fromEntries(Object.keys(seen).map((key) => [key, Math.max(most[key], seen[key])]))
+  }
+}
+
+function overBudget(kernels) {
+  const budgets = JSON.parse(fs.readFileSync(budgetFile, 'utf8'))
+  return Object.entries(kernels).flatMap(([name, used]) => {
+    if (!budgets[name]) return [`${name}: no budget is written down in ${path.relative(root, budgetFile)}`]
+    return Object.keys(used)
+      .filter((key) => used[key] > budgets[name][key])
+      .map((key) => `${name}: ${key} ${used[key]}, budget ${budgets[name][key]}`)
+  })
+}
+
+async function checkNvcc() {
+  if (!(await nvcc())) return { ok: !options['require-nvcc'], ran: false, detail: 'not run: nvcc is not on the PATH' }
+  const folder = path.join(root, 'native', 'cuda')
+  const sources = fs.readdirSync(folder).filter((file) => file.endsWith('.cu'))
+  const { kernels, error } = await resources(sources, folder, architectures)
+  if (error) return { ok: false, detail: error }
+  if (options['write-budgets']) {
+    const lines = Object.keys(kernels)
+      .sort()
+      .map((name) => `  "${name}": ${JSON.stringify(kernels[name]).replace(/([:,])/g, '$1 ')}`)
+    fs.writeFileSync(budgetFile, `{\n${lines.join(',\n')}\n}\n`)
+  }
+  const wrong = overBudget(kernels)
+  const gone = Object.keys(JSON.parse(fs.readFileSync(budgetFile, 'utf8'))).filter((name) => !kernels[name])
+  wrong.push(...gone.map((name) => `${name}: has a budget, but no source has it`))
+  const sass = await checkSass(sources)
+  const summary = `${Object.keys(kernels).length} kernels, ${sources.length} sources, sm_${architectures.join(' ')}; ${sass.detail}`
+  return { ok: wrong.length === 0 && sass.ok, detail: [...wrong, summary].join('\n') }
+}
+
+/** In machine code: the sources that multiply on the tensor cores really do. (Local memory shows as `stack` above.) */
+async function checkSass(sources) {
+  if ((await run('cuobjdump', ['--version'])).status !== 0)
+    return { ok: true, detail: 'HMMA in machine code: not run, no cuobjdump' }
+  const tensor = sources.filter((file) =>
+    /mma_bf16_16816/.test(fs.readFileSync(path.join(root, 'native', 'cuda', file), 'utf8')),
+  )
+  const without = []
+  for (const source of tensor) {
+    const { output } = await run('cuobjdump', [
+      '-sass',
+      '-arch',
+      'sm_90',
+      path.join(build, 'nvcc', `${source}.${architectures.length}.o`),
+    ])
+    if (!/\bHMMA\b/.test(output)) without.push(source)
+  }
+  return {
+    ok: without.length === 0,
+    detail: without.length ? `no HMMA in ${without.join(', ')}` : `HMMA in ${tensor.join(', ') || 'no source'}`,
+  }
+}
+
+// ---- the ladder -------------------------------------------------------------------------------------
+async function checkCublasLt() {
+  const { output } = await run(program('test_cuda'), ['--list'])
+  if (!/^cublaslt/m.test(output)) return { ok: true, ran: false, detail: 'not run: no case is named cublaslt' }
+  return all([[program('test_cuda'), '--filter', 'cublaslt']])
+}
+
+const planted = { found: [], missed: [], notRun: [] }
+async function checkPlants() {
+  const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda-plants.json'), 'utf8'))
+  const where = await parallel(plants, (plant) => hunt(plant, plants.indexOf(plant)))
+  const lines = plants.map((plant, i) => {
+    const list = where[i] === 'not run' ? planted.notRun : where[i] ? planted.found : planted.missed
+    list.push(plant.name)
+    return `${where[i] ? `rung ${plant.rung}` : 'MISSED'}  ${plant.name}: ${(where[i] ?? 'nothing noticed').slice(0, 110)}`
+  })
+  return { ok: planted.missed.length === 0, detail: lines.join('\n') }
+}
+
+const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
+const rungs = [
+  ['build', configure],
+  [
+    '1 CPU backend against the goldens',
+    () =>
+      all([
+        ['npx', 'vitest', 'run', 'ts/test/50.goldens.test.ts'],
+        [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
+      ]),
+  ],
+  ['2 emulation against the CPU', () => all(emulated('test_cuda', schedules))],
+  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(emulated('test_cuda_asan', [0, 1000], '--small'))],
+  ['4 ThreadSanitizer', () => all(emulated('test_cuda_tsan', [0], '--small'))],
+  ['5 planted bugs', checkPlants],
+  ['6 nvcc, budgets', checkNvcc],
+  ['7 cublasLt constants', checkCublasLt],
+]
+
+const results = {}
+for (const [name, work] of rungs) {
+  if (options.only && name !== 'build' && !options.only.includes(name[0])) continue
+  const start = Date.now()
+  const { ok, ran = true, detail } = await work().catch((error) => ({ ok: false, detail: error.message }))
+  const state = !ok ? 'failed' : ran ? 'passed' : 'not run'
+  if (name !== 'build') results[name] = state
+  console.log(`=== ${name}: ${state}, ${((Date.now() - start) / 1000).toFixed(0)} s\n${detail}`)
+  if (!ok) process.exitCode = 1
+  if (!ok && name === 'build') break
+}
+const total = planted.found.length + planted.missed.length + planted.notRun.length
+console.log(
+  JSON.stringify({
+    rungs: results,
+    planted: total,
+    found: planted.found.length,
+    missed: planted.missed,
+    notRun: planted.notRun,
+  }),
+)
