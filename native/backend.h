@@ -315,6 +315,7 @@ typedef struct {
   const int32_t* q_offsets;  // [batch + 1]
   const int32_t* k_offsets;
   int64_t batch, heads, kv_heads, dim;
+  int64_t q_tokens, k_tokens;  // rows of q and k: q_offsets[batch] and k_offsets[batch], which a device's host does not read
   double scale;
   int32_t causal;
   AgDtype dt;
@@ -339,6 +340,7 @@ typedef struct {
   const int32_t* block_table;
   const int32_t* kv_len;  // [batch]
   int64_t batch, max_blocks, block_size, heads, kv_heads, dim;
+  int64_t q_tokens;  // rows of q
   double scale;
   AgDtype dt;
 } AgAttentionCached;
