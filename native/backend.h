@@ -315,7 +315,6 @@ typedef struct {
   const int32_t* q_offsets;  // [batch + 1]
   const int32_t* k_offsets;
   int64_t batch, heads, kv_heads, dim;
-  int64_t q_tokens, k_tokens;  // rows of q and k: q_offsets[batch] and k_offsets[batch], which a device's host does not read
   double scale;
   int32_t causal;
   AgDtype dt;
@@ -324,6 +323,7 @@ typedef struct {
   void* dq;
   void* dk;
   void* dv;
+  int64_t q_tokens, k_tokens;  // rows of q and k: q_offsets[batch] and k_offsets[batch], which a device's host does not read
 } AgAttention;
 
 // Attention against a paged cache. Logical key j of sequence s is row j % block_size of block
@@ -340,9 +340,9 @@ typedef struct {
   const int32_t* block_table;
   const int32_t* kv_len;  // [batch]
   int64_t batch, max_blocks, block_size, heads, kv_heads, dim;
-  int64_t q_tokens;  // rows of q
   double scale;
   AgDtype dt;
+  int64_t q_tokens;  // rows of q
 } AgAttentionCached;
 
 // ---- AlignGPT ---------------------------------------------------------------------------------------

@@ -232,14 +232,12 @@ __device__ __forceinline__ void weigh(float& s, float& dp, bool visible, float s
 }
 
 template <int kDim>
-constexpr int other_rows() {
-  return kDim <= 64 ? 64 : 32;  // of a tile of the other side: registers
-}
+constexpr int kOtherRows = kDim <= 64 ? 64 : 32;  // of a tile of keys in flash_dq: registers
 
 // dQ: owns queries, walks over keys.
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, 2) flash_dq(Flash a) {
-  constexpr int kOther = other_rows<kDim>(), kTile = kOther * Tile<kDim>::kPitch;
+  constexpr int kOther = kOtherRows<kDim>, kTile = kOther * Tile<kDim>::kPitch;
   SMEM(raw);
   bf16* q = reinterpret_cast<bf16*>(raw);
   bf16 *d_o = q + kOwn * Tile<kDim>::kPitch, *k = d_o + kOwn * Tile<kDim>::kPitch, *v = k + 2 * kTile;
@@ -312,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 2) flash_dkv(Flash a) {
       stats[t % 2 * 2 * kOther + kOther + threadIdx.x] = row < nq ? a.delta[at] : 0;
     }
   };
-  Tile<kDim>::template load<kOwn>(k, a.k + (span.begin) * a.ldk + kv * dim, a.ldk, span.first, span.n, dim, a.vector);
-  Tile<kDim>::template load<kOwn>(v, a.v + (span.begin) * a.ldv + kv * dim, a.ldv, span.first, span.n, dim, a.vector);
+  Tile<kDim>::template load<kOwn>(k, a.k + span.begin * a.ldk + kv * dim, a.ldk, span.first, span.n, dim, a.vector);
+  Tile<kDim>::template load<kOwn>(v, a.v + span.begin * a.ldv + kv * dim, a.ldv, span.first, span.n, dim, a.vector);
   if (turns) load(0);
   cp_commit();
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
@@ -417,7 +415,7 @@ AgStatus attention_grad(AgCtx* ctx, const AgAttention* a) {
   const Flash f = flash_of(a, delta);
   return with_dim(a->dim, [&](auto width) {
     constexpr int kDim = decltype(width)::value;
-    const size_t shared_dq = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * other_rows<kDim>()));
+    const size_t shared_dq = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * kOtherRows<kDim>));
     const size_t shared_dkv = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * 32)) + 4 * 32 * sizeof(float);
     const dim3 queries = a->q_tokens ? tile_grid(a->q_tokens, a->batch, a->heads) : dim3(0);
     const dim3 keys = a->k_tokens ? tile_grid(a->k_tokens, a->batch, a->kv_heads) : dim3(0);
