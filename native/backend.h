@@ -323,6 +323,7 @@ typedef struct {
   void* dq;
   void* dk;
   void* dv;
+  int64_t q_tokens, k_tokens;  // rows of q and k: q_offsets[batch] and k_offsets[batch], which a device's host does not read
 } AgAttention;
 
 // Attention against a paged cache. Logical key j of sequence s is row j % block_size of block
@@ -341,6 +342,7 @@ typedef struct {
   int64_t batch, max_blocks, block_size, heads, kv_heads, dim;
   double scale;
   AgDtype dt;
+  int64_t q_tokens;  // rows of q
 } AgAttentionCached;
 
 // ---- AlignGPT ---------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.heads = heads;
   a.kv_heads = kv_heads;
   a.dim = dim;
+  a.q_tokens = q.shape[0];
+  a.k_tokens = k.shape[0];
   a.scale = scale;
   a.causal = causal;
   a.dt = q.dt;

@@ -63,6 +63,7 @@ Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   a.block_table = host_i32(block_table);
   a.kv_len = host_i32(kv_len);
   a.batch = batch;
+  a.q_tokens = q.shape[0];
   a.max_blocks = block_table.shape[1];
   a.block_size = k_cache.shape[1];
   a.heads = heads;

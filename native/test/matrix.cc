@@ -426,6 +426,7 @@ void test_attention(const Level& l, const Shape& s, AgDtype dt) {
   a.ldq = a.ldo = ldq, a.ldk = a.ldv = ldk;
   a.q_offsets = qo.data(), a.k_offsets = ko.data();
   a.batch = int64_t(s.nq.size()), a.heads = s.heads, a.kv_heads = s.kv_heads, a.dim = s.dim;
+  a.q_tokens = qo.back(), a.k_tokens = ko.back();
   a.scale = 1 / std::sqrt(double(s.dim)), a.causal = s.causal, a.dt = dt;
   a.d_o = d_o.p(), a.dq = dq.p(), a.dk = dk.p(), a.dv = dv.p();
   Reference r = attention_reference(s, a.scale, ldq, ldk, q.all(), k.all(), v.all(), d_o.all(), o.all());
@@ -518,7 +519,7 @@ void test_cached(const Level& l, const std::vector<int32_t>& nq, const std::vect
   a.q = q.p(), a.ldq = a.ldo = ldq, a.k_cache = kc.p(), a.v_cache = vc.p(), a.o = o.p();
   a.q_offsets = qo.data(), a.block_table = table.data(), a.kv_len = kv_len.data();
   a.batch = batch, a.max_blocks = max_blocks, a.block_size = block, a.heads = heads, a.kv_heads = kv_heads, a.dim = dim;
-  a.scale = 1 / std::sqrt(double(dim)), a.dt = dt;
+  a.q_tokens = qo.back(), a.scale = 1 / std::sqrt(double(dim)), a.dt = dt;
   Reference r = attention_reference(s, a.scale, ldq, ld, q.all(), k, v, q.all(), o.all());
   on_both({&o}, [&] { launch("attention_cached", l.cached, l.cached_workspace, a); });
   double base = dt == AG_F64   ? 1e-13
