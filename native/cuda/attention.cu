@@ -233,6 +233,8 @@ __device__ __forceinline__ void weigh(float& s, float& dp, bool visible, float s
 
 template <int kDim>
 constexpr int kOtherRows = kDim <= 64 ? 64 : 32;  // of a tile of keys in flash_dq: registers
+template <int kDim>
+constexpr int kQueryRows = kDim <= 80 ? 32 : 16;  // of a tile of queries in flash_dkv: two sums lie in registers
 
 // dQ: owns queries, walks over keys.
 template <int kDim>
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2) flash_dq(Flash a) {
 // dK and dV: owns keys, walks over the queries of every head of the group.
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, 2) flash_dkv(Flash a) {
-  constexpr int kOther = 32, kTile = kOther * Tile<kDim>::kPitch;
+  constexpr int kOther = kQueryRows<kDim>, kTile = kOther * Tile<kDim>::kPitch;
   SMEM(raw);
   bf16* k = reinterpret_cast<bf16*>(raw);
   bf16 *v = k + kOwn * Tile<kDim>::kPitch, *q = v + kOwn * Tile<kDim>::kPitch, *d_o = q + 2 * kTile;
@@ -416,7 +418,7 @@ AgStatus attention_grad(AgCtx* ctx, const AgAttention* a) {
   return with_dim(a->dim, [&](auto width) {
     constexpr int kDim = decltype(width)::value;
     const size_t shared_dq = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * kOtherRows<kDim>));
-    const size_t shared_dkv = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * 32)) + 4 * 32 * sizeof(float);
+    const size_t shared_dkv = size_t(Tile<kDim>::bytes(2 * kOwn + 4 * kQueryRows<kDim>)) + 4 * kQueryRows<kDim> * sizeof(float);
     const dim3 queries = a->q_tokens ? tile_grid(a->q_tokens, a->batch, a->heads) : dim3(0);
     const dim3 keys = a->k_tokens ? tile_grid(a->k_tokens, a->batch, a->kv_heads) : dim3(0);
     const AgStatus done = launch(ctx, "attention", flash_dq<kDim>, queries, kThreads, shared_dq, f);

@@ -58,6 +58,7 @@ test('every native op has a row', () => {
     'setGrad',
     'zeroGrad',
     'memory',
+    'kernelSeconds',
     'resetPeak',
     'trim',
     'failAfter',
