@@ -462,16 +462,27 @@ Napi::Value memory(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Object describe(Napi::Env env, const Device& device) {
+  AgCapabilities caps{};
+  device.backend->capabilities(&caps);
+  Napi::Object o = Napi::Object::New(env);
+  o.Set("name", caps.name);
+  o.Set("level", caps.level);
+  o.Set("device", caps.device);
+  o.Set("threads", double(caps.threads));
+  o.Set("memoryBytes", double(caps.memory_bytes));
+  return o;
+}
 Napi::Value capabilities(const Napi::CallbackInfo& info) {
+  return guarded(info, [&](Napi::Env env, Call&) -> Napi::Value { return describe(env, cpu()); });
+}
+// The GPU's capabilities, or a string that says why there is none.
+Napi::Value probe_cuda(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call&) -> Napi::Value {
-    AgCapabilities caps{};
-    cpu().backend->capabilities(&caps);
-    Napi::Object o = Napi::Object::New(env);
-    o.Set("name", caps.name);
-    o.Set("level", caps.level);
-    o.Set("device", caps.device);
-    o.Set("threads", double(caps.threads));
-    return o;
+    std::string why;
+    const Device* device = cuda(&why);
+    if (device) return describe(env, *device);
+    return Napi::String::New(env, why);
   });
 }
 
@@ -604,6 +615,7 @@ void define_core(Napi::Object& e) {
   define(e, "trim", call<&trim>);
   define(e, "failAfter", call<&fail_after>);
   define(e, "capabilities", capabilities);
+  define(e, "probeCuda", probe_cuda);
   define(e, "threads", call<&threads>);
   define(e, "setThreads", call<&set_threads>);
 }

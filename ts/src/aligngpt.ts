@@ -159,6 +159,11 @@ interface Parts {
 }
 
 function checkOptions(o: LoadOptions): { dtype: Dtype; seed: number } {
+  if ((o.device as string) === 'cuda')
+    throw new AlignGPTError(
+      'ERR_DEVICE',
+      '[AlignGPT] device: expected auto or cpu, got cuda: models cannot be placed on a GPU yet (docs/cuda.md)',
+    )
   if (o.device !== undefined && o.device !== 'auto' && o.device !== 'cpu')
     throw new AlignGPTError('ERR_DEVICE', `[AlignGPT] device: expected auto or cpu, got ${o.device}`)
   const dtype = o.dtype ?? 'f32'

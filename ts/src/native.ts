@@ -29,6 +29,18 @@ export interface NativeAlignMix {
   global: boolean
 }
 
+export interface Capabilities {
+  /** cpu, cuda */
+  name: string
+  /** avx2, sm_90 ... */
+  level: string
+  /** what the machine calls it */
+  device: string
+  threads: number
+  /** 0: unknown */
+  memoryBytes: number
+}
+
 /** The lists have an entry for each parameter. */
 export interface NativeAdamW {
   params: H[]
@@ -83,7 +95,9 @@ export interface Native {
   resetPeak(): void
   trim(): void
   failAfter(allocations: number): void
-  capabilities(): { name: string; level: string; device: string; threads: number }
+  capabilities(): Capabilities
+  /** the GPU's, or a line that says why there is none to use */
+  probeCuda(): Capabilities | string
   threads(): number
   setThreads(n: number): void
   cast(x: H, dtype: Dtype): H

@@ -34,6 +34,16 @@ test('ALIGNGPT_THREADS sets the number of threads', () => {
   expect(run(`${load} console.log(native.threads())`, { ALIGNGPT_THREADS: '3' }).stdout.trim()).toBe('3')
 })
 
+test('without a CUDA backend the reason is one line that names the file looked for', () => {
+  const script = `${load} console.log(native.probeCuda())`
+  const r = run(script, { ALIGNGPT_CUDA_LIBRARY: '/nowhere/backend.so' })
+  expect(r.stdout.trim()).toMatch(
+    /^\[cuda\] library: expected the CUDA backend in \/nowhere\/backend\.so, got: [^\n]+$/,
+  )
+  const wrong = run(script, { ALIGNGPT_CUDA_LIBRARY: 'libc.so.6' })
+  expect(wrong.stdout.trim()).toContain('got: a library without ag_cuda_backend')
+})
+
 test('the process ends by itself after work on the pool', () => {
   const r = run(
     `${load} const a = native.tensor(new Float32Array(250000), [500, 500], 'f32'); native.matmul(a, a, false, false); console.log('done')`,

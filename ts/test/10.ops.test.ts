@@ -59,6 +59,7 @@ test('every native op has a row', () => {
     'zeroGrad',
     'memory',
     'kernelSeconds',
+    'probeCuda',
     'resetPeak',
     'trim',
     'failAfter',
