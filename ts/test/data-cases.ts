@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { expect } from 'vitest'
+import { afterAll, expect } from 'vitest'
 import { AlignGPTError } from '../src/errors.js'
 import type { DataRecord, Turn } from '../src/prompt.js'
 
@@ -43,8 +43,15 @@ export const recordsOf = (name: string, file: string): DataRecord[] =>
     similarity: r.similarity ?? null,
   }))
 
-/** A fresh folder with a space in its name. */
-export const tempDir = (): string => fs.mkdtempSync(path.join(os.tmpdir(), 'align gpt '))
+const made: string[] = []
+/** A fresh folder with a space in its name; it is gone after the file's tests. */
+export function tempDir(): string {
+  made.push(fs.mkdtempSync(path.join(os.tmpdir(), 'align gpt ')))
+  return made.at(-1) as string
+}
+afterAll(() => {
+  for (const dir of made) fs.rmSync(dir, { recursive: true, force: true })
+})
 
 /** The error a call ends with; fails when there is none or it is not the package's own. */
 export async function errorOf(f: () => unknown): Promise<AlignGPTError> {
