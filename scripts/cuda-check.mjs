@@ -125,7 +125,9 @@ async function buildPlanted(plant, index) {
   const source = plant.compile ?? plant.file
   const { entry, object } = compileCommand(emulation, source)
   const mine = path.join(tree, `${source}.o`)
-  const command = entry.command.split(/\s+/).map((word) => {
+  const words = entry.command.match(/(?:[^\s"\\]|\\.|"(?:[^"\\]|\\.)*")+/g) // a path may have spaces
+  const command = words.map((quoted) => {
+    const word = quoted.replace(/\\(.)|"/g, '$1')
     if (word === entry.file) return path.join(tree, 'cuda', source)
     return path.resolve(entry.directory, word) === object ? mine : word
   })

@@ -13,7 +13,10 @@ function described(c: Capabilities): string {
 function main(o: { json?: boolean }): void {
   const { version } = JSON.parse(fs.readFileSync(new URL('../package.json', import.meta.url), 'utf8'))
   const [cpu, cuda] = [native.capabilities(), native.probeCuda()]
-  if (o.json) return console.log(JSON.stringify({ version, node: process.version, os: os.version(), cpu, cuda }))
+  if (o.json) {
+    console.log(JSON.stringify({ version, node: process.version, os: os.version(), cpu, cuda }))
+    return
+  }
   console.log(`aligngpt ${version}, Node ${process.version}, ${os.type()} ${os.release()} ${process.arch}`)
   console.log(`cpu   ${described(cpu)}`)
   console.log(

@@ -1,5 +1,5 @@
 // Elementwise kernels, random numbers, rotary embedding, patches.
-#include "gpu.h"
+#include "activation.h"
 
 namespace gpu {
 namespace {
@@ -53,23 +53,6 @@ AgStatus map(AgCtx* ctx, const char* op, const Arrays<T, I, O>& a, int64_t n, co
 }
 
 // ---- activations ------------------------------------------------------------------------------------
-__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-template <AgUnaryOp op>
-struct Activation {
-  float alpha;
-  __device__ float value(float x) const {
-    if constexpr (op == AG_GELU) return x * (erff(x * 0.70710678118654752440f) + 1) * 0.5f;
-    if constexpr (op == AG_GELU_TANH) return x * (tanhf((x + x * x * x * 0.044715f) * 0.79788456080286535588f) + 1) * 0.5f;
-    if constexpr (op == AG_QUICK_GELU) return x * sigmoid(x * 1.702f);
-    if constexpr (op == AG_SILU) return x * sigmoid(x);
-    if constexpr (op == AG_SCALE) return x * alpha;
-    if constexpr (op == AG_EXP) return expf(x);
-    return x;
-  }
-  __device__ void operator()(const float (&x)[1], float (&y)[1]) const { y[0] = value(x[0]); }
-};
-
 template <AgUnaryOp op>
 struct ActivationGrad {
   float alpha;

@@ -6,7 +6,7 @@ import { memory, tensor } from '../src/tensor.js'
 type Any = (...args: unknown[]) => unknown
 const all = native as unknown as Record<string, Any>
 /** Exports without arguments, and those that change the process for the tests after them. */
-const harmless = new Set(['scopeBegin', 'memory', 'resetPeak', 'trim', 'capabilities', 'threads'])
+const harmless = new Set(['scopeBegin', 'memory', 'resetPeak', 'trim', 'capabilities', 'probeCuda', 'threads'])
 const settings = new Set(['setThreads', 'failAfter', 'setGradEnabled'])
 
 const live = tensor([1, 2, 3, 4, 5, 6], [2, 3]).persist()
