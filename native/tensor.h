@@ -105,6 +105,8 @@ class Device {
 Device& cpu();
 // NULL without a CUDA device; *why then says in one line what is missing, else what was found.
 Device* cuda(std::string* why);
+Device& device_named(const std::string& name);  // cpu, cuda; throws ERR_DEVICE when it is not there
+const char* device_name(const Device* device);
 // The table of a backend's library, or NULL and the reason.
 const AgBackend* open_backend(const std::string& file, std::string* why);
 
@@ -126,6 +128,10 @@ struct Storage {
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
   std::vector<Packed> packed;
+  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Whoever writes into the
+  // storage marks it stale; its memory stays, so that what was captured with it finds the new values.
+  std::shared_ptr<Storage> mirror;
+  bool mirror_stale = false;
   Storage(Device* device, int64_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
@@ -192,6 +198,7 @@ void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*)
   run_with(op, device, kernel, args, device->backend->workspace(id, &args));
 }
 
+// Between host memory and `device`, or within it; the host sees what came from a device after synchronize.
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);
 void synchronize(Device* device);  // until everything enqueued so far is done, copies to the host included
 

@@ -1,7 +1,7 @@
 /** The paged key/value cache of a batch of sequences while they are being generated. */
 import { native } from './native.js'
 import { type AttentionOptions, attention } from './ops.js'
-import { type Dtype, Tensor, tensor, zeros } from './tensor.js'
+import { type Device, type Dtype, Tensor, tensor, zeros } from './tensor.js'
 
 const BLOCK = 32
 
@@ -16,10 +16,10 @@ export class Cache {
   #fresh = true
 
   /** @param maxLength longest any sequence may become */
-  constructor(layers: number, sequences: number, maxLength: number, width: number, dtype: Dtype) {
+  constructor(layers: number, sequences: number, maxLength: number, width: number, dtype: Dtype, device: Device) {
     this.#perSequence = Math.max(1, Math.ceil(maxLength / BLOCK))
     const blocks = sequences * this.#perSequence
-    const make = (): Tensor => zeros([blocks, BLOCK, width], dtype).persist()
+    const make = (): Tensor => zeros([blocks, BLOCK, width], dtype, device).persist()
     this.#k = Array.from({ length: layers }, make)
     this.#v = Array.from({ length: layers }, make)
     this.#lengths = Array.from({ length: sequences }, () => 0)

@@ -74,7 +74,8 @@ export class Decoding {
     const sequences = batch.offsets.length - 1
     const counts = Array.from({ length: sequences }, (_, s) => batch.offsets[s + 1] - batch.offsets[s])
     const width = c.num_key_value_heads * c.head_dim
-    this.#cache = new Cache(c.num_hidden_layers, sequences, Math.max(...counts) + maxNewTokens, width, model.dtype)
+    const longest = Math.max(...counts) + maxNewTokens
+    this.#cache = new Cache(c.num_hidden_layers, sequences, longest, width, model.dtype, model.device)
     const { logits, coefficients } = scope(() =>
       noGrad(() => {
         this.#cache.extend(counts)

@@ -25,9 +25,10 @@ export type OptimizerState = 'full' | 'compact'
 /** Pieces of a flat buffer for each dtype, in the shapes of the parameters. */
 function bucket(parameters: readonly Parameter[], dtypes: readonly Dtype[]): { flats: Tensor[]; views: Tensor[] } {
   const views = new Array<Tensor>(parameters.length)
+  const { device } = parameters[0].tensor
   const flats = [...new Set(dtypes)].map((dtype) => {
     const mine = parameters.map((_, i) => i).filter((i) => dtypes[i] === dtype)
-    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype).persist()
+    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype, device).persist()
     let at = 0
     for (const i of mine) {
       const { numel, shape } = parameters[i].tensor
@@ -75,7 +76,7 @@ export class AdamW {
     this.#masters = noGrad(() =>
       parameters.map(({ tensor: p }, i) => {
         if (p.dtype !== 'bf16') return null
-        return (compact[i] ? zeros(p.shape, 'bf16') : new Tensor(native.cast(p.h, 'f32'))).persist()
+        return (compact[i] ? zeros(p.shape, 'bf16', p.device) : new Tensor(native.cast(p.h, 'f32'))).persist()
       }),
     )
     for (const [i, { tensor: p }] of parameters.entries()) {

@@ -3,9 +3,9 @@
  * collector: what is made inside `scope()` is freed at its end, except what it returns.
  */
 import { AlignGPTError } from './errors.js'
-import { type Dtype, native, type TensorData } from './native.js'
+import { type Device, type Dtype, native, type TensorData } from './native.js'
 
-export type { Dtype, TensorData } from './native.js'
+export type { Device, Dtype, TensorData } from './native.js'
 
 export class Tensor {
   #shape: readonly number[] | undefined
@@ -20,6 +20,9 @@ export class Tensor {
   get dtype(): Dtype {
     this.#dtype ??= native.dtype(this.h)
     return this.#dtype
+  }
+  get device(): Device {
+    return native.device(this.h)
   }
   get numel(): number {
     return this.shape.reduce((n, d) => n * d, 1)
@@ -113,8 +116,14 @@ export function backward(root: Tensor, seed?: Tensor): void {
 /**
  * A tensor with the given values.
  * @param dtype default: that of the data (Float32Array f32, Float64Array f64, Int32Array i32, BigInt64Array i64; numbers f32)
+ * @param device indices, offsets and ids stay on the CPU, where ops check them
  */
-export function tensor(data: TensorData | readonly number[], shape?: readonly number[], dtype?: Dtype): Tensor {
+export function tensor(
+  data: TensorData | readonly number[],
+  shape?: readonly number[],
+  dtype?: Dtype,
+  device: Device = 'cpu',
+): Tensor {
   const plain = Array.isArray(data)
   const values = plain
     ? dtype === 'i32'
@@ -131,14 +140,14 @@ export function tensor(data: TensorData | readonly number[], shape?: readonly nu
         : values instanceof Int32Array
           ? 'i32'
           : 'i64'
-  return new Tensor(native.tensor(values, [...(shape ?? [values.length])], dtype ?? natural))
+  return new Tensor(native.tensor(values, [...(shape ?? [values.length])], dtype ?? natural, device))
 }
 
-export function zeros(shape: readonly number[], dtype: Dtype = 'f32'): Tensor {
-  return new Tensor(native.zeros([...shape], dtype))
+export function zeros(shape: readonly number[], dtype: Dtype = 'f32', device: Device = 'cpu'): Tensor {
+  return new Tensor(native.zeros([...shape], dtype, device))
 }
 
-/** Bytes held by the native core in this process, and live handles of this thread. */
-export function memory(): ReturnType<typeof native.memory> {
-  return native.memory()
+/** Bytes held by the native core on a device in this process, and live handles of this thread. */
+export function memory(device: Device = 'cpu'): ReturnType<typeof native.memory> {
+  return native.memory(device)
 }

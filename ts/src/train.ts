@@ -226,7 +226,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     log.end()
     await loader.close()
     optimizer.dispose()
-    native.trim() // what lay idle between the steps
+    native.trim(model.device) // what lay idle between the steps
   }
   result.aborted = result.steps < steps
   result.seconds = (performance.now() - began) / 1000

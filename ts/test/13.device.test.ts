@@ -1,0 +1,116 @@
+/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda-check.mjs). */
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { afterEach, describe, expect, test, vi } from 'vitest'
+import { type Device, native, resolveDevice } from '../src/native.js'
+import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
+import { backward, memory, scope, tensor, zeros } from '../src/tensor.js'
+
+const found = native.probeCuda()
+afterEach(() => void vi.unstubAllEnvs())
+
+describe('choosing', () => {
+  test('names that are none', () => {
+    expect(() => resolveDevice('gpu' as Device)).toThrow('[device] expected auto, cpu or cuda, got gpu')
+    expect(() => zeros([1], 'f32', 'cuda:1' as Device)).toThrow("[device] expected cpu or cuda, got 'cuda:1'")
+    vi.stubEnv('ALIGNGPT_DEVICE', 'gpu')
+    expect(() => resolveDevice()).toThrow('got gpu')
+  })
+  test('the environment decides what was left open, and nothing else', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', 'cpu')
+    expect(resolveDevice()).toBe('cpu')
+    expect(resolveDevice('auto')).toBe('cpu')
+    vi.stubEnv('ALIGNGPT_DEVICE', 'cuda')
+    expect(resolveDevice('cpu')).toBe('cpu')
+  })
+  test.runIf(typeof found === 'string')('without a GPU: auto is the CPU, cuda an error that says why', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', undefined)
+    expect(resolveDevice()).toBe('cpu')
+    expect(() => resolveDevice('cuda')).toThrow(found as string)
+    expect(() => zeros([1], 'f32', 'cuda')).toThrow(expect.objectContaining({ code: 'ERR_DEVICE', message: found }))
+  })
+  test.runIf(typeof found !== 'string')('with a GPU: auto takes it, but not for f64', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', undefined)
+    expect(resolveDevice()).toBe('cuda')
+    expect(resolveDevice('auto', 'f64')).toBe('cpu')
+    expect(() => resolveDevice('cuda', 'f64')).toThrow('expected dtype f32 or bf16, got f64')
+  })
+})
+
+describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
+  test('go there and back, in every dtype', () => {
+    scope(() => {
+      for (const values of [
+        Float32Array.of(1.5, -2),
+        Float64Array.of(0.1, 3),
+        Int32Array.of(7, -8),
+        BigInt64Array.of(9n),
+      ]) {
+        const t = tensor(values, [values.length], undefined, 'cuda')
+        expect(t.device).toBe('cuda')
+        expect(t.toArray()).toEqual(values)
+        expect(to(t, 'cpu').device).toBe('cpu')
+        expect(to(t, 'cpu').toArray()).toEqual(values)
+      }
+      expect(tensor([1.00390625], [1], 'bf16', 'cuda').item()).toBe(1)
+    })
+  })
+  test('a tensor elsewhere and indices on the GPU are errors', () => {
+    scope(() => {
+      const [a, b] = [zeros([2, 2], 'f32', 'cuda'), zeros([2, 2])]
+      expect(() => add(a, b)).toThrow('[add] tensors: expected all on cuda, got one on cpu')
+      const ids = tensor(Int32Array.of(0), [1], 'i32', 'cuda')
+      expect(() => gather(a, ids)).toThrow('[gather] index: expected indices on the cpu, got them on cuda')
+    })
+  })
+  test('indices that are written to are seen', () => {
+    scope(() => {
+      const x = tensor([10, 11, 12, 13], [4, 1], 'f32', 'cuda')
+      const ids = tensor(Int32Array.of(3, 0))
+      expect(Array.from(gather(x, ids).toFloats())).toEqual([13, 10])
+      ids.write(Int32Array.of(1, 2))
+      expect(Array.from(gather(x, ids).toFloats())).toEqual([11, 12])
+    })
+  })
+  test('gradients cross devices', () => {
+    scope(() => {
+      const w = tensor([1, 2, 3, 4], [2, 2]).requiresGrad()
+      const y = sum(scale(matmul(to(w, 'cuda'), to(w, 'cuda')), 2))
+      backward(y)
+      const here = tensor([1, 2, 3, 4], [2, 2]).requiresGrad()
+      backward(sum(scale(matmul(here, here), 2)))
+      expect(y.device).toBe('cuda')
+      expect(w.grad()?.device).toBe('cpu')
+      expect(w.grad()?.toArray()).toEqual(here.grad()?.toArray())
+    })
+  })
+  test('out of memory leaves everything usable', () => {
+    const before = memory('cuda')
+    native.failAfter(0, 'cuda')
+    expect(() => zeros([3], 'f32', 'cuda')).toThrow(/allocation of 12 bytes failed/)
+    native.failAfter(-1, 'cuda')
+    scope(() => expect(embedding(tensor(Int32Array.of(1)), zeros([2, 3], 'f32', 'cuda')).shape).toEqual([1, 3]))
+    expect(memory('cuda').inUse).toBe(before.inUse)
+    expect(memory('cpu').inUse).toBe(memory().inUse)
+  })
+  test('files', () => {
+    const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))
+    try {
+      const file = path.join(dir, 'values')
+      const values = Float32Array.from({ length: (1 << 20) + 3 }, (_, i) => (i % 1000) - 500)
+      scope(() => {
+        const t = tensor(values, [values.length], 'f32', 'cuda')
+        native.writeFile(t.h, file, 0)
+        expect(
+          new Float32Array(fs.readFileSync(file).buffer.slice(0, values.length * 4)).every((v, i) => v === values[i]),
+        ).toBe(true)
+        const back = zeros([values.length], 'bf16', 'cuda')
+        native.readFile(back.h, file, 0, 'f32')
+        expect(back.toFloats()[1 << 20]).toBe(((1 << 20) % 1000) - 500)
+      })
+    } finally {
+      fs.rmSync(dir, { recursive: true })
+    }
+  })
+})
