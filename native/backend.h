@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 3
+#define AG_BACKEND_VERSION 4
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -474,6 +474,7 @@ typedef struct {
   char device[128]; // what the machine calls it
   int32_t threads;
   int64_t memory_bytes;  // 0: unknown
+  char products[256];    // what matrix products run on and why, in words; empty: nothing to say
 } AgCapabilities;
 
 typedef enum {
