@@ -35,6 +35,7 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
   return AG_OK;
 }
 void release(void*, void* p) { std::free(p); }
+AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
 void* stream(AgStream) { return nullptr; }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
@@ -82,6 +83,8 @@ bool open_services(AgBackend& b, char*, int64_t) {
   b.stream = stream;
   b.alloc = alloc;
   b.free = release;
+  b.alloc_host = alloc_host;
+  b.free_host = std::free;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;

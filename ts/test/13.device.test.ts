@@ -5,6 +5,7 @@ import path from 'node:path'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
+import { AdamW } from '../src/optim.js'
 import { backward, memory, scope, tensor, zeros } from '../src/tensor.js'
 
 const found = native.probeCuda()
@@ -94,6 +95,38 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     expect(memory('cuda').inUse).toBe(before.inUse)
     expect(memory('cpu').inUse).toBe(memory().inUse)
   })
+  for (const [dtype, state] of [
+    ['f32', 'full'],
+    ['bf16', 'full'],
+    ['bf16', 'compact'],
+  ] as const)
+    test(`AdamW with its state in main memory gives the bits of the CPU: ${dtype}, ${state}`, () => {
+      const sizes = [(1 << 20) + 3, 5, 0, 7, 9] // more pieces than there are places for them
+      const train = (device: Device, offload: boolean): Buffer[] => {
+        const before = memory(device).inUse
+        const parameters = sizes.map((n, k) => {
+          const start = Float32Array.from({ length: n }, (_, i) => ((i * (k + 3)) % 31) / 16 - 1)
+          return { name: `p${k}.weight`, tensor: tensor(start, [n], dtype, device).persist() }
+        })
+        const weights = memory(device).inUse - before
+        const optimizer = new AdamW(parameters, { state, offload, seed: 5, weightDecay: 0.1 })
+        const gradients = weights * (dtype === 'bf16' && state === 'full' ? 2 : 1)
+        if (offload) expect(memory(device).inUse - before).toBeLessThan(weights + gradients + (1 << 18))
+        for (let step = 0; step < 3; step++) {
+          for (const { tensor: p } of parameters) {
+            const g = Float32Array.from({ length: p.numel }, (_, i) => ((i + 7 * step) % 29) / 8 - 1.5)
+            scope(() => native.write(native.grad(p.h) as number, g))
+          }
+          optimizer.update(1e-2)
+        }
+        const values = parameters.map((p) => Buffer.from(p.tensor.toArray().buffer))
+        optimizer.dispose()
+        for (const p of parameters) p.tensor.dispose()
+        return values
+      }
+      const here = train('cpu', false)
+      expect(train('cuda', true).map((b, i) => b.equals(here[i]))).toEqual(sizes.map(() => true))
+    })
   test('files', () => {
     const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))
     try {
