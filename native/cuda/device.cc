@@ -184,7 +184,8 @@ AgStatus event_wait(AgCtx* ctx, void* event) {
 void event_destroy(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
 
 AgStatus graph_begin(AgCtx* ctx) {
-  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeThreadLocal));
+  // relaxed: memory that is needed meanwhile may be allocated
+  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeRelaxed));
 }
 AgStatus graph_end(AgCtx* ctx, void** out) {
   cudaGraph_t graph = nullptr;

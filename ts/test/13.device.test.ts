@@ -6,10 +6,14 @@ import { afterEach, describe, expect, test, vi } from 'vitest'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
 import { AdamW } from '../src/optim.js'
-import { backward, memory, scope, tensor, zeros } from '../src/tensor.js'
+import { backward, Graph, memory, scope, tensor, zeros } from '../src/tensor.js'
 
 const found = native.probeCuda()
 afterEach(() => void vi.unstubAllEnvs())
+
+test('the CPU has no graphs', () => {
+  expect(() => new Graph('cpu', () => 0)).toThrow(expect.objectContaining({ code: 'ERR_UNSUPPORTED' }))
+})
 
 describe('choosing', () => {
   test('names that are none', () => {
@@ -127,6 +131,30 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
       const here = train('cpu', false)
       expect(train('cuda', true).map((b, i) => b.equals(here[i]))).toEqual(sizes.map(() => true))
     })
+  test('a graph is launched on what its inputs hold then, and its memory is nobody else’s', () => {
+    const before = memory('cuda')
+    const x = tensor([1, 2, 3, 4], [4, 1], 'f32', 'cuda').persist()
+    const ids = tensor(Int32Array.of(0, 1)).persist()
+    const graph = new Graph('cuda', () => scope(() => scale(add(gather(x, ids), gather(x, ids)), 10)).persist())
+    const values = (): number[] => {
+      scope(() => void Array.from({ length: 8 }, () => zeros([2, 1], 'f32', 'cuda'))) // would land where the graph works
+      graph.launch()
+      return Array.from(graph.result.toFloats())
+    }
+    expect(values()).toEqual([20, 40])
+    expect(values()).toEqual([20, 40])
+    ids.write(Int32Array.of(3, 2))
+    expect(values()).toEqual([80, 60])
+    x.write(Float32Array.of(0, 0, 5, 6))
+    expect(values()).toEqual([120, 100])
+    expect(() => new Graph('cuda', () => new Graph('cuda', () => 0))).toThrow('expected no other graph being recorded')
+    expect(() => new Graph('cuda', () => scope(() => gather(x, tensor(Int32Array.of(9)))))).toThrow('[gather] index[0]')
+    expect(values()).toEqual([120, 100])
+    graph.dispose()
+    expect(() => graph.launch()).toThrow('[graphLaunch] graph: expected a live one of this thread')
+    for (const t of [x, ids, graph.result]) t.dispose()
+    expect(memory('cuda').inUse).toBe(before.inUse)
+  })
   test('files', () => {
     const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))
     try {
