@@ -509,6 +509,7 @@ Napi::Object describe(Napi::Env env, const Device& device) {
   o.Set("device", caps.device);
   o.Set("threads", double(caps.threads));
   o.Set("memoryBytes", double(caps.memory_bytes));
+  o.Set("products", caps.products);
   return o;
 }
 Napi::Value capabilities(const Napi::CallbackInfo& info) {

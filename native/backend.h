@@ -474,6 +474,7 @@ typedef struct {
   char device[128]; // what the machine calls it
   int32_t threads;
   int64_t memory_bytes;  // 0: unknown
+  char products[256];    // what matrix products run on and why, in words; empty: nothing to say
 } AgCapabilities;
 
 typedef enum {

@@ -7,7 +7,8 @@ import { fail } from './cli.js'
 
 function described(c: Capabilities): string {
   const memory = c.memoryBytes ? `, ${(c.memoryBytes / 2 ** 30).toFixed(1)} GiB` : ''
-  return `${c.device}, level ${c.level}${c.name === 'cpu' ? `, ${c.threads} threads` : ''}${memory}`
+  const products = c.products ? `; matrix products: ${c.products}` : ''
+  return `${c.device}, level ${c.level}${c.name === 'cpu' ? `, ${c.threads} threads` : ''}${memory}${products}`
 }
 
 function main(o: { json?: boolean }): void {

@@ -7,13 +7,11 @@
 #include <cstring>
 #include <mutex>
 
+#include "cublas.h"
 #include "kernels.h"
 #include "probe.h"
 
 namespace gpu {
-
-void* stream_of(const AgCtx* ctx);
-
 namespace {
 
 DeviceInfo info;
@@ -57,6 +55,7 @@ void capabilities(AgCapabilities* c) {
   std::snprintf(c->device, sizeof c->device, "%.127s", properties.name);
   c->threads = info.processors;
   c->memory_bytes = int64_t(properties.totalGlobalMem);
+  std::snprintf(c->products, sizeof c->products, "%s", cublaslt_line().c_str());
 }
 
 // ---- memory -----------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.graph_end = graph_end;
   b.graph_launch = graph_launch;
   b.graph_destroy = graph_destroy;
-  return true;
+  return cublaslt_open(b, message, message_bytes);
 }
 
 }  // namespace gpu

@@ -325,7 +325,8 @@ int run_all(int argc, char** argv) {
   if (o.list) return 0;
   AgCapabilities c;
   device->capabilities(&c);
-  std::printf("%s (%s), schedule %u: %d cases, %d checks, %d failed\n", c.device, c.level, o.schedule, ran, g_checks, g_failed);
+  std::printf("%s (%s), schedule %u, products by %s: %d cases, %d checks, %d failed\n", c.device, c.level, o.schedule, c.products, ran, g_checks,
+              g_failed);
   return g_failed || !ran ? 1 : 0;
 }
 

@@ -102,6 +102,8 @@ class Test {
   int64_t scratch_bytes_ = 0;
 };
 
+void every_product(Test&);  // the case gemm
+
 struct Registered {
   Registered(const char* name, void (*body)(Test&));
 };

@@ -41,6 +41,8 @@ export interface Capabilities {
   threads: number
   /** 0: unknown */
   memoryBytes: number
+  /** what matrix products run on and why, in words; empty: nothing to say */
+  products: string
 }
 
 /** The lists have an entry for each parameter. */
