@@ -8,6 +8,7 @@
 
 #include "cpu/pool.h"
 #include "file.h"
+#include "graph.h"
 #include "ops/ops.h"
 
 namespace ag {
@@ -84,6 +85,21 @@ class State {
   }
   int64_t handles() const { return live_; }
 
+  // Graphs have numbers of their own, which are not used again.
+  double put(std::unique_ptr<Graph> graph) {
+    graphs_[++last_graph_] = std::move(graph);
+    return last_graph_;
+  }
+  Graph& graph(const char* op, double number) {
+    auto it = graphs_.find(number);
+    check(it != graphs_.end(), "ERR_HANDLE", "[", op, "] graph: expected a live one of this thread, got ", number);
+    return *it->second;
+  }
+  void drop_graph(double number) {
+    graph("graphDispose", number);
+    graphs_.erase(number);
+  }
+
  private:
   struct Slot {
     Tensor t;
@@ -117,6 +133,8 @@ class State {
   std::vector<uint32_t> free_;
   std::vector<std::vector<Entry>> scopes_;
   int64_t live_ = 0;
+  std::map<double, std::unique_ptr<Graph>> graphs_;
+  double last_graph_ = 0;
 };
 
 // ---- converter --------------------------------------------------------------------------------------
@@ -533,6 +551,22 @@ Napi::Value dispose(const Napi::CallbackInfo& info) {
 Napi::Value is_live(const Napi::CallbackInfo& info) {
   return with_number(info, [](Napi::Env env, State& s, double h) { return to_js(env, s, s.live(h)); });
 }
+// graphBegin(device) -> number; graphEnd, graphLaunch, graphDispose(number)
+Napi::Value graph_begin(const Napi::CallbackInfo& info) {
+  return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
+    check(info.Length() == 1, "ERR_ARGUMENT", "[graphBegin] arguments: expected 1, got ", info.Length());
+    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"))));
+  });
+}
+Napi::Value graph_end(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.graph("graphEnd", g).end(), env.Undefined(); });
+}
+Napi::Value graph_launch(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.graph("graphLaunch", g).launch(), env.Undefined(); });
+}
+Napi::Value graph_dispose(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.drop_graph(g), env.Undefined(); });
+}
 // requiresGrad changes the tensor in its slot, not a copy.
 Napi::Value requires_grad(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
@@ -629,6 +663,10 @@ void define_core(Napi::Object& e) {
   define(e, "persist", persist);
   define(e, "dispose", dispose);
   define(e, "isLive", is_live);
+  define(e, "graphBegin", graph_begin);
+  define(e, "graphEnd", graph_end);
+  define(e, "graphLaunch", graph_launch);
+  define(e, "graphDispose", graph_dispose);
   define(e, "requiresGrad", requires_grad);
   define(e, "wantsGrad", call<&wants>);
   define(e, "detach", call<&detach>);

@@ -81,11 +81,17 @@ struct MemoryCounters {
   int64_t blocks = 0;    // live storages
 };
 
+class Graph;  // graph.h
+
 class Device {
  public:
   explicit Device(const AgBackend* backend);
   const AgBackend* const backend;
   void* stream = nullptr;
+  Graph* recording = nullptr;  // to be looked at in one's turn
+  // Held while something is enqueued: a graph that is being recorded keeps it, and other threads wait. The CPU has no queue.
+  std::unique_lock<std::recursive_mutex> turn();
+  void forget(Graph* graph);  // its blocks are everybody's again
 
   void* allocate(int64_t bytes, int64_t* actual);  // throws ERR_MEMORY; actual is what to give back to release
   void release(void* p, int64_t actual);
@@ -97,8 +103,11 @@ class Device {
 
  private:
   void drop_idle(int64_t reserved);
+  void* take(std::multimap<int64_t, void*>& idle, int64_t* bytes);
   std::mutex mutex_;
+  std::recursive_mutex turn_;
   std::multimap<int64_t, void*> idle_;
+  std::map<void*, Graph*> owners_;  // of blocks that a graph's recorded work uses
   int64_t fail_after_ = -1;
   MemoryCounters c_;
 };
@@ -164,6 +173,10 @@ struct Tensor {
   Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
 };
 
+// The storage's bytes on another device: brought when they changed, or, while a graph is being recorded, by its launch.
+void* mirror_of(const std::shared_ptr<Storage>& storage, Device* device);
+void refresh_mirror(Storage& storage);
+
 Tensor empty(Device* device, const Shape& shape, AgDtype dt);
 inline Tensor empty_like(const Tensor& x) { return empty(x.device(), x.shape, x.dt); }
 Tensor zeros(Device* device, const Shape& shape, AgDtype dt);
@@ -183,6 +196,7 @@ void run_with(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const A
     ctx.workspace = scratch->p;
     ctx.workspace_bytes = scratch_bytes;
   }
+  auto turn = device->turn();
   const auto from = std::chrono::steady_clock::now();
   const AgStatus status = kernel(&ctx, &args);
   device->kernel_nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - from).count();

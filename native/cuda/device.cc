@@ -71,6 +71,14 @@ void release(void*, void* p) {
   if (cudaFree(p) != cudaSuccess) cudaGetLastError();
 }
 
+AgStatus alloc_host(int64_t bytes, void** out) {
+  AgCtx ctx{};
+  return answer(&ctx, "alloc_host", cudaMallocHost(out, bytes > 0 ? size_t(bytes) : 1));
+}
+void free_host(void* p) {
+  if (cudaFreeHost(p) != cudaSuccess) cudaGetLastError();
+}
+
 // ---- copies -----------------------------------------------------------------------------------------
 // Ordinary host memory goes through two pinned pieces, one of which is filled while the other is on its way.
 constexpr size_t kStage = size_t(8) << 20;
@@ -175,7 +183,8 @@ AgStatus event_wait(AgCtx* ctx, void* event) {
 void event_destroy(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
 
 AgStatus graph_begin(AgCtx* ctx) {
-  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeThreadLocal));
+  // relaxed: memory that is needed meanwhile may be allocated
+  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeRelaxed));
 }
 AgStatus graph_end(AgCtx* ctx, void** out) {
   cudaGraph_t graph = nullptr;
@@ -211,6 +220,8 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.stream = stream;
   b.alloc = alloc;
   b.free = release;
+  b.alloc_host = alloc_host;
+  b.free_host = free_host;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;

@@ -37,6 +37,7 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
   return AG_OK;
 }
 void release(void*, void* p) { std::free(p); }
+AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
 void* stream(AgStream) { return nullptr; }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
@@ -86,6 +87,8 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.stream = stream;
   b.alloc = alloc;
   b.free = release;
+  b.alloc_host = alloc_host;
+  b.free_host = std::free;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;

@@ -32,12 +32,7 @@ const int32_t* host_i32(const Tensor& t) { return t.as<const int32_t>(); }
 
 const int32_t* device_i32(const Tensor& t, Device* device) {
   if (device == t.device()) return host_i32(t);
-  Storage& s = *t.storage;
-  const bool made = !s.mirror || s.mirror->device != device;
-  if (made) s.mirror = std::make_shared<Storage>(device, s.bytes);
-  if (made || s.mirror_stale) copy_bytes(device, s.mirror->p, s.p, s.bytes);
-  s.mirror_stale = false;
-  return reinterpret_cast<const int32_t*>(static_cast<const char*>(s.mirror->p) + t.offset);
+  return reinterpret_cast<const int32_t*>(static_cast<const char*>(mirror_of(t.storage, device)) + t.offset);
 }
 
 void want_i32(const char* op, const char* what, const Tensor& t) {

@@ -377,10 +377,14 @@ export class AlignGPT extends Module {
     }
   }
 
+  /** Rotary tables that cover positions 0..length-1. */
+  rotary(length: number): { cos: Tensor; sin: Tensor } {
+    return this.#rope.get(length)
+  }
   /** Offsets, positions and rotary tables of a packed batch. */
   packing(b: { offsets: Int32Array; positions: Int32Array }): Packing {
     const longest = b.positions.reduce((n, p) => Math.max(n, p + 1), 1)
-    return { offsets: tensor(b.offsets), positions: tensor(b.positions), ...this.#rope.get(longest) }
+    return { offsets: tensor(b.offsets), positions: tensor(b.positions), ...this.rotary(longest) }
   }
 
   /** inputs_embeds [T, H] -> last hidden state after the final norm [T, H]. */

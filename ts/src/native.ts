@@ -87,6 +87,11 @@ export interface Native {
   persist(t: H): void
   dispose(t: H): void
   isLive(t: H): boolean
+  /** what this thread enqueues on the device until graphEnd is kept and not done; the number is for the others */
+  graphBegin(device: Device): number
+  graphEnd(graph: number): void
+  graphLaunch(graph: number): void
+  graphDispose(graph: number): void
   requiresGrad(t: H, on: boolean): void
   wantsGrad(t: H): boolean
   detach(t: H): H

@@ -108,6 +108,55 @@ export function noGrad<T>(fn: () => T): T {
   }
 }
 
+/**
+ * Work on a device that is recorded once and launched as often as wanted (CUDA graphs): one launch in place of hundreds. It reads and
+ * writes the same memory each time: inputs must be persistent tensors, indices may be written to between launches, and nothing
+ * in `fn` may read a value. @throws ERR_UNSUPPORTED on the CPU
+ */
+export class Graph<T> {
+  /** what `fn` returned; its tensors have values after a launch */
+  readonly result: T
+  readonly #number: number
+  constructor(device: Device, fn: () => T) {
+    this.#number = native.graphBegin(device)
+    try {
+      this.result = fn()
+      native.graphEnd(this.#number)
+    } catch (e) {
+      native.graphDispose(this.#number)
+      throw e
+    }
+  }
+  launch(): void {
+    native.graphLaunch(this.#number)
+  }
+  dispose(): void {
+    native.graphDispose(this.#number)
+  }
+}
+
+/** A list of i32 indices that changes while its tensor stays, as long as its length does. */
+export class Indices {
+  #tensor: Tensor | undefined
+  set(values: readonly number[]): Tensor {
+    const list = Int32Array.from(values)
+    if (this.#tensor?.numel === list.length) this.#tensor.write(list)
+    else {
+      this.dispose()
+      this.#tensor = tensor(list).persist()
+    }
+    return this.#tensor
+  }
+  get tensor(): Tensor {
+    if (!this.#tensor) throw new AlignGPTError('ERR_ARGUMENT', '[Indices] tensor: expected set() before it')
+    return this.#tensor
+  }
+  dispose(): void {
+    this.#tensor?.dispose()
+    this.#tensor = undefined
+  }
+}
+
 /** Goes back from `root`; `seed` is its gradient (default 1, for a single element). */
 export function backward(root: Tensor, seed?: Tensor): void {
   native.backward(root.h, seed?.h ?? null)

@@ -5,10 +5,15 @@ import path from 'node:path'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
-import { backward, memory, scope, tensor, zeros } from '../src/tensor.js'
+import { AdamW } from '../src/optim.js'
+import { backward, Graph, memory, scope, tensor, zeros } from '../src/tensor.js'
 
 const found = native.probeCuda()
 afterEach(() => void vi.unstubAllEnvs())
+
+test('the CPU has no graphs', () => {
+  expect(() => new Graph('cpu', () => 0)).toThrow(expect.objectContaining({ code: 'ERR_UNSUPPORTED' }))
+})
 
 describe('choosing', () => {
   test('names that are none', () => {
@@ -93,6 +98,62 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     scope(() => expect(embedding(tensor(Int32Array.of(1)), zeros([2, 3], 'f32', 'cuda')).shape).toEqual([1, 3]))
     expect(memory('cuda').inUse).toBe(before.inUse)
     expect(memory('cpu').inUse).toBe(memory().inUse)
+  })
+  for (const [dtype, state] of [
+    ['f32', 'full'],
+    ['bf16', 'full'],
+    ['bf16', 'compact'],
+  ] as const)
+    test(`AdamW with its state in main memory gives the bits of the CPU: ${dtype}, ${state}`, () => {
+      const sizes = [(1 << 20) + 3, 5, 0, 7, 9] // more pieces than there are places for them
+      const train = (device: Device, offload: boolean): Buffer[] => {
+        const before = memory(device).inUse
+        const parameters = sizes.map((n, k) => {
+          const start = Float32Array.from({ length: n }, (_, i) => ((i * (k + 3)) % 31) / 16 - 1)
+          return { name: `p${k}.weight`, tensor: tensor(start, [n], dtype, device).persist() }
+        })
+        const weights = memory(device).inUse - before
+        const optimizer = new AdamW(parameters, { state, offload, seed: 5, weightDecay: 0.1 })
+        const gradients = weights * (dtype === 'bf16' && state === 'full' ? 2 : 1)
+        if (offload) expect(memory(device).inUse - before).toBeLessThan(weights + gradients + (1 << 18))
+        for (let step = 0; step < 3; step++) {
+          for (const { tensor: p } of parameters) {
+            const g = Float32Array.from({ length: p.numel }, (_, i) => ((i + 7 * step) % 29) / 8 - 1.5)
+            scope(() => native.write(native.grad(p.h) as number, g))
+          }
+          optimizer.update(1e-2)
+        }
+        const values = parameters.map((p) => Buffer.from(p.tensor.toArray().buffer))
+        optimizer.dispose()
+        for (const p of parameters) p.tensor.dispose()
+        return values
+      }
+      const here = train('cpu', false)
+      expect(train('cuda', true).map((b, i) => b.equals(here[i]))).toEqual(sizes.map(() => true))
+    })
+  test('a graph is launched on what its inputs hold then, and its memory is nobody else’s', () => {
+    const before = memory('cuda')
+    const x = tensor([1, 2, 3, 4], [4, 1], 'f32', 'cuda').persist()
+    const ids = tensor(Int32Array.of(0, 1)).persist()
+    const graph = new Graph('cuda', () => scope(() => scale(add(gather(x, ids), gather(x, ids)), 10)).persist())
+    const values = (): number[] => {
+      scope(() => void Array.from({ length: 8 }, () => zeros([2, 1], 'f32', 'cuda'))) // would land where the graph works
+      graph.launch()
+      return Array.from(graph.result.toFloats())
+    }
+    expect(values()).toEqual([20, 40])
+    expect(values()).toEqual([20, 40])
+    ids.write(Int32Array.of(3, 2))
+    expect(values()).toEqual([80, 60])
+    x.write(Float32Array.of(0, 0, 5, 6))
+    expect(values()).toEqual([120, 100])
+    expect(() => new Graph('cuda', () => new Graph('cuda', () => 0))).toThrow('expected no other graph being recorded')
+    expect(() => new Graph('cuda', () => scope(() => gather(x, tensor(Int32Array.of(9)))))).toThrow('[gather] index[0]')
+    expect(values()).toEqual([120, 100])
+    graph.dispose()
+    expect(() => graph.launch()).toThrow('[graphLaunch] graph: expected a live one of this thread')
+    for (const t of [x, ids, graph.result]) t.dispose()
+    expect(memory('cuda').inUse).toBe(before.inUse)
   })
   test('files', () => {
     const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))
