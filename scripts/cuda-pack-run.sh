@@ -11,10 +11,16 @@ out=${OUT:-$PWD/results}
 mkdir -p "$out"
 status=0
 
-if [ ! -x node ]; then
-  if command -v xz >/dev/null; then xz -dc node.xz >node.part; else
-    python3 -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open("node.xz"), sys.stdout.buffer)' >node.part
-  fi || { echo '[run] node.xz: expected xz or python3 to unpack it with, found neither'; exit 1; }
+unpack() { # to standard output
+  if command -v xz >/dev/null; then xz -dc "$1"; else
+    python3 -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)' "$1"
+  fi
+}
+if [ ! -x node ]; then # the last thing that is unpacked
+  if ! unpack files.tar.xz | tar -x || ! unpack node.xz >node.part; then
+    echo '[run] expected tar, and xz or python3, to unpack this folder with'
+    exit 1
+  fi
   chmod +x node.part && mv node.part node
 fi
 

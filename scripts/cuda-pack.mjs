@@ -1,9 +1,9 @@
 // One folder for a run of both phases on a machine with a GPU but without Node, network or npm: node itself, the addon, the CUDA library, the
 // compiled sources, what they import, the goldens and the pictures of the quick start.
 //
-//   npm run cuda:pack [-- --without-cuda]       -> build-native/cuda-pack, at most 60 MB; copy it there and: bash run.sh
+//   npm run cuda:pack [-- --without-cuda]       -> build-native/cuda-pack, at most 60 MB; copy it there, then: bash cuda-pack/run.sh
 //
-// Needs the addon (npm ci), xz and strip, and nvcc for the CUDA library, which is built for all architectures. --without-cuda leaves it
+// Needs the addon (npm ci), xz, tar and strip, and nvcc for the CUDA library, which is built for all architectures. --without-cuda leaves it
 // out: the folder then runs with ALIGNGPT_DEVICE=cpu only.
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
@@ -17,7 +17,8 @@ const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..')
 const { values: options } = parseArgs({ options: { 'without-cuda': { type: 'boolean' } } })
 const from = (...names) => path.join(root, ...names)
 const out = from('build-native', 'cuda-pack')
-const to = (...names) => path.join(out, ...names)
+const files = from('build-native', 'cuda-pack-files') // what files.tar.xz unpacks to
+const to = (...names) => path.join(files, ...names)
 
 function run(command, ...args) {
   try {
@@ -42,7 +43,7 @@ function packNode() {
     run('strip', '-o', bare, fs.realpathSync(process.execPath))
     run('xz', '-9', '--force', bare)
   }
-  copy(packed, to('node.xz'))
+  copy(packed, path.join(out, 'node.xz'))
 }
 
 function packLibraries() {
@@ -61,7 +62,7 @@ function packSources() {
   const scripts = ['goldens', 'quickstart', 'cuda-step', 'info'].map((name) => from('scripts', `${name}.ts`))
   const settings = {
     extends: from('tsconfig.json'),
-    compilerOptions: { noEmit: false, declaration: false, rootDir: root, outDir: out },
+    compilerOptions: { noEmit: false, declaration: false, rootDir: root, outDir: files },
     include: [from('ts', 'src'), ...scripts],
   }
   fs.writeFileSync(to('tsconfig.json'), JSON.stringify(settings))
@@ -107,24 +108,23 @@ async function packPictures() {
   for (const name of ['en/data.json', 'meta/groups.json']) copied(modules('emojibase-data', name))
 }
 
-const bytesOf = (folder) =>
-  fs
-    .readdirSync(folder, { recursive: true, withFileTypes: true })
-    .filter((entry) => entry.isFile())
-    .reduce((sum, entry) => sum + fs.statSync(path.join(entry.parentPath ?? entry.path, entry.name)).size, 0)
-
-fs.rmSync(out, { recursive: true, force: true })
-fs.mkdirSync(out, { recursive: true })
+for (const folder of [out, files]) {
+  fs.rmSync(folder, { recursive: true, force: true })
+  fs.mkdirSync(folder, { recursive: true })
+}
 packNode()
 packLibraries()
 packSources()
 await packPictures()
 packDependencies()
-copy(from('scripts', 'cuda-pack-run.sh'), to('run.sh'))
-const total = bytesOf(out)
-for (const entry of fs.readdirSync(out, { withFileTypes: true })) {
-  const bytes = entry.isDirectory() ? bytesOf(to(entry.name)) : fs.statSync(to(entry.name)).size
-  console.log(`${(bytes / 1e6).toFixed(1).padStart(6)} MB  ${entry.name}`)
+run('tar', '-C', files, '-cJf', path.join(out, 'files.tar.xz'), '.')
+fs.rmSync(files, { recursive: true })
+copy(from('scripts', 'cuda-pack-run.sh'), path.join(out, 'run.sh'))
+let total = 0
+for (const name of fs.readdirSync(out)) {
+  const { size } = fs.statSync(path.join(out, name))
+  total += size
+  console.log(`${(size / 1e6).toFixed(1).padStart(6)} MB  ${name}`)
 }
 console.log(`${(total / 1e6).toFixed(1).padStart(6)} MB  ${out}`)
 if (total > MOST_BYTES)
