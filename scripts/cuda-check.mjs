@@ -309,6 +309,12 @@ async function checkPlants() {
   return { ok: planted.missed.length === 0, detail: lines.join('\n') }
 }
 
+/** Tests of the addon with the emulated library in place of a GPU's: those whose names have cuda or GPU in them. */
+const inNode = (...files) => [
+  'env',
+  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
+  ...['npx', 'vitest', 'run', '-t', 'cuda|GPU', ...files.map((file) => `ts/test/${file}.test.ts`)],
+]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
 const rungs = [
   ['build', configure],
@@ -320,7 +326,10 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => all(emulated('test_cuda', schedules))],
+  [
+    '2 emulation against the CPU',
+    () => all([...emulated('test_cuda', schedules), inNode('10.ops', '13.device', '50.goldens')]),
+  ],
   ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(emulated('test_cuda_asan', [0, 1000], '--small'))],
   ['4 ThreadSanitizer', () => all(emulated('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],

@@ -20,9 +20,7 @@ function main(o: { json?: boolean }): void {
   }
   console.log(`aligngpt ${version}, Node ${process.version}, ${os.type()} ${os.release()} ${process.arch}`)
   console.log(`cpu   ${described(cpu)}`)
-  console.log(
-    `cuda  ${typeof cuda === 'string' ? `not used: ${cuda}` : `${described(cuda)}; models run on the CPU so far`}`,
-  )
+  console.log(`cuda  ${typeof cuda === 'string' ? `not used: ${cuda}` : described(cuda)}`)
 }
 
 const command = new Command('info')
