@@ -23,9 +23,13 @@ const quiet = {
 }
 
 /** Runs a program; resolves with its status and everything it printed. */
-function run(command, args, { limit = 420, cwd = root } = {}) {
+function run(command, args, { limit = 420, cwd = root, env = {} } = {}) {
   return new Promise((resolve) => {
-    const child = spawn(command, args, { cwd, env: { ...quiet, ...process.env }, stdio: ['ignore', 'pipe', 'pipe'] })
+    const child = spawn(command, args, {
+      cwd,
+      env: { ...quiet, ...process.env, ...env },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    })
     const parts = []
     child.stdout.on('data', (part) => parts.push(part))
     child.stderr.on('data', (part) => parts.push(part))
@@ -61,7 +65,9 @@ const program = (name) => path.join(build, name)
 
 /** Runs all; the first failure's output is the rung's. */
 async function all(commands) {
-  const results = await parallel(commands, ([command, ...args]) => run(command, args))
+  const results = await parallel(commands, ([command, ...args]) =>
+    typeof args.at(-1) === 'object' ? run(command, args.slice(0, -1), { env: args.at(-1) }) : run(command, args),
+  )
   const bad = results.find((result) => result.status !== 0)
   return bad
     ? { ok: false, detail: tail(bad.output, 25) }
@@ -154,7 +160,9 @@ async function hunt(plant, index) {
   const exe = await buildPlanted(plant, index)
   const small = plant.rung === 2 ? [] : ['--small']
   for (const seed of plant.rung === 2 ? schedules : [0]) {
-    const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small])
+    const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small], {
+      env: plant.env,
+    })
     const line =
       /^(FAIL .*|\[cuda emulation\].*|.*runtime error.*|.*ERROR: AddressSanitizer.*|WARNING: ThreadSanitizer.*)$/m.exec(
         output,
@@ -286,6 +294,12 @@ async function checkPlants() {
 }
 
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
+/** Everything, and attention's gradient once more with atomics. */
+const both = (name, seeds, ...more) =>
+  all([
+    ...emulated(name, seeds, ...more),
+    ...emulated(name, seeds, ...more, '--filter', 'attention_packed', { ALIGNGPT_DETERMINISTIC: '0' }),
+  ])
 const rungs = [
   ['build', configure],
   [
@@ -296,9 +310,9 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => all(emulated('test_cuda', schedules))],
-  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(emulated('test_cuda_asan', [0, 1000], '--small'))],
-  ['4 ThreadSanitizer', () => all(emulated('test_cuda_tsan', [0], '--small'))],
+  ['2 emulation against the CPU', () => both('test_cuda', schedules)],
+  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => both('test_cuda_asan', [0, 1000], '--small')],
+  ['4 ThreadSanitizer', () => both('test_cuda_tsan', [0], '--small')],
   ['5 planted bugs', checkPlants],
   ['6 nvcc, budgets', checkNvcc],
   ['7 cublasLt constants', checkCublasLt],
