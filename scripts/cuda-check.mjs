@@ -177,6 +177,7 @@ async function nvcc() {
   return (await run('nvcc', ['--version'])).status === 0
 }
 
+const onlySm90 = (source) => source.endsWith('_sm90.cu') // as native/cuda/CMakeLists.txt has it
 const architectures = ['80', '86', '89', '90', '100', '120']
 
 /** Registers, stack, spills and shared memory of every kernel of the sources: the most over its instances and architectures. */
@@ -184,9 +185,10 @@ async function resources(sources, folder, archs) {
   const kernels = {}
   const objects = path.join(build, 'nvcc')
   fs.mkdirSync(objects, { recursive: true })
-  const gencode = archs.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
   const results = await parallel(sources, (source) => {
     const out = path.join(objects, `${source}.${archs.length}.o`)
+    const targets = onlySm90(source) ? ['90a'] : archs
+    const gencode = targets.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
     const flags = ['-std=c++17', '-O3', '-Xptxas', '-v', ...gencode, '-I', path.join(root, 'native')]
     return run('nvcc', [...flags, '-c', path.join(folder, source), '-o', out])
   })
@@ -294,11 +296,13 @@ async function checkPlants() {
 }
 
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
-/** Everything, and attention's gradient once more with atomics. */
-const both = (name, seeds, ...more) =>
+/** Everything, and attention once more for each variable that chooses another kernel. */
+const everything = (name, seeds, ...more) =>
   all([
     ...emulated(name, seeds, ...more),
-    ...emulated(name, seeds, ...more, '--filter', 'attention_packed', { ALIGNGPT_DETERMINISTIC: '0' }),
+    ...[{ ALIGNGPT_DETERMINISTIC: '0' }, { ALIGNGPT_ATTENTION: 'wgmma' }].flatMap((env) =>
+      emulated(name, seeds, ...more, '--filter', 'attention_packed', env),
+    ),
   ])
 const rungs = [
   ['build', configure],
@@ -310,9 +314,9 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => both('test_cuda', schedules)],
-  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => both('test_cuda_asan', [0, 1000], '--small')],
-  ['4 ThreadSanitizer', () => both('test_cuda_tsan', [0], '--small')],
+  ['2 emulation against the CPU', () => everything('test_cuda', schedules)],
+  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => everything('test_cuda_asan', [0, 1000], '--small')],
+  ['4 ThreadSanitizer', () => everything('test_cuda_tsan', [0], '--small')],
   ['5 planted bugs', checkPlants],
   ['6 nvcc, budgets', checkNvcc],
   ['7 cublasLt constants', checkCublasLt],

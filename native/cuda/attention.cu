@@ -87,6 +87,7 @@ AgStatus attention(AgCtx* ctx, const AgAttention* a) {
   if (a->dt == AG_F32) return forward_f32(ctx, a);
   if (a->dt != AG_BF16) return bad_dtype(ctx, "attention", a->dt);
   if (!a->q_tokens) return AG_OK;
+  if (attention_sm90_takes(a)) return attention_sm90(ctx, a);
   return with_dim(a->dim, [&](auto width) {
     constexpr int kDim = decltype(width)::value;
     return launch(ctx, "attention", flash_forward<kDim>, tile_grid(a->q_tokens, a->batch, a->heads), kThreads,

@@ -49,8 +49,8 @@ __device__ __forceinline__ int64_t chunk_size(int64_t nk, int64_t chunks) {
   return max(div_up(div_up(nk, chunks), kKeyTile), int64_t(1)) * kKeyTile;
 }
 __device__ __forceinline__ int64_t cache_row(const Scan& a, int64_t s, int64_t key) {
-  const Split at = split(key, a.block_size);
-  return int64_t(a.block_table[s * a.max_blocks + at.quotient]) * a.block_size + at.rest;
+  const uint32_t block = uint32_t(key) / uint32_t(a.block_size), rest = uint32_t(key) % uint32_t(a.block_size);
+  return int64_t(a.block_table[s * a.max_blocks + block]) * a.block_size + rest;
 }
 struct Part {
   float *sum, *stats;
@@ -60,6 +60,11 @@ __device__ __forceinline__ Part part_of(const Scan& a, int64_t token, int64_t he
   const int64_t rows = a.q_tokens * a.heads, row = blockIdx.z * rows + token * a.heads + head;
   return {a.part + row * a.dim, a.part + a.chunks * rows * a.dim + row * 2};
 }
+
+// attention_sm90.cu: attention in bf16 on the warpgroup products of capability 9.0, when ALIGNGPT_ATTENTION=wgmma (read once) and the
+// arguments are such that it can.
+bool attention_sm90_takes(const AgAttention* a);
+AgStatus attention_sm90(AgCtx* ctx, const AgAttention* a);
 
 AgStatus attention_grad_f32(AgCtx* ctx, const AgAttention* a, const float* delta);
 

@@ -68,6 +68,12 @@ typedef void (*Exchange)(const Words* in, Words* out, const void* argument);
 void collective(const char* what, unsigned mask, const void* in, int in_words, void* out, int out_words, Exchange exchange,
                 const void* argument);
 
+// A barrier in shared memory (mbarrier), in the 8 bytes it has on a device. Bytes of an arrival are still to come in its phase.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int bytes);
+void barrier_bytes(uint64_t* barrier, int bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+
 struct Copy {
   void* to;
   const void* from;  // NULL: zeros

@@ -1,5 +1,7 @@
 // Cases of attention, its gradient and attention against the paged cache (cuda_test.h). Rows longer than the heads need and an
-// address that is not aligned take the paths without 16-byte accesses; queries outnumber keys, sequences are empty.
+// address that is not aligned take the paths without 16-byte accesses; queries outnumber keys, sequences are empty. What they test
+// besides is chosen by the backend's own variables: ALIGNGPT_DETERMINISTIC=0 for dQ with atomics, ALIGNGPT_ATTENTION=wgmma for the forward
+// of capability 9.0.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -78,6 +80,8 @@ void test_attention(Test& t) {
   attend(t, {{65}, {64}, 1, 1, 96, true, 0, 0});
   attend(t, {{64, 3}, {71, 66}, 2, 1, 128, true, 0, 0});
   attend(t, {{9}, {35}, 2, 2, 128, false, 1, 0});
+  attend(t, {{5, 150}, {600, 160}, 1, 1, 64, false, 0, 0});  // more tiles than stages, several times over
+  attend(t, {{130, 4}, {525, 300}, 2, 1, 128, true, 8, 0});
   AgAttention a{};
   a.dim = 256, a.scale = 1, a.dt = t.dt;
   t.refuse("head dim 256", &AgBackend::attention, a, AG_UNSUPPORTED);
