@@ -1,5 +1,6 @@
 #include "file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -90,7 +91,19 @@ void write_file(const Tensor& t, const std::string& path, int64_t offset) {
   }
   File file(path, "r+b");
   file.seek(offset);
-  file.write(t.data(), t.bytes());
+  Device* device = t.device();
+  if (device == &cpu()) {
+    file.write(t.data(), t.bytes());
+  } else {
+    const int64_t size = dtype_size(t.dt), chunk = std::min(t.numel(), kChunk);
+    Tensor staged = empty(&cpu(), Shape{chunk}, t.dt);
+    for (int64_t at = 0; at < t.numel(); at += chunk) {
+      const int64_t m = std::min(chunk, t.numel() - at);
+      copy_bytes(device, staged.data(), t.as<char>() + at * size, m * size);
+      synchronize(device);
+      file.write(staged.data(), m * size);
+    }
+  }
   file.close();
 }
 

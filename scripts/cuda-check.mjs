@@ -65,9 +65,7 @@ const program = (name) => path.join(build, name)
 
 /** Runs all; the first failure's output is the rung's. */
 async function all(commands) {
-  const results = await parallel(commands, ([command, ...args]) =>
-    typeof args.at(-1) === 'object' ? run(command, args.slice(0, -1), { env: args.at(-1) }) : run(command, args),
-  )
+  const results = await parallel(commands, ([command, ...args]) => run(command, args))
   const bad = results.find((result) => result.status !== 0)
   return bad
     ? { ok: false, detail: tail(bad.output, 25) }
@@ -116,6 +114,7 @@ const variants = {
   2: ['cuda_emulated', ''],
   3: ['cuda_emulated_asan', 'address,undefined'],
   4: ['cuda_emulated_tsan', 'thread'],
+  7: ['cuda_emulated', ''],
 }
 
 const objectsBelow = (folder) =>
@@ -158,7 +157,7 @@ async function hunt(plant, index) {
     return overBudget(found.kernels).find((line) => line.startsWith(plant.kernel)) ?? null
   }
   const exe = await buildPlanted(plant, index)
-  const small = plant.rung === 2 ? [] : ['--small']
+  const small = variants[plant.rung][1] === '' ? [] : ['--small']
   for (const seed of plant.rung === 2 ? schedules : [0]) {
     const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small], {
       env: plant.env,
@@ -258,29 +257,52 @@ async function checkSass(sources) {
   if ((await run('cuobjdump', ['--version'])).status !== 0)
     return { ok: true, detail: 'HMMA in machine code: not run, no cuobjdump' }
   const tensor = sources.filter((file) =>
-    /mma_bf16_16816/.test(fs.readFileSync(path.join(root, 'native', 'cuda', file), 'utf8')),
+    /mma_bf16_16816|"flash.h"/.test(fs.readFileSync(path.join(root, 'native', 'cuda', file), 'utf8')),
   )
   const without = []
   for (const source of tensor) {
     const { output } = await run('cuobjdump', [
       '-sass',
       '-arch',
-      'sm_90',
+      onlySm90(source) ? 'sm_90a' : 'sm_90',
       path.join(build, 'nvcc', `${source}.${architectures.length}.o`),
     ])
-    if (!/\bHMMA\b/.test(output)) without.push(source)
+    if (!(onlySm90(source) ? /\bHGMMA\b/ : /\bHMMA\b/).test(output)) without.push(source)
   }
   return {
     ok: without.length === 0,
-    detail: without.length ? `no HMMA in ${without.join(', ')}` : `HMMA in ${tensor.join(', ') || 'no source'}`,
+    detail: without.length ? `no HMMA (HGMMA) in ${without.join(', ')}` : `HMMA in ${tensor.join(', ') || 'no source'}`,
   }
 }
 
 // ---- the ladder -------------------------------------------------------------------------------------
+/** Folders below which a cublasLt.h may be: the toolkit's, and what pip installed. */
+function cublasHeaders() {
+  const toolkits = [process.env.CUDA_PATH, '/usr/local/cuda']
+    .filter(Boolean)
+    .map((folder) => path.join(folder, 'include'))
+  const lib = path.join(process.env.VIRTUAL_ENV ?? '/usr/local', 'lib')
+  const pythons = fs.existsSync(lib) ? fs.readdirSync(lib).filter((name) => name.startsWith('python3')) : []
+  const installed = pythons.flatMap((python) =>
+    ['cu13', 'cublas'].map((name) => path.join(lib, python, 'site-packages', 'nvidia', name, 'include')),
+  )
+  const has = (folder) => fs.existsSync(path.join(folder, 'cublasLt.h'))
+  return { found: [...toolkits, ...installed].find(has), toolkits: toolkits.filter((folder) => fs.existsSync(folder)) }
+}
+
+/** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
 async function checkCublasLt() {
-  const { output } = await run(program('test_cuda'), ['--list'])
-  if (!/^cublaslt/m.test(output)) return { ok: true, ran: false, detail: 'not run: no case is named cublaslt' }
-  return all([[program('test_cuda'), '--filter', 'cublaslt']])
+  const { status, output } = await run(program('test_cuda'), ['--filter', 'cublaslt'])
+  const asked = /the real cublasLt: .*/.exec(output)?.[0] ?? ''
+  const tested = { ok: status === 0, detail: `${tail(output, status === 0 ? 1 : 25)}\n${asked}` }
+  const { found, toolkits } = cublasHeaders()
+  if (!tested.ok || !found)
+    return { ...tested, detail: `${tested.detail}\nno cublasLt.h here: compared with values.h alone` }
+  const folders = [path.join(root, 'native'), found, ...toolkits].flatMap((folder) => ['-I', folder])
+  const source = path.join(root, 'native', 'test', 'cublaslt', 'header.cc')
+  const compiled = await run('c++', ['-std=c++17', '-fsyntax-only', ...folders, source])
+  const detail = compiled.status === 0 ? `agrees with ${path.join(found, 'cublasLt.h')}` : tail(compiled.output, 20)
+  return { ok: compiled.status === 0, detail: `${tested.detail}\n${detail}` }
 }
 
 const planted = { found: [], missed: [], notRun: [] }
@@ -295,15 +317,20 @@ async function checkPlants() {
   return { ok: planted.missed.length === 0, detail: lines.join('\n') }
 }
 
+/** Tests of the addon with the emulated library in place of a GPU's: those whose names have cuda or GPU in them. */
+const inNode = (...files) => [
+  'env',
+  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
+  ...['npx', 'vitest', 'run', '-t', 'cuda|GPU', ...files.map((file) => `ts/test/${file}.test.ts`)],
+]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
 /** Everything, and attention once more for each variable that chooses another kernel. */
-const everything = (name, seeds, ...more) =>
-  all([
-    ...emulated(name, seeds, ...more),
-    ...[{ ALIGNGPT_DETERMINISTIC: '0' }, { ALIGNGPT_ATTENTION: 'wgmma' }].flatMap((env) =>
-      emulated(name, seeds, ...more, '--filter', 'attention_packed', env),
-    ),
-  ])
+const everything = (name, seeds, ...more) => [
+  ...emulated(name, seeds, ...more),
+  ...['ALIGNGPT_DETERMINISTIC=0', 'ALIGNGPT_ATTENTION=wgmma'].flatMap((variable) =>
+    emulated(name, seeds, ...more, '--filter', 'attention_packed').map((command) => ['env', variable, ...command]),
+  ),
+]
 const rungs = [
   ['build', configure],
   [
@@ -314,9 +341,12 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => everything('test_cuda', schedules)],
-  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => everything('test_cuda_asan', [0, 1000], '--small')],
-  ['4 ThreadSanitizer', () => everything('test_cuda_tsan', [0], '--small')],
+  [
+    '2 emulation against the CPU',
+    () => all([...everything('test_cuda', schedules), inNode('10.ops', '13.device', '50.goldens')]),
+  ],
+  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(everything('test_cuda_asan', [0, 1000], '--small'))],
+  ['4 ThreadSanitizer', () => all(everything('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],
   ['6 nvcc, budgets', checkNvcc],
   ['7 cublasLt constants', checkCublasLt],

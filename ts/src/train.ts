@@ -30,6 +30,8 @@ export interface TrainOptions {
   clipGradNorm?: number | null
   /** full: 18 bytes for each trained bf16 parameter (default); compact: 10 */
   optimizerState?: OptimizerState
+  /** the optimizer's state of a model on a GPU stays in main memory, and the CPU updates it (AdamWOptions.offload) */
+  offloadOptimizer?: boolean
   seed?: number
   /** run layers again on the way back instead of keeping their activations */
   recompute?: boolean
@@ -190,6 +192,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
   const optimizer = new AdamW(trainable(model, phase), {
     weightDecay: o.weightDecay,
     state: o.optimizerState,
+    offload: o.offloadOptimizer,
     seed: o.seed,
   })
   const log = await Log.open(phase, o, steps)
@@ -226,7 +229,7 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     log.end()
     await loader.close()
     optimizer.dispose()
-    native.trim() // what lay idle between the steps
+    native.trim(model.device) // what lay idle between the steps
   }
   result.aborted = result.steps < steps
   result.seconds = (performance.now() - began) / 1000
