@@ -36,7 +36,7 @@ step() { # name, command...
 
 small=''
 [ "$ALIGNGPT_DEVICE" = cpu ] && small=--small
-step info ./node scripts/info.js
+step info ./node ts/src/cli.js info
 for part in "${@:-all}"; do
   case $part in goldens | quickstart | step | all) ;; *)
     echo "[run] expected goldens, quickstart or step, got $part"

@@ -59,7 +59,7 @@ function packLibraries() {
 
 /** The TypeScript that runs there, as JavaScript in the same folders. */
 function packSources() {
-  const scripts = ['goldens', 'quickstart', 'cuda-step', 'info'].map((name) => from('scripts', `${name}.ts`))
+  const scripts = ['goldens', 'quickstart', 'cuda-step'].map((name) => from('scripts', `${name}.ts`))
   const settings = {
     extends: from('tsconfig.json'),
     compilerOptions: { noEmit: false, declaration: false, rootDir: root, outDir: files },

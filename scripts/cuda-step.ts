@@ -12,10 +12,10 @@ import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
 import { AlignGPT } from '../ts/src/aligngpt.js'
+import { complain, integer } from '../ts/src/commands/options.js'
 import { native, resolveDevice } from '../ts/src/native.js'
 import { memory } from '../ts/src/tensor.js'
 import { LEVELS, type Size, TrainStep, writeParts } from './bench/model.js'
-import { fail, integer } from './cli.js'
 
 const SIZE: Size = {
   hidden: 4096,
@@ -93,5 +93,6 @@ const command = new Command('cuda-step')
 try {
   await main(command.parse().opts())
 } catch (e) {
-  fail(e)
+  complain(e)
+  process.exitCode = 1
 }
