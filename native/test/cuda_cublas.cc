@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <thread>
 
 #include "cublaslt/fake.h"
 #include "cublaslt/values.h"
@@ -30,24 +31,39 @@ FakeCublasLt& fake() {
 }
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
+// A variable of the environment, set or (NULL) not set until the end of the scope.
+class Setting {
+ public:
+  Setting(const char* name, const char* value) : name_(name), was_set_(getenv(name)), before_(was_set_ ? getenv(name) : "") {
+    put(value);
+  }
+  ~Setting() { put(was_set_ ? before_.c_str() : nullptr); }
+  void put(const char* value) { value ? setenv(name_, value, 1) : unsetenv(name_); }
+
+ private:
+  const char* name_;
+  bool was_set_;
+  std::string before_;
+};
+
 // The environment, and the choice it makes, until the end of the scope; then the own kernels again.
 class Chosen {
  public:
-  explicit Chosen(const std::string& file, const char* gemm = nullptr, const AgBackend& services = emulation()) {
+  explicit Chosen(const std::string& file, const char* gemm = nullptr)
+      : file_("ALIGNGPT_CUBLASLT", file.c_str()), gemm_("ALIGNGPT_GEMM", gemm) {
     fake() = FakeCublasLt{130101, 0, 0, 0, 0, 1, 0, 0, 0, ""};
-    if (!file.empty()) setenv("ALIGNGPT_CUBLASLT", file.c_str(), 1);
-    if (gemm) setenv("ALIGNGPT_GEMM", gemm, 1);
-    usable = reopen(services);
+    usable = reopen(emulation());
   }
   ~Chosen() {
-    unsetenv("ALIGNGPT_CUBLASLT");
-    setenv("ALIGNGPT_GEMM", "own", 1);
-    gpu::cublaslt_open(emulation(), message, sizeof message);
-    unsetenv("ALIGNGPT_GEMM");
+    gemm_.put("own");
+    reopen(emulation());
   }
   bool reopen(const AgBackend& services) { return gpu::cublaslt_open(services, message, sizeof message); }
   bool usable;
   char message[512] = "";
+
+ private:
+  Setting file_, gemm_;
 };
 
 // ---- values -----------------------------------------------------------------------------------------
@@ -153,6 +169,31 @@ void many_shapes(Test& t) {
         ctx.error, fake().problem);
 }
 
+// Several threads of the host multiply at once: each gets its result, and the plans stay whole (ThreadSanitizer looks on).
+void threads(Test& t) {
+  if (t.dt != AG_F32) return;
+  Chosen chosen(kFile);
+  emulation();  // opened before the threads
+  constexpr int64_t kThreads = 4, kTurns = 400, kShapes = 60;
+  std::vector<std::thread> all;
+  std::vector<int64_t> right(kThreads);
+  for (int64_t n = 0; n < kThreads; n++)
+    all.emplace_back([&right, n] {
+      AgCtx ctx{};
+      for (int64_t turn = 0; turn < kTurns; turn++) {
+        const float a[] = {float(turn), 2}, b[] = {3, float(n)};
+        float c = 0;
+        AgGemm g{};
+        g.m = g.n = g.ldc = g.ldb = 1, g.k = 2, g.lda = 2 + turn % kShapes, g.a = a, g.b = b, g.c = &c, g.dt = g.dt_c = AG_F32;
+        right[size_t(n)] += emulation().gemm(&ctx, &g) == AG_OK && c == float(3 * turn + 2 * n);
+      }
+    });
+  for (std::thread& one : all) one.join();
+  for (int64_t n : right) check(n == kTurns, "%lld of %lld products are right", (long long)n, (long long)kTurns);
+  check(gpu::cublaslt_counts().done == kThreads * kTurns && fake().alive == 0, "%lld products",
+        (long long)gpu::cublaslt_counts().done);
+}
+
 // ---- opening ----------------------------------------------------------------------------------------
 void opening(Test& t) {
   if (t.dt != AG_F32) return;
@@ -225,13 +266,9 @@ void search(Test& t) {
   const std::string expected[] = {"libcublasLt.so.13", "libcublasLt.so.12", put("toolkit/lib64/libcublasLt.so.12"),
                                   put("venv/lib/python3.11/site-packages/nvidia/cu13/lib/libcublasLt.so.13"),
                                   put("venv/lib/python3.11/site-packages/nvidia/cublas/lib/libcublasLt.so.12")};
-  const std::string before[] = {getenv("CUDA_PATH") ? getenv("CUDA_PATH") : "",
-                                getenv("VIRTUAL_ENV") ? getenv("VIRTUAL_ENV") : ""};
-  setenv("CUDA_PATH", (at + "/toolkit").c_str(), 1);
-  setenv("VIRTUAL_ENV", (at + "/venv").c_str(), 1);
+  const Setting any("ALIGNGPT_CUBLASLT", nullptr), toolkit("CUDA_PATH", (at + "/toolkit").c_str());
+  const Setting environment("VIRTUAL_ENV", (at + "/venv").c_str());
   const std::vector<std::string> files = gpu::lt::candidates();
-  setenv("CUDA_PATH", before[0].c_str(), 1);
-  setenv("VIRTUAL_ENV", before[1].c_str(), 1);
   size_t next = 0;
   for (const std::string& file : files)
     if (next < 5 && file == expected[next]) next++;
@@ -274,10 +311,10 @@ void real(Test& t) {
         "given back");
 }
 
-const Registered kCases[] = {{"cublaslt_constants", constants}, {"cublaslt_products", products},
-                             {"cublaslt_refused", refused},     {"cublaslt_many_shapes", many_shapes},
-                             {"cublaslt_opening", opening},     {"cublaslt_failures", failures},
-                             {"cublaslt_search", search},       {"cublaslt_real", real}};
+const Registered kCases[] = {
+    {"cublaslt_constants", constants},     {"cublaslt_products", products}, {"cublaslt_refused", refused},
+    {"cublaslt_many_shapes", many_shapes}, {"cublaslt_opening", opening},   {"cublaslt_failures", failures},
+    {"cublaslt_search", search},           {"cublaslt_real", real},         {"cublaslt_threads", threads}};
 
 }  // namespace
 }  // namespace cuda_test

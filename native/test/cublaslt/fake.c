@@ -4,6 +4,7 @@
    algorithm made for another product, a workspace that is not there, a C that is read although beta is 0. */
 #include "fake.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -191,8 +192,11 @@ static int allowed(const Desc* d, const Layout* const* l, const Algorithm* algo,
   for (int i = 0; i < 5; i++)
     if (p[i] && alignment(p[i]) < algo->align[i]) return wrong("less alignment than was promised");
   if (!workspace || (uintptr_t)workspace % 16 || bytes < algo->workspace) return wrong("a workspace too small");
+  static pthread_mutex_t stream = PTHREAD_MUTEX_INITIALIZER; /* on which one product follows another */
+  pthread_mutex_lock(&stream);
   memset(workspace, 0xff, algo->workspace);
   ((char*)workspace)[bytes - 1] = 1; /* all of it is there */
+  pthread_mutex_unlock(&stream);
   return FAKE_SUCCESS;
 }
 
