@@ -505,6 +505,8 @@ describe('loader', () => {
       const ts = await import('typescript')
       for (const f of [
         'data',
+        'records',
+        'saved',
         'loader',
         'batch',
         'decode-worker',
