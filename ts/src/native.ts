@@ -2,8 +2,8 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { AlignGPTError } from './errors.js'
+import { packageRoot } from './package.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
 /** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
@@ -170,13 +170,6 @@ export interface Native {
   sumSquares(xs: H[]): H
   adamw(args: NativeAdamW): void
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
-}
-
-/** The package's root folder: the nearest one above this file that has a package.json. */
-function packageRoot(): string {
-  let dir = path.dirname(fileURLToPath(import.meta.url))
-  while (!existsSync(path.join(dir, 'package.json')) && path.dirname(dir) !== dir) dir = path.dirname(dir)
-  return dir
 }
 
 function load(): Native {

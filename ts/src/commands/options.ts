@@ -1,7 +1,7 @@
-/** What the command scripts share. */
+/** What the commands share: parsers of options, those of both training commands, Ctrl-C, the last line. */
 import { type Command, InvalidArgumentError } from 'commander'
-import { AlignGPTError } from '../ts/src/errors.js'
-import type { StepInfo, TrainOptions, TrainResult } from '../ts/src/train.js'
+import type { LoadOptions } from '../aligngpt.js'
+import type { StepInfo, TrainOptions, TrainResult } from '../train.js'
 
 export function integer(text: string): number {
   const n = Number(text)
@@ -14,13 +14,23 @@ export function number(text: string): number {
   return n
 }
 
-/** Prints an expected error in one line, any other with its stack, and ends with status 1. */
-export function fail(e: unknown): never {
-  console.error(e instanceof AlignGPTError ? `${e.code} ${e.message}` : e)
-  process.exit(1)
+/** Expected errors (ours, the file system's) have a code and are one line; one without is a bug and shows its stack. */
+export function complain(e: unknown): void {
+  const { code, message } = e as { code?: unknown; message?: unknown }
+  const known = e instanceof Error && typeof code === 'string'
+  console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
 }
 
-/** The options both training commands have. */
+/** The parsed options of both training commands: the library's, and what says which data and machine. */
+export interface TrainingOptions extends TrainOptions {
+  data: string
+  images: string
+  out: string
+  seed: number
+  dtype: LoadOptions['dtype']
+  device: LoadOptions['device']
+}
+
 export function trainingOptions(command: Command): Command {
   return command
     .requiredOption('--data <file>', 'LLaVA JSON')
@@ -37,27 +47,20 @@ export function trainingOptions(command: Command): Command {
     .option('--max-bad <share>', 'share of records that may be unusable', number)
     .option('--seed <n>', 'of order and new weights', integer, 0)
     .option('--dtype <type>', 'f32 or bf16', 'f32')
-    .option('--device <device>', 'auto or cpu', 'auto')
+    .option('--device <device>', 'auto, cpu or cuda', 'auto')
     .option('--recompute', 'less memory, one more forward pass')
     .option('--group-by-length', 'batches of similar lengths')
     .option('--augment', 'mild augmentation of the pictures')
 }
 
-/** The training options of a parsed command line; plain lines instead of a bar where there is no terminal. */
-export function training(o: Record<string, unknown>, signal: AbortSignal): TrainOptions {
-  const plain = !process.stderr.isTTY
-  // What says which data, models and folders is for the script; all other options have the library's names.
-  const { data, images, llm, clip, model, dtype, device, ...options } = o
-  return {
-    ...(options as TrainOptions),
-    signal,
-    onStep: (s: StepInfo) => {
-      if (plain)
-        console.log(
-          `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s`,
-        )
-    },
-  }
+/** The library's options of a parsed command line; plain lines instead of a bar where there is no terminal. */
+export function training(o: Omit<TrainingOptions, 'dtype' | 'device'>, signal: AbortSignal): TrainOptions {
+  const { data, images, ...options } = o
+  const line = (s: StepInfo): void =>
+    console.log(
+      `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s`,
+    )
+  return { ...options, signal, onStep: process.stderr.isTTY ? undefined : line }
 }
 
 /** An abort signal that Ctrl-C sets once; the run saves what it has. */
