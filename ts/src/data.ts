@@ -5,6 +5,8 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { type AlignGPTError, mismatch, show } from './errors.js'
+import { unpackParquet } from './parquet.js'
+import { expandShards, openPictures, type PictureSource, type Pictures } from './pictures.js'
 import type { DataRecord } from './prompt.js'
 import { parseBytes, parseRecord, type RecordRange, splitRecords, wordCount } from './records.js'
 import { permutation } from './rng.js'
@@ -64,10 +66,19 @@ export class Dataset {
   /** Use loadDataset. */
   constructor(
     readonly file: string,
-    /** folder of the pictures, null when none was given */
-    readonly images: string | null,
+    private readonly pictures: Pictures | null,
     private readonly saved: SavedOptions = {},
   ) {}
+
+  /** Folder or tar files of the pictures, null when none was given. */
+  get images(): string | null {
+    return this.pictures?.where ?? null
+  }
+
+  /** Where the picture of this name lies. */
+  picture(name: string): PictureSource {
+    return this.pictures?.locate(name) ?? { name, problem: 'a data set without pictures' }
+  }
 
   /** Number of records. */
   get length(): number {
@@ -233,16 +244,36 @@ export function groupByModalityLength(words: Int32Array, batch: number, seed: nu
   return Int32Array.from([...order.flatMap((i) => full[i]), ...rest])
 }
 
+export interface DatasetOptions extends SavedOptions {
+  /**
+   * folder the `image` names are relative to (pictures outside it are refused), or tar files with them
+   * (`shards/{00000..00009}.tar`, see openPictures); default for Parquet: the embedded pictures
+   */
+  images?: string
+  /** where Parquet is unpacked; default `<file>.unpacked` */
+  unpacked?: string
+}
+
+/** The data file itself and its pictures, after Parquet has been unpacked. */
+export async function openSources(
+  file: string,
+  { images, unpacked, ...saved }: DatasetOptions,
+): Promise<{ records: string; pictures: Pictures | null }> {
+  let [records, where] = [path.resolve(file), images]
+  if (file.endsWith('.parquet')) {
+    const u = await unpackParquet(expandShards(records), saved, unpacked)
+    records = u.records
+    where ??= u.pictures ?? undefined
+  }
+  return { records, pictures: where === undefined ? null : await openPictures(where, saved) }
+}
+
 /**
- * Opens a LLaVA data file: JSON array or JSON lines. Every record is checked now, or was when the index beside a large file
- * was saved; pictures are looked at when needed.
- * @param options.images folder the `image` names are relative to; pictures outside it are refused
- * @param options.index where the index is kept, false: nowhere; default `<file>.index` for files from 64 MiB on
+ * Opens a LLaVA data file: JSON array, JSON lines, or Parquet (one file, or `train-{00000..00009}.parquet`). Every record is
+ * checked now, or was when the index beside a large file was saved; pictures are looked at when needed.
  * @throws AlignGPTError ERR_DATA: file, byte offset or record, what was expected
  */
-export async function loadDataset(file: string, options: { images?: string } & SavedOptions = {}): Promise<Dataset> {
-  const { images, ...saved } = options
-  if (images !== undefined && !fs.statSync(images, { throwIfNoEntry: false })?.isDirectory())
-    throw mismatch('ERR_DATA', 'data', 'images', 'a folder', images)
-  return new Dataset(path.resolve(file), images === undefined ? null : path.resolve(images), saved).open()
+export async function loadDataset(file: string, options: DatasetOptions = {}): Promise<Dataset> {
+  const { records, pictures } = await openSources(file, options)
+  return new Dataset(records, pictures, options).open()
 }
