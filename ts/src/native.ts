@@ -1,5 +1,5 @@
 /** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
-import { existsSync } from 'node:fs'
+import { existsSync, readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -75,6 +75,17 @@ export interface Native {
   dtype(t: H): Dtype
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void
@@ -167,8 +178,7 @@ function packageRoot(): string {
   return dir
 }
 
-function load(): Native {
-  const root = packageRoot()
+function findBinary(root: string): string {
   const candidates = [
     path.join(root, 'build', 'Release', 'aligngpt.node'),
     path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
@@ -181,7 +191,12 @@ function load(): Native {
         'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
     )
   }
-  return createRequire(import.meta.url)(found) as Native
+  return found
 }
 
-export const native: Native = load()
+const root = packageRoot()
+/** The native core's file. */
+export const nativeFile = findBinary(root)
+/** Of this package. */
+export const packageVersion: string = JSON.parse(readFileSync(path.join(root, 'package.json'), 'utf8')).version
+export const native = createRequire(import.meta.url)(nativeFile) as Native
