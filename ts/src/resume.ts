@@ -61,12 +61,16 @@ export class Schedule {
   }
 }
 
-let build: string | undefined
+let known: Maker | undefined
 
 /** What is running now. */
 export function maker(): Maker {
-  build ??= fingerprint(nativeFile).sha256
-  return { version: packageVersion, build, cpuLevel: native.capabilities().level }
+  known ??= {
+    version: packageVersion,
+    build: fingerprint(nativeFile).sha256,
+    cpuLevel: native.capabilities().level,
+  }
+  return known
 }
 
 /** Where the checkpoints of a run are. */

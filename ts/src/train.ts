@@ -291,7 +291,8 @@ class Run {
   private log!: Log
   private saver: Saver | null = null
   private schedule!: Schedule
-  private config: Record<string, unknown> = {}
+  /** what every checkpoint of the run says */
+  private origin: Pick<Manifest, 'config' | 'maker'> = { config: {}, maker: maker() }
   private done = 0
 
   constructor(
@@ -324,8 +325,8 @@ class Run {
   async open(): Promise<void> {
     const { model, data, phase, o } = this
     if (o.out || o.resume) {
-      this.config = settings(model, data, phase, o)
-      const found = findResume(o, this.config, o.onMessage)
+      this.origin.config = settings(model, data, phase, o)
+      const found = findResume(o, this.origin.config, o.onMessage)
       if (found) this.restore(found.folder, found.manifest)
     }
     if (o.out) this.saver = new Saver(checkpointFolder(o.out), o.keep ?? 2, o.onMessage)
@@ -430,7 +431,7 @@ class Run {
   }
 
   private async save(): Promise<void> {
-    const { data, o, done: step, optimizer, outliers, config } = this
+    const { data, o, done: step, optimizer, outliers, origin } = this
     const perEpoch = data.stepsPerEpoch(o.batch)
     const state: RunState = {
       optimizerStep: optimizer.step,
@@ -439,7 +440,7 @@ class Run {
       dropped: data.state,
       outliers: outliers?.state ?? null,
     }
-    await this.saver?.save({ step, config, state: { ...state }, maker: maker() }, this.tensors())
+    await this.saver?.save({ step, ...origin, state: { ...state } }, this.tensors())
   }
 
   async close(): Promise<void> {

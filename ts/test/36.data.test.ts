@@ -515,6 +515,7 @@ describe('loader', () => {
         'json',
         'errors',
         'rng',
+        'thread',
         'config',
       ])
         fs.writeFileSync(
