@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 3
+#define AG_BACKEND_VERSION 4
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -474,6 +474,7 @@ typedef struct {
   char device[128]; // what the machine calls it
   int32_t threads;
   int64_t memory_bytes;  // 0: unknown
+  char products[256];    // what matrix products run on and why, in words; empty: nothing to say
 } AgCapabilities;
 
 typedef enum {
@@ -493,7 +494,10 @@ typedef struct AgBackend {
   void* (*stream)(AgStream);  // for AgCtx.stream; NULL there means the compute stream
   AgStatus (*alloc)(void* stream, int64_t bytes, void** out);  // 64-byte aligned, uncached
   void (*free)(void* stream, void* p);
-  // Any direction; done when synchronize returns. A source in host memory may change once copy has returned.
+  // Host memory that copies to and from the device take at full speed and without waiting: it belongs to the copy until it is done.
+  AgStatus (*alloc_host)(int64_t bytes, void** out);
+  void (*free_host)(void* p);
+  // Any direction; done when synchronize returns. A source in other host memory may change once copy has returned.
   AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);
   AgStatus (*synchronize)(AgCtx*);
   AgStatus (*event_create)(void** out);

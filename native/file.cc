@@ -1,5 +1,6 @@
 #include "file.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -108,9 +109,12 @@ void read_file(const Tensor& t, const std::string& path, int64_t offset, const s
     } else {
       file.read(staged.data(), m * dtype_size(from));
     }
-    Tensor piece = empty(&cpu(), Shape{m}, t.dt);
-    run("readFile", &cpu(), cpu().backend->cast, AgCast{piece.data(), t.dt, staged.data(), from, m});
-    copy_bytes(device, t.as<char>() + at * dtype_size(t.dt), piece.data(), piece.bytes());
+    Tensor piece = staged;  // as it is where nothing is converted: not every bit pattern is a number
+    if (half || from != t.dt) {
+      piece = empty(&cpu(), Shape{m}, t.dt);
+      run("readFile", &cpu(), cpu().backend->cast, AgCast{piece.data(), t.dt, staged.data(), from, m});
+    }
+    copy_bytes(device, t.as<char>() + at * dtype_size(t.dt), piece.data(), m * dtype_size(t.dt));
   }
 }
 
@@ -121,7 +125,19 @@ void write_file(const Tensor& t, const std::string& path, int64_t offset) {
   }
   File file(path, "r+b");
   file.seek(offset);
-  file.write(t.data(), t.bytes());
+  Device* device = t.device();
+  if (device == &cpu()) {
+    file.write(t.data(), t.bytes());
+  } else {
+    const int64_t size = dtype_size(t.dt), chunk = std::min(t.numel(), kChunk);
+    Tensor staged = empty(&cpu(), Shape{chunk}, t.dt);
+    for (int64_t at = 0; at < t.numel(); at += chunk) {
+      const int64_t m = std::min(chunk, t.numel() - at);
+      copy_bytes(device, staged.data(), t.as<char>() + at * size, m * size);
+      synchronize(device);
+      file.write(staged.data(), m * size);
+    }
+  }
   file.close();
 }
 

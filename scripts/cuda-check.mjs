@@ -110,6 +110,7 @@ const variants = {
   2: ['cuda_emulated', ''],
   3: ['cuda_emulated_asan', 'address,undefined'],
   4: ['cuda_emulated_tsan', 'thread'],
+  7: ['cuda_emulated', ''],
 }
 
 const objectsBelow = (folder) =>
@@ -152,7 +153,7 @@ async function hunt(plant, index) {
     return overBudget(found.kernels).find((line) => line.startsWith(plant.kernel)) ?? null
   }
   const exe = await buildPlanted(plant, index)
-  const small = plant.rung === 2 ? [] : ['--small']
+  const small = variants[plant.rung][1] === '' ? [] : ['--small']
   for (const seed of plant.rung === 2 ? schedules : [0]) {
     const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small])
     const line =
@@ -267,10 +268,33 @@ async function checkSass(sources) {
 }
 
 // ---- the ladder -------------------------------------------------------------------------------------
+/** Folders below which a cublasLt.h may be: the toolkit's, and what pip installed. */
+function cublasHeaders() {
+  const toolkits = [process.env.CUDA_PATH, '/usr/local/cuda']
+    .filter(Boolean)
+    .map((folder) => path.join(folder, 'include'))
+  const lib = path.join(process.env.VIRTUAL_ENV ?? '/usr/local', 'lib')
+  const pythons = fs.existsSync(lib) ? fs.readdirSync(lib).filter((name) => name.startsWith('python3')) : []
+  const installed = pythons.flatMap((python) =>
+    ['cu13', 'cublas'].map((name) => path.join(lib, python, 'site-packages', 'nvidia', name, 'include')),
+  )
+  const has = (folder) => fs.existsSync(path.join(folder, 'cublasLt.h'))
+  return { found: [...toolkits, ...installed].find(has), toolkits: toolkits.filter((folder) => fs.existsSync(folder)) }
+}
+
+/** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
 async function checkCublasLt() {
-  const { output } = await run(program('test_cuda'), ['--list'])
-  if (!/^cublaslt/m.test(output)) return { ok: true, ran: false, detail: 'not run: no case is named cublaslt' }
-  return all([[program('test_cuda'), '--filter', 'cublaslt']])
+  const { status, output } = await run(program('test_cuda'), ['--filter', 'cublaslt'])
+  const asked = /the real cublasLt: .*/.exec(output)?.[0] ?? ''
+  const tested = { ok: status === 0, detail: `${tail(output, status === 0 ? 1 : 25)}\n${asked}` }
+  const { found, toolkits } = cublasHeaders()
+  if (!tested.ok || !found)
+    return { ...tested, detail: `${tested.detail}\nno cublasLt.h here: compared with values.h alone` }
+  const folders = [path.join(root, 'native'), found, ...toolkits].flatMap((folder) => ['-I', folder])
+  const source = path.join(root, 'native', 'test', 'cublaslt', 'header.cc')
+  const compiled = await run('c++', ['-std=c++17', '-fsyntax-only', ...folders, source])
+  const detail = compiled.status === 0 ? `agrees with ${path.join(found, 'cublasLt.h')}` : tail(compiled.output, 20)
+  return { ok: compiled.status === 0, detail: `${tested.detail}\n${detail}` }
 }
 
 const planted = { found: [], missed: [], notRun: [] }
@@ -285,6 +309,12 @@ async function checkPlants() {
   return { ok: planted.missed.length === 0, detail: lines.join('\n') }
 }
 
+/** Tests of the addon with the emulated library in place of a GPU's: those whose names have cuda or GPU in them. */
+const inNode = (...files) => [
+  'env',
+  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
+  ...['npx', 'vitest', 'run', '-t', 'cuda|GPU', ...files.map((file) => `ts/test/${file}.test.ts`)],
+]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
 const rungs = [
   ['build', configure],
@@ -296,7 +326,10 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => all(emulated('test_cuda', schedules))],
+  [
+    '2 emulation against the CPU',
+    () => all([...emulated('test_cuda', schedules), inNode('10.ops', '13.device', '50.goldens')]),
+  ],
   ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(emulated('test_cuda_asan', [0, 1000], '--small'))],
   ['4 ThreadSanitizer', () => all(emulated('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],

@@ -7,7 +7,8 @@ import { fail } from './cli.js'
 
 function described(c: Capabilities): string {
   const memory = c.memoryBytes ? `, ${(c.memoryBytes / 2 ** 30).toFixed(1)} GiB` : ''
-  return `${c.device}, level ${c.level}${c.name === 'cpu' ? `, ${c.threads} threads` : ''}${memory}`
+  const products = c.products ? `; matrix products: ${c.products}` : ''
+  return `${c.device}, level ${c.level}${c.name === 'cpu' ? `, ${c.threads} threads` : ''}${memory}${products}`
 }
 
 function main(o: { json?: boolean }): void {
@@ -19,9 +20,7 @@ function main(o: { json?: boolean }): void {
   }
   console.log(`aligngpt ${version}, Node ${process.version}, ${os.type()} ${os.release()} ${process.arch}`)
   console.log(`cpu   ${described(cpu)}`)
-  console.log(
-    `cuda  ${typeof cuda === 'string' ? `not used: ${cuda}` : `${described(cuda)}; models run on the CPU so far`}`,
-  )
+  console.log(`cuda  ${typeof cuda === 'string' ? `not used: ${cuda}` : described(cuda)}`)
 }
 
 const command = new Command('info')

@@ -97,6 +97,8 @@ void release(void*, void* p) {
   std::free(p);
 #endif
 }
+AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
+void free_host(void* p) { release(nullptr, p); }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   std::memmove(dst, src, size_t(bytes));
   return AG_OK;
@@ -299,6 +301,8 @@ const AgBackend* table() {
     b.stream = stream;
     b.alloc = alloc;
     b.free = release;
+    b.alloc_host = alloc_host;
+    b.free_host = free_host;
     b.copy = copy;
     b.synchronize = synchronize;
     b.event_create = event_create;

@@ -65,7 +65,6 @@ namespace gpu {
 // ---- launching --------------------------------------------------------------------------------------
 // Enqueues the kernel; an empty grid is nothing to do. Read what it needs from `args`: they are copied at this moment.
 #if defined(__CUDACC__)
-void* stream_of(const AgCtx* ctx);
 template <class... P, class... A>
 AgStatus launch(AgCtx* ctx, const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
   if (!grid.x || !grid.y || !grid.z) return AG_OK;

@@ -73,6 +73,7 @@ int64_t align_mix_workspace(const AgAlignMix*);
 int64_t align_mix_grad_workspace(const AgAlignMix*);
 
 // ---- services: device.cc on a GPU, emulated.cc on the host ------------------------------------------
+void* stream_of(const AgCtx* ctx);  // the one its work goes to
 // Fills in part (a) of the table; false and a line in `message` when there is no device to use.
 bool open_services(AgBackend& table, char* message, int64_t message_bytes);
 

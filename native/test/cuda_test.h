@@ -22,6 +22,7 @@ bool small();  // --small: each case in its cheapest form that still takes every
 double uniform(double lo = -1, double hi = 1);  // the case's own random numbers
 int64_t below(int64_t n);
 size_t size_of(AgDtype dt);
+void ran(size_t entry);  // an entry of the contract, as its offset in the table
 
 struct Buffer {
   enum Role { kInput, kOutput, kInPlace };
@@ -68,6 +69,7 @@ class Test {
   // `kernel` of 0..: the op takes scratch (AgKernel).
   template <class Args, class Make>
   void run(const char* label, AgStatus (*AgBackend::*op)(AgCtx*, const Args*), const Make& make, int kernel = -1) {
+    ran(size_t(reinterpret_cast<const char*>(&(device.*op)) - reinterpret_cast<const char*>(&device)));
     for (int side = 0; side < 3; side++) {
       const AgBackend& b = side ? device : cpu;
       upload(b);
@@ -101,6 +103,8 @@ class Test {
   std::vector<void*> memory_;  // of the run in progress, one for each buffer
   int64_t scratch_bytes_ = 0;
 };
+
+void every_product(Test&);  // the case gemm
 
 struct Registered {
   Registered(const char* name, void (*body)(Test&));

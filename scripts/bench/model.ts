@@ -71,7 +71,7 @@ function writeClip(folder: string, s: Size): void {
     text_config: { ...tower, ...texts },
   })
   json(path.join(folder, 'preprocessor_config.json'), { size: s.image, crop_size: s.image })
-  saveWeights(folder, [['', new CLIPModel(initSource(1, 'f32'), readClipConfig(folder))]])
+  saveWeights(folder, [['', new CLIPModel(initSource(1, { dtype: 'f32' }), readClipConfig(folder))]])
 }
 
 function writeLlama(folder: string, s: Size): void {
@@ -91,7 +91,7 @@ function writeLlama(folder: string, s: Size): void {
     bos_token_id: 1,
     eos_token_id: 2,
   })
-  const source = initSource(2, 'f32')
+  const source = initSource(2, { dtype: 'f32' })
   const init = { kind: 'normal', std: 0.02 } as const
   saveWeights(folder, [
     ['model.', new LlamaModel(source.at('model'), readLlamaConfig(folder))],

@@ -29,8 +29,8 @@ export interface Maker {
   version: string
   /** SHA-256 of the native core */
   build: string
-  /** avx2, avx512 ... */
-  cpuLevel: string
+  /** backend and level: cpu avx2, cuda sm_90 ... */
+  level: string
 }
 
 export interface Manifest {

@@ -6,6 +6,8 @@ import { fileURLToPath } from 'node:url'
 import { AlignGPTError } from './errors.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
+/** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
+export type Device = 'cpu' | 'cuda'
 export type TensorData = Float32Array | Float64Array | Int32Array | BigInt64Array
 type H = number
 
@@ -39,6 +41,8 @@ export interface Capabilities {
   threads: number
   /** 0: unknown */
   memoryBytes: number
+  /** what matrix products run on and why, in words; empty: nothing to say */
+  products: string
 }
 
 /** The lists have an entry for each parameter. */
@@ -65,14 +69,16 @@ export interface NativeAdamW {
   seed: number
 }
 
+/** Where a device can be named, the default is the CPU. */
 export interface Native {
-  tensor(data: TensorData, shape: number[], dtype: Dtype): H
+  tensor(data: TensorData, shape: number[], dtype: Dtype, device?: Device): H
   write(t: H, data: TensorData): void
   read(t: H): TensorData
-  zeros(shape: number[], dtype: Dtype): H
-  empty(shape: number[], dtype: Dtype): H
+  zeros(shape: number[], dtype: Dtype, device?: Device): H
+  empty(shape: number[], dtype: Dtype, device?: Device): H
   shape(t: H): number[]
   dtype(t: H): Dtype
+  device(t: H): Device
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
   /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
@@ -92,6 +98,11 @@ export interface Native {
   persist(t: H): void
   dispose(t: H): void
   isLive(t: H): boolean
+  /** what this thread enqueues on the device until graphEnd is kept and not done; the number is for the others */
+  graphBegin(device: Device): number
+  graphEnd(graph: number): void
+  graphLaunch(graph: number): void
+  graphDispose(graph: number): void
   requiresGrad(t: H, on: boolean): void
   wantsGrad(t: H): boolean
   detach(t: H): H
@@ -100,18 +111,19 @@ export interface Native {
   grad(t: H): H | null
   setGrad(t: H, buffer: H | null): void
   zeroGrad(ts: H[]): void
-  /** spent inside kernels by this process so far */
-  kernelSeconds(): number
-  memory(): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
-  resetPeak(): void
-  trim(): void
-  failAfter(allocations: number): void
+  /** spent inside kernels by this process so far; on a GPU, in launching them */
+  kernelSeconds(device?: Device): number
+  memory(device?: Device): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
+  resetPeak(device?: Device): void
+  trim(device?: Device): void
+  failAfter(allocations: number, device?: Device): void
   capabilities(): Capabilities
   /** the GPU's, or a line that says why there is none to use */
   probeCuda(): Capabilities | string
   threads(): number
   setThreads(n: number): void
   cast(x: H, dtype: Dtype): H
+  to(x: H, device: Device): H
   reshape(x: H, shape: number[]): H
   slice(x: H, dim: number, start: number, end: number): H
   concat(xs: H[], dim: number): H
@@ -200,3 +212,22 @@ export const nativeFile = findBinary(root)
 /** Of this package. */
 export const packageVersion: string = JSON.parse(readFileSync(path.join(root, 'package.json'), 'utf8')).version
 export const native = createRequire(import.meta.url)(nativeFile) as Native
+
+/**
+ * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,
+ * else the CPU.
+ * @throws ERR_DEVICE when the named device is not there; the message says what is missing
+ */
+export function resolveDevice(wanted: 'auto' | Device = 'auto', dtype: Dtype = 'f32'): Device {
+  const chosen = process.env.ALIGNGPT_DEVICE
+  const name = wanted === 'auto' && chosen ? chosen : wanted
+  if (name === 'cpu') return name
+  if (name !== 'cuda' && name !== 'auto')
+    throw new AlignGPTError('ERR_DEVICE', `[device] expected auto, cpu or cuda, got ${name}`)
+  const found = native.probeCuda()
+  const problem =
+    typeof found === 'string' ? found : dtype === 'f64' ? '[device] cuda: expected dtype f32 or bf16, got f64' : null
+  if (!problem) return 'cuda'
+  if (name === 'cuda') throw new AlignGPTError('ERR_DEVICE', problem)
+  return 'cpu'
+}

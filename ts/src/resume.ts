@@ -5,7 +5,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError, mismatch, show } from './errors.js'
-import { native, nativeFile, packageVersion } from './native.js'
+import { type Device, native, nativeFile, packageVersion } from './native.js'
 
 const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
 
@@ -61,16 +61,14 @@ export class Schedule {
   }
 }
 
-let known: Maker | undefined
+let build: string | undefined
 
-/** What is running now. */
-export function maker(): Maker {
-  known ??= {
-    version: packageVersion,
-    build: fingerprint(nativeFile).sha256,
-    cpuLevel: native.capabilities().level,
-  }
-  return known
+/** What computes on a device now. */
+export function maker(device: Device): Maker {
+  build ??= fingerprint(nativeFile).sha256
+  const cuda = device === 'cuda' ? native.probeCuda() : null
+  const { name, level } = cuda && typeof cuda !== 'string' ? cuda : native.capabilities()
+  return { version: packageVersion, build, level: `${name} ${level}` }
 }
 
 /** Where the checkpoints of a run are. */
@@ -85,9 +83,8 @@ function checkConfig(m: Manifest, now: Record<string, unknown>, where: string): 
   throw mismatch('ERR_CHECKPOINT', 'train', `${where}: settings of the run to continue`, said(m.config), said(plain))
 }
 
-function checkMaker(m: Maker, tell: (text: string) => void): void {
-  const now = maker()
-  const different = (['version', 'cpuLevel', 'build'] as const).filter((k) => m[k] !== now[k])
+function checkMaker(m: Maker, now: Maker, tell: (text: string) => void): void {
+  const different = (['version', 'level', 'build'] as const).filter((k) => m[k] !== now[k])
   const say = (k: keyof Maker): string => `${k} ${m[k].slice(0, 16)} -> ${now[k].slice(0, 16)}`
   if (different.length)
     tell(
@@ -108,7 +105,7 @@ export interface ResumeOptions {
  */
 export function findResume(
   o: ResumeOptions,
-  config: Record<string, unknown>,
+  { config, maker: now }: Pick<Manifest, 'config' | 'maker'>,
   tell: (text: string) => void,
 ): { folder: string; manifest: Manifest } | null {
   if (!o.resume) {
@@ -136,7 +133,7 @@ export function findResume(
     return null
   }
   checkConfig(found.manifest, config, found.folder)
-  checkMaker(found.manifest.maker, tell)
+  checkMaker(found.manifest.maker, now, tell)
   if (o.out && path.resolve(from) === path.resolve(o.out))
     for (const checkpoint of damaged) {
       fs.rmSync(`${checkpoint}.damaged`, { recursive: true, force: true })

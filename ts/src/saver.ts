@@ -5,8 +5,9 @@ import type { Worker } from 'node:worker_threads'
 import { removeLeftovers, type StateTensor, type StoredTensor, storedDtype } from './checkpoint.js'
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
+import { to } from './ops.js'
 import type { SaveAnswer, SaveJob } from './save-worker.js'
-import { Tensor } from './tensor.js'
+import { noGrad, scope, Tensor } from './tensor.js'
 import { startThread } from './thread.js'
 
 /** So many failed saves in a row end a run. */
@@ -115,14 +116,21 @@ export class Saver {
   }
 }
 
+/** The same bytes once more, in main memory. */
+function hostCopy(t: Tensor): Tensor {
+  if (t.device !== 'cpu') return scope(() => noGrad(() => to(t, 'cpu').persist()))
+  const copy = new Tensor(native.empty([...t.shape], t.dtype)).persist()
+  native.copy(copy.h, t.h)
+  return copy
+}
+
 /** Copies that another thread can take. @throws ERR_MEMORY, with nothing left behind */
 function takeSnapshot(tensors: readonly StateTensor[]): StoredTensor[] {
   const done: StoredTensor[] = []
   try {
     for (const t of tensors) {
-      const copy = new Tensor(native.empty([...t.tensor.shape], t.tensor.dtype)).persist()
+      const copy = hostCopy(t.tensor)
       try {
-        native.copy(copy.h, t.tensor.h)
         const { shape } = copy
         done.push({ file: t.file, name: t.name, dtype: storedDtype(t), shape, handle: native.send(copy.h) })
       } finally {

@@ -41,7 +41,7 @@ export async function clipScores(
     const texts = part.map((p) => tokenizer.encodeClip(p.caption, limit))
     scope(() =>
       noGrad(() => {
-        const images = tensor(pixels, [part.length, 3, side, side], clip.dtype)
+        const images = tensor(pixels, [part.length, 3, side, side], clip.dtype, clip.device)
         imageEmbeds.set(clip.imageEmbeds(images).toFloats(), at * width)
         textEmbeds.set(clip.textEmbeds(texts).toFloats(), at * width)
       }),

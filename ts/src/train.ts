@@ -37,6 +37,8 @@ export interface TrainOptions {
   clipGradNorm?: number | null
   /** full: 18 bytes for each trained bf16 parameter (default); compact: 10 */
   optimizerState?: OptimizerState
+  /** the optimizer's state of a model on a GPU stays in main memory, and the CPU updates it (AdamWOptions.offload) */
+  offloadOptimizer?: boolean
   seed?: number
   /** run layers again on the way back instead of keeping their activations */
   recompute?: boolean
@@ -261,6 +263,7 @@ function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved): Re
     ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
     weightDecay: o.weightDecay ?? 0,
     optimizerState: o.optimizerState ?? 'full',
+    offloadOptimizer: o.offloadOptimizer ?? false,
     lossNorm: o.lossNorm ?? 'batch',
     gateText: o.gateText ?? 'all',
     groupByLength: o.groupByLength ?? false,
@@ -292,7 +295,7 @@ class Run {
   private saver: Saver | null = null
   private schedule!: Schedule
   /** what every checkpoint of the run says */
-  private origin: Pick<Manifest, 'config' | 'maker'> = { config: {}, maker: maker() }
+  private origin!: Pick<Manifest, 'config' | 'maker'>
   private done = 0
 
   constructor(
@@ -301,14 +304,14 @@ class Run {
     readonly phase: Phase,
     readonly o: Resolved,
   ) {
-    const { weightDecay, optimizerState, seed, skipOutliers } = o
+    const { weightDecay, optimizerState: state, offloadOptimizer: offload, seed, skipOutliers } = o
     this.outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
     this.schedule = new Schedule(
       o.saveEvery === undefined ? '30m' : o.saveEvery,
       o.steps,
       !!o.saveEvery && !o.allowLongInterval,
     )
-    this.optimizer = new AdamW(trainable(model, phase), { weightDecay, state: optimizerState, seed })
+    this.optimizer = new AdamW(trainable(model, phase), { weightDecay, state, offload, seed })
     this.result = { steps: 0, resumed: 0, loss: [], seconds: 0, bad: [], skipped: [], outliers: 0, aborted: false }
   }
 
@@ -325,8 +328,8 @@ class Run {
   async open(): Promise<void> {
     const { model, data, phase, o } = this
     if (o.out || o.resume) {
-      this.origin.config = settings(model, data, phase, o)
-      const found = findResume(o, this.origin.config, o.onMessage)
+      this.origin = { config: settings(model, data, phase, o), maker: maker(model.device) }
+      const found = findResume(o, this.origin, o.onMessage)
       if (found) this.restore(found.folder, found.manifest)
     }
     if (o.out) this.saver = new Saver(checkpointFolder(o.out), o.keep ?? 2, o.onMessage)
@@ -448,7 +451,7 @@ class Run {
     await this.loader?.close()
     await this.saver?.close()
     this.optimizer.dispose()
-    native.trim() // what lay idle between the steps
+    native.trim(this.model.device) // what lay idle between the steps
   }
 
   /** The result, and the model in `out`. */

@@ -106,7 +106,12 @@ test('the largest micro-batch fits and the next one does not', () => {
   expect(n).toBeGreaterThan(0)
   expect(plan(SEVEN, { ...o, microBatch: n }).peak).toBeLessThanOrEqual(80e9)
   expect(plan(SEVEN, { ...o, microBatch: n + 1 }).peak).toBeGreaterThan(80e9)
-  expect(largestMicroBatch(SEVEN, { ...o, optimizerState: 'full' }, 80e9)).toBe(0)
+  const full = { ...o, optimizerState: 'full' } as const
+  expect(largestMicroBatch(SEVEN, full, 80e9)).toBe(0)
+  expect(largestMicroBatch(SEVEN, { ...full, offloadOptimizer: true }, 80e9)).toBeGreaterThan(0)
+  const away = plan(SEVEN, { ...full, microBatch: 1, offloadOptimizer: true })
+  expect(away.host / away.trainable).toBeCloseTo(12, 3) // two moments and the master, of 4 bytes each
+  expect(away.peak + away.host).toBe(plan(SEVEN, { ...full, microBatch: 1 }).peak)
 })
 
 test('bad sizes are named', () => {

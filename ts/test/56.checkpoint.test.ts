@@ -21,7 +21,7 @@ import { memory, type Tensor, tensor, zeros } from '../src/tensor.js'
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'checkpoint test '))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))
-const maker = { version: '0', build: 'b', cpuLevel: 'c' }
+const maker = { version: '0', build: 'b', level: 'c' }
 
 const values = (n: number, from: number): Float32Array => Float32Array.from({ length: n }, (_, i) => Math.sin(i + from))
 /** A state of every kind of tensor there is. */

@@ -123,7 +123,7 @@ test('a checkpoint has what was trained, and always projector, table and gate', 
     step: 2,
     config: { phase: 'pretrain', dtype: 'f32', batch: 7, seed: 5, steps: 4, data: { records: 14 } },
     state: { optimizerStep: 2, random: { seed: 5, step: 2 }, position: { epoch: 1, step: 0 } },
-    maker: { cpuLevel: expect.any(String), version: expect.any(String) },
+    maker: { level: expect.any(String), version: expect.any(String) },
   })
 })
 
@@ -192,7 +192,7 @@ test('another CPU level or build is a warning', async () => {
   const { writeCheckpoint } = await import('../src/checkpoint.js')
   const m = verifyCheckpoint(path.join(checkpoints, 'step-3'))
   const text = fs.readFileSync(path.join(checkpoints, 'step-3/manifest.json'), 'utf8')
-  expect(text).toContain(`"cpuLevel": "${m.maker.cpuLevel}"`)
+  expect(text).toContain(`"level": "${m.maker.level}"`)
   // the same state under another maker's name
   const model = await AlignGPT.load(folder)
   const { trainable, PRETRAIN } = await import('../src/phases.js')
@@ -203,11 +203,11 @@ test('another CPU level or build is a warning', async () => {
   const tensors = [...weights.map(([name, t]) => ({ file: 'weights' as const, name, tensor: t })), ...optimizer.state()]
   readCheckpoint(path.join(checkpoints, 'step-3'), tensors)
   const stored = tensors.map((t) => ({ ...t, dtype: storedDtype(t), shape: t.tensor.shape, handle: t.tensor.h }))
-  writeCheckpoint(checkpoints, { ...m, maker: { ...m.maker, cpuLevel: 'abacus' } }, stored, 2)
+  writeCheckpoint(checkpoints, { ...m, maker: { ...m.maker, level: 'abacus' } }, stored, 2)
   optimizer.dispose()
   model.dispose()
   const p = await part('pretrain', out, { batch: 4, steps: 6, resume: true })
-  expect(p.said.join('\n')).toMatch(/made elsewhere \(cpuLevel abacus -> /)
+  expect(p.said.join('\n')).toMatch(/made elsewhere \(level abacus -> /)
   expect(p.result).toMatchObject({ resumed: 3, steps: 6 })
 })
 

@@ -31,7 +31,7 @@ const save = (folder: string, step: number): void => {
     { ...t, file: 'weights' as const, name: 'w' },
     { ...t, file: 'optimizer' as const, name: 'm' },
   ]
-  writeCheckpoint(folder, { step, config: {}, state: {}, maker: { version: '', build: '', cpuLevel: '' } }, tensors, 2)
+  writeCheckpoint(folder, { step, config: {}, state: {}, maker: { version: '', build: '', level: '' } }, tensors, 2)
 }
 /** Calls to the file system of a save that replaces and removes older ones. */
 function callsOfSave(): number {
@@ -92,7 +92,7 @@ test('every call of a save from a snapshot fails in turn: it is told, the next o
   const one = async (step: number): Promise<number> => {
     const from = native.fileCalls()
     const tensors: StateTensor[] = [{ file: 'weights', name: 'w', tensor: weights }]
-    const maker = { version: '', build: '', cpuLevel: '' }
+    const maker = { version: '', build: '', level: '' }
     await saver.save({ step, config: {}, state: {}, maker }, tensors)
     await saver.settled()
     return native.fileCalls() - from
