@@ -176,7 +176,7 @@ typedef struct {
   AgDtype dt;
 } AgGatherRows;
 
-// dst[index[i],:] = src[i,:]; equal indices: the last one stays
+// dst[index[i],:] = src[i,:]; equal indices: the last one stays. 0 <= index[i] < dst_rows
 typedef struct {
   void* dst;
   const void* src;
@@ -480,6 +480,7 @@ typedef struct {
 typedef enum {
   AG_K_GEMM, AG_K_NORM_GRAD, AG_K_ATTENTION, AG_K_ATTENTION_GRAD, AG_K_ATTENTION_CACHED, AG_K_ALIGN_MIX,
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
+  AG_K_SCATTER_ROWS,
 } AgKernel;  // kernels that may want scratch; all others need none
 
 typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;

@@ -1,6 +1,7 @@
 // The kernels of the CUDA backend at the sizes of a 7B model, timed through its table:
 //   bench_cuda --library libaligngpt_cuda.so [--filter TEXT] [--context '"date":"...","commit":"..."']
-// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, and `context` as it was given. Rows with the
+// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, what matrix products run on (cublasLt where it
+// is; ALIGNGPT_GEMM=own and another run for the other side), and `context` as it was given. Rows with the
 // same name in scripts/bench/cuda_peer.py are PyTorch's. Without a library it says so and does nothing.
 #include <cmath>
 #include <cstdio>
@@ -21,7 +22,8 @@ struct Options {
 struct Gpu {
   const AgBackend& b;
   const Options& options;
-  std::string name;  // of the device
+  std::string name;      // of the device
+  std::string products;  // what they run on
   std::vector<void*> blocks = {};
 
   void* bytes(int64_t n) {
@@ -73,8 +75,9 @@ struct Gpu {
     const int times = once > 0.05 ? 2 : int(0.1 / once) + 1;
     double best = once;
     for (int round = 0; round < 5; round++) best = std::fmin(best, seconds(times));
-    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3, moved ? "GB/s" : "TFLOP/s",
-                work / best / (moved ? 1e9 : 1e12), name.c_str(), options.context.empty() ? "" : ",", options.context.c_str());
+    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"products\":\"%s\",\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3,
+                moved ? "GB/s" : "TFLOP/s", work / best / (moved ? 1e9 : 1e12), products.c_str(), name.c_str(), options.context.empty() ? "" : ",",
+                options.context.c_str());
     std::fflush(stdout);
   }
 };
@@ -143,6 +146,13 @@ void products(Gpu& g) {
     g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(n) * double(n) * double(n), false);
     g.release();
   }
+  const std::string row = "gemm bf16 gradient of a weight 4096x11008, 8192 rows, added in f32";
+  if (!g.wants(row)) return;
+  AgGemm a{};
+  a.m = a.lda = 4096, a.n = a.ldb = a.ldc = 11008, a.k = 8192;
+  a.a = g.bf16(a.m * a.k), a.b = g.bf16(a.n * a.k), a.c = g.bytes(a.m * a.n * 4), a.dt = AG_BF16, a.dt_c = AG_F32, a.trans_a = a.accumulate = 1;
+  g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(a.m) * double(a.n) * double(a.k), false);
+  g.release();
 }
 
 void attention(Gpu& g) {
@@ -220,7 +230,8 @@ int main(int argc, char** argv) {
   }
   AgCapabilities c;
   backend->capabilities(&c);
-  Gpu g{*backend, o, c.device};
+  const std::string by = c.products;  // "cublasLt 13.1.1 from FILE", "own kernels: why"
+  Gpu g{*backend, o, c.device, by.substr(0, std::min(by.find(" from "), by.find(':')))};
   int failed = 0;
   for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, align_mix}) try {
       rows(g);
@@ -229,5 +240,7 @@ int main(int argc, char** argv) {
       g.release();
       failed = 1;
     }
+  backend->capabilities(&c);
+  std::printf("{\"products\":\"%s\"}\n", c.products);  // with their numbers
   return failed;
 }

@@ -39,6 +39,7 @@ AgStatus scatter_add(AgCtx*, const AgScatterAdd*);
 int64_t col_sum_workspace(const AgColSum*);
 int64_t sum_workspace(const AgSum*);
 int64_t sum_squares_workspace(const AgSumSquares*);
+int64_t scatter_rows_workspace(const AgScatterRows*);
 int64_t scatter_add_workspace(const AgScatterAdd*);
 
 AgStatus norm(AgCtx*, const AgNorm*);

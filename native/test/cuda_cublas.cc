@@ -126,7 +126,7 @@ void refused(Test& t) {
   }
 }
 
-// More shapes than are kept: it goes on, and asks again.
+// More shapes than are kept, then one of them at an address that is less aligned: it goes on, and asks again.
 void many_shapes(Test& t) {
   if (t.dt != AG_F32) return;
   Chosen chosen(kFile);
@@ -140,6 +140,9 @@ void many_shapes(Test& t) {
     check(emulation().gemm(&ctx, &g) == AG_OK, "shape %lld: %s", (long long)i, ctx.error);
   }
   check(fake().products == 2 * shapes && fake().heuristics > shapes && !fake().problem[0], "%lld heuristics %s", (long long)fake().heuristics, fake().problem);
+  g.a = memory.data() + 1;
+  const int64_t asked = fake().heuristics;
+  check(emulation().gemm(&ctx, &g) == AG_OK && fake().heuristics == asked + 1 && !fake().problem[0], "another alignment: %s %s", ctx.error, fake().problem);
 }
 
 // ---- opening ----------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 /** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
-import { existsSync, readFileSync } from 'node:fs'
+import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { AlignGPTError } from './errors.js'
+import { packageRoot } from './package.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
 /** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
@@ -183,13 +183,6 @@ export interface Native {
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 
-/** The package's root folder: the nearest one above this file that has a package.json. */
-function packageRoot(): string {
-  let dir = path.dirname(fileURLToPath(import.meta.url))
-  while (!existsSync(path.join(dir, 'package.json')) && path.dirname(dir) !== dir) dir = path.dirname(dir)
-  return dir
-}
-
 function findBinary(root: string): string {
   const candidates = [
     path.join(root, 'build', 'Release', 'aligngpt.node'),
@@ -206,11 +199,8 @@ function findBinary(root: string): string {
   return found
 }
 
-const root = packageRoot()
 /** The native core's file. */
-export const nativeFile = findBinary(root)
-/** Of this package. */
-export const packageVersion: string = JSON.parse(readFileSync(path.join(root, 'package.json'), 'utf8')).version
+export const nativeFile = findBinary(packageRoot())
 export const native = createRequire(import.meta.url)(nativeFile) as Native
 
 /**

@@ -5,7 +5,8 @@ import { isDeepStrictEqual } from 'node:util'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError, mismatch, show } from './errors.js'
-import { type Device, native, nativeFile, packageVersion } from './native.js'
+import { type Device, native, nativeFile } from './native.js'
+import { version } from './package.js'
 
 const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
 
@@ -68,7 +69,7 @@ export function maker(device: Device): Maker {
   build ??= fingerprint(nativeFile).sha256
   const cuda = device === 'cuda' ? native.probeCuda() : null
   const { name, level } = cuda && typeof cuda !== 'string' ? cuda : native.capabilities()
-  return { version: packageVersion, build, level: `${name} ${level}` }
+  return { version: version(), build, level: `${name} ${level}` }
 }
 
 /** Where the checkpoints of a run are. */

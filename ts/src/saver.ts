@@ -41,7 +41,7 @@ export class Saver {
   /**
    * Waits for the save before this one, copies the tensors and has the copies written while the caller goes on. A save that
    * fails is told of.
-   * @throws AlignGPTError ERR_CHECKPOINT when it is the third in a row
+   * @throws AlignGPTError ERR_SAVE when it is the third in a row
    */
   async save(content: SaveJob['content'], tensors: readonly StateTensor[]): Promise<void> {
     await this.settled()
@@ -55,19 +55,19 @@ export class Saver {
     this.#flight = this.#write({ folder, keep, content, tensors: snapshot })
   }
 
-  /** Waits until nothing is being saved. @throws AlignGPTError ERR_CHECKPOINT after the third failure in a row */
+  /** Waits until nothing is being saved. @throws AlignGPTError ERR_SAVE after the third failure in a row */
   async settled(): Promise<void> {
     await this.#flight
     this.check()
   }
 
-  /** @throws AlignGPTError ERR_CHECKPOINT after the third failure in a row */
+  /** @throws AlignGPTError ERR_SAVE after the third failure in a row */
   check(): void {
     if (this.#failures < MAX_FAILURES) return
     const left =
       this.#last < 0 ? 'nothing was saved' : `the last good one is ${path.join(this.folder, `step-${this.#last}`)}`
     throw new AlignGPTError(
-      'ERR_CHECKPOINT',
+      'ERR_SAVE',
       `[train] checkpoint: expected to be saved, got ${this.#failures} failures in a row: ${this.#reason}; ${left}`,
     )
   }

@@ -2,7 +2,6 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import type { SingleBar } from 'cli-progress'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
 import { type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
@@ -15,6 +14,7 @@ import { type Loader, openLoader } from './loader.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
+import { Bar } from './progress.js'
 import { checkpointFolder, findResume, maker, Schedule } from './resume.js'
 import { Saver } from './saver.js'
 
@@ -165,7 +165,7 @@ async function accumulate(
 }
 
 class Log {
-  #bar: SingleBar | undefined
+  #bar: Bar | undefined
   #broken = false
   private constructor(
     private readonly phase: Phase,
@@ -180,18 +180,13 @@ class Log {
       fs.mkdirSync(o.out, { recursive: true })
       writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start) : '')
     }
-    if (o.progress ?? process.stderr.isTTY) {
-      const { SingleBar } = await import('cli-progress') // where nobody looks it need not be loaded
-      const format = `${phase.name} [{bar}] {value}/{total} loss {loss} {rate} tokens/s, {eta_formatted} left`
-      log.#bar = new SingleBar({ format, stream: process.stderr, hideCursor: true })
-      log.#bar.start(o.steps, start, { loss: '-', rate: '-' })
-    }
+    if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase.name, o.steps, start)
     return log
   }
   step(s: StepInfo): void {
     if (this.file)
       this.#append(this.file, JSON.stringify({ phase: this.phase.name, ...s, time: new Date().toISOString() }))
-    this.#bar?.update(s.step + 1, { loss: s.loss.toFixed(4), rate: s.tokensPerSecond.toFixed(0) })
+    this.#bar?.step(s)
   }
   /** A full disk is no reason to stop training. */
   #append(file: string, line: string): void {
@@ -204,7 +199,7 @@ class Log {
     }
   }
   end(): void {
-    this.#bar?.stop()
+    this.#bar?.end()
   }
 }
 

@@ -154,7 +154,7 @@ test('three failed saves in a row end the run and name the last good checkpoint'
   }
   const error = await train(out, { steps: 12, saveEvery: 2, onStep }, said).catch((e) => e)
   native.failFiles(-1, 1, false)
-  expect(error).toMatchObject({ code: 'ERR_CHECKPOINT' })
+  expect(error).toMatchObject({ code: 'ERR_SAVE' })
   expect(error.message).toMatch(/got 3 failures in a row: .*test hook.*; the last good one is .*step-2/)
   expect(said.map((t) => /step-\d+ was not saved \(\d/.exec(t)?.[0])).toEqual([
     'step-4 was not saved (1',
