@@ -290,11 +290,23 @@ function cublasHeaders() {
   return { found: [...toolkits, ...installed].find(has), toolkits: toolkits.filter((folder) => fs.existsSync(folder)) }
 }
 
+/** A golden case on the emulated GPU with every product that can by the stand-in for cublasLt. */
+const goldenByCublasLt = () => [
+  'env',
+  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
+  `ALIGNGPT_CUBLASLT=${program('fake_cublaslt')}`,
+  ...['ALIGNGPT_GEMM=cublaslt', 'ALIGNGPT_DEVICE=cuda', process.execPath, '--import', 'tsx'],
+  ...['scripts/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
+]
+
 /** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
 async function checkCublasLt() {
   const { status, output } = await run(program('test_cuda'), ['--filter', 'cublaslt'])
   const asked = /the real cublasLt: .*/.exec(output)?.[0] ?? ''
-  const tested = { ok: status === 0, detail: `${tail(output, status === 0 ? 1 : 25)}\n${asked}` }
+  const golden = await all([goldenByCublasLt()])
+  const compared = golden.ok ? 'golden case base: agrees with PyTorch' : golden.detail
+  const detailOf = [tail(output, status === 0 ? 1 : 25), asked, compared].join('\n')
+  const tested = { ok: status === 0 && golden.ok, detail: detailOf }
   const { found, toolkits } = cublasHeaders()
   if (!tested.ok || !found)
     return { ...tested, detail: `${tested.detail}\nno cublasLt.h here: compared with values.h alone` }
