@@ -161,10 +161,11 @@ __global__ void __launch_bounds__(kThreads) cached_combine(Scan a) {
 // ---- the host's side --------------------------------------------------------------------------------
 bool few_rows(const AgAttentionCached* a) { return a->q_tokens * (a->heads / a->kv_heads) <= 16 * a->batch; }
 
-// Chunks of the keys, by the shape alone: three blocks for each processor, and at least one tile each when the cache is full.
+// Chunks of the keys, by the shape alone: at most three blocks for each processor, so that all run at once where three fit, and at
+// least one tile each when the cache is full.
 int64_t chunk_count(const AgAttentionCached* a) {
   const int64_t slots = few_rows(a) ? a->batch : tile_slots(a->q_tokens * (a->heads / a->kv_heads), a->batch, kOwn);
-  const int64_t wanted = div_up(3 * int64_t(device().processors), a->kv_heads * (slots > 0 ? slots : 1));
+  const int64_t wanted = 3 * int64_t(device().processors) / (a->kv_heads * (slots > 0 ? slots : 1));
   const int64_t most = div_up(a->max_blocks * a->block_size, kKeyTile);
   return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
 }

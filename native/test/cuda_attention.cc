@@ -80,6 +80,7 @@ void test_attention(Test& t) {
   attend(t, {{65}, {64}, 1, 1, 96, true, 0, 0});
   attend(t, {{64, 3}, {71, 66}, 2, 1, 128, true, 0, 0});
   attend(t, {{9}, {35}, 2, 2, 128, false, 1, 0});
+  attend(t, {{70, 3}, {0, 5}, 2, 1, 64, true, 8, 0});        // no keys at all
   attend(t, {{5, 150}, {600, 160}, 1, 1, 64, false, 0, 0});  // more tiles than stages, several times over
   attend(t, {{130, 4}, {525, 300}, 2, 1, 128, true, 8, 0});
   AgAttention a{};
@@ -93,7 +94,8 @@ void decode(Test& t, const Lengths& nq, const Lengths& kv_len, int64_t heads, in
   const std::vector<int32_t> qo = offsets_of(nq);
   const int64_t batch = int64_t(nq.size()), ldq = heads * dim + gap, pages = batch * max_blocks, cache = pages * block * kv_heads * dim;
   std::vector<int32_t> table;
-  for (int64_t i = 0; i < pages; i++) table.push_back(int32_t(pages - 1 - i));
+  for (int64_t i = 0; i < pages; i++)  // what lies behind a sequence's keys is no page
+    table.push_back(i % max_blocks * block < kv_len[size_t(i / max_blocks)] ? int32_t(pages - 1 - i) : 1 << 28);
   char label[96];
   std::snprintf(label, sizeof label, "%lld:%lld dim %lld queries %d keys up to %lld", (long long)heads, (long long)kv_heads,
                 (long long)dim, qo.back(), (long long)(max_blocks * block));
