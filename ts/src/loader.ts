@@ -5,6 +5,7 @@
  */
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
+import path from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { pathToFileURL } from 'node:url'
 import { Worker } from 'node:worker_threads'
@@ -20,6 +21,7 @@ import {
   type Preprocess,
   preparePicture,
 } from './image.js'
+import { packageRoot } from './package.js'
 import { buildSample, type Sample, type SampleOptions } from './prompt.js'
 import type { Tokenizer } from './tokenizer.js'
 
@@ -102,7 +104,10 @@ load().catch(failed)
 
 function startWorker(slots: SharedSlots): Worker {
   const typescript = import.meta.url.endsWith('.ts')
-  const url = new URL(typescript ? './decode-worker.ts' : './decode-worker.js', import.meta.url).href
+  // a bundler leaves the worker's file in the package
+  const url = typescript
+    ? new URL('./decode-worker.ts', import.meta.url).href
+    : pathToFileURL(path.join(packageRoot(), 'dist', 'decode-worker.js')).href
   let tsx: string | null = null
   if (typescript) {
     // tsx's ESM entry by its path: the one CommonJS resolution finds cannot register hooks from here
