@@ -3,6 +3,7 @@
  * be taken without the event loop; with 0 workers the same is done inline. What comes out is a pure function of
  * (data, options, step): neither the number of workers nor timing changes it.
  */
+import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import path from 'node:path'
@@ -97,16 +98,17 @@ const failed = (e) => {
 }
 const load = async () => {
   if (workerData.tsx) (await import(workerData.tsx)).register()
-  await import(workerData.url)
+  await (await import(workerData.url)).work(workerData.decodeSlots)
 }
 load().catch(failed)
 `
 
 function startWorker(slots: SharedSlots): Worker {
   const typescript = import.meta.url.endsWith('.ts')
+  const beside = new URL(typescript ? './decode-worker.ts' : './decode-worker.js', import.meta.url)
   // a bundler leaves the worker's file in the package
-  const url = typescript
-    ? new URL('./decode-worker.ts', import.meta.url).href
+  const url = existsSync(beside)
+    ? beside.href
     : pathToFileURL(path.join(packageRoot(), 'dist', 'decode-worker.js')).href
   let tsx: string | null = null
   if (typescript) {

@@ -514,6 +514,7 @@ describe('loader', () => {
         'sentencepiece',
         'json',
         'errors',
+        'package',
         'rng',
         'config',
       ])
