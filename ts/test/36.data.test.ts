@@ -520,6 +520,7 @@ describe('loader', () => {
         'sentencepiece',
         'json',
         'errors',
+        'package',
         'rng',
         'thread',
         'config',
