@@ -289,8 +289,7 @@ export class Loader {
       if (image === null) continue
       const augmentation: PictureTask['augmentation'] = augment ? [seed, augmentStream(p.epoch, index)] : null
       tasks.push({
-        root: this.dataset.images as string,
-        name: image,
+        source: this.dataset.picture(image),
         preprocess: plain(preprocess),
         augmentation,
         limits,
