@@ -132,6 +132,11 @@ export class Dataset {
     return { offset: this.offsets[index], bytes: this.sizes[index] }
   }
 
+  /** Whether a record names a picture; known without reading it. */
+  hasPicture(index: number): boolean {
+    return this.words[index] > 0
+  }
+
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */
   record(index: number): DataRecord {
     const { offset, bytes } = this.range(index)
