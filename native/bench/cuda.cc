@@ -176,6 +176,43 @@ void attention(Gpu& g) {
     }
 }
 
+// One token for each of 8 sequences against 4,096 keys, the pages in the order they were handed out.
+void decode(Gpu& g) {
+  constexpr int64_t batch = 8, heads = 32, dim = 128, keys = 4096, block = 16, pages = keys / block;
+  for (int64_t kv_heads : {32, 8}) {
+    const std::string row = ag::cat("attentionCached bf16 8x", keys, " d", dim, " ", heads, ":", kv_heads);
+    if (!g.wants(row)) continue;
+    std::vector<int32_t> offsets, table, lengths(batch, int32_t(keys));
+    for (int64_t s = 0; s <= batch; s++) offsets.push_back(int32_t(s));
+    for (int64_t s = 0; s < batch; s++)
+      for (int64_t i = 0; i < pages; i++) table.push_back(int32_t(i * batch + s));
+    auto index = [&](const std::vector<int32_t>& list) { return static_cast<const int32_t*>(g.copy(list)); };
+    const int64_t cache = batch * keys * kv_heads * dim;
+    AgAttentionCached a{};
+    a.q = g.bf16(batch * heads * dim), a.o = g.bf16(batch * heads * dim), a.ldq = a.ldo = heads * dim;
+    a.k_cache = g.bf16(cache), a.v_cache = g.bf16(cache), a.q_offsets = index(offsets), a.block_table = index(table), a.kv_len = index(lengths);
+    a.batch = a.q_tokens = batch, a.max_blocks = pages, a.block_size = block, a.heads = heads, a.kv_heads = kv_heads, a.dim = dim;
+    a.scale = 1 / std::sqrt(double(dim)), a.dt = AG_BF16;
+    g.row(row, g.b.attention_cached, a, AG_K_ATTENTION_CACHED, 4.0 * double(cache), true);
+    g.release();
+  }
+}
+
+// The gradient of a 7B model's embedding: 10,000 rows, all of different tokens, added to f32.
+void embedding(Gpu& g) {
+  constexpr int64_t n = 10000, cols = 4096, vocab = 32000;
+  if (!g.wants("embedding gradient")) return;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < n; i++) ids.push_back(int32_t(i * 7919 % vocab));
+  const AgGrad to{g.bytes(vocab * cols * 4), AG_F32, 1};
+  AgCtx ctx{};
+  const AgFill zero{to.p, AG_F32, vocab * cols, 0};
+  ag::check_status("fill", g.b.fill(&ctx, &zero), ctx);
+  const AgScatterAdd a{to, g.bf16(n * cols), static_cast<const int32_t*>(g.copy(ids)), n, cols, vocab, AG_BF16, 1};
+  g.row("embedding gradient bf16 10000x4096", g.b.scatter_add, a, AG_K_SCATTER_ADD, double(n) * cols * (2 + 8), true);
+  g.release();
+}
+
 // ViT-L/14-336 into a 7B model, 16 pictures with 32 words each, the gate deciding.
 void align_mix(Gpu& g) {
   if (!g.wants("alignMix")) return;
@@ -233,7 +270,7 @@ int main(int argc, char** argv) {
   const std::string by = c.products;  // "cublasLt 13.1.1 from FILE", "own kernels: why"
   Gpu g{*backend, o, c.device, by.substr(0, std::min(by.find(" from "), by.find(':')))};
   int failed = 0;
-  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, align_mix}) try {
+  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix}) try {
       rows(g);
     } catch (const ag::Error& e) {  // the other rows are worth having all the same
       std::printf("%s\n", e.what());

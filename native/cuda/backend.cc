@@ -1,6 +1,8 @@
 // The CUDA backend's table. Compiled twice: into libaligngpt_cuda.so, and with the emulation into the native tests.
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -12,6 +14,11 @@ AgStatus fail(AgCtx* ctx, AgStatus status, const char* format, ...) {
   std::vsnprintf(ctx->error, sizeof ctx->error, format, arguments);
   va_end(arguments);
   return status;
+}
+bool deterministic() {
+  static const char* const value = std::getenv("ALIGNGPT_DETERMINISTIC");
+  static const bool wanted = !value || std::strcmp(value, "0");
+  return wanted;
 }
 AgStatus bad_dtype(AgCtx* ctx, const char* op, AgDtype dt) {
   static const char* const names[] = {"f32", "bf16", "f64", "i32", "i64"};

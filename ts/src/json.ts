@@ -219,7 +219,12 @@ export function writeAll(fd: number, data: Uint8Array, position: number): void {
   }
 }
 
+/** Writes a text atomically. */
+export function writeAtomicText(file: string, text: string): void {
+  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(text), 0))
+}
+
 /** Writes a value as indented JSON, atomically. */
 export function writeJsonFile(file: string, value: unknown): void {
-  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(`${JSON.stringify(value, null, 2)}\n`), 0))
+  writeAtomicText(file, `${JSON.stringify(value, null, 2)}\n`)
 }

@@ -521,6 +521,7 @@ describe('loader', () => {
         'json',
         'errors',
         'rng',
+        'thread',
         'config',
       ])
         fs.writeFileSync(
