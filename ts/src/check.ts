@@ -7,6 +7,7 @@ import { type DatasetOptions, openSources } from './data.js'
 import { AlignGPTError, show } from './errors.js'
 import { Fingerprints, hash53 } from './fingerprints.js'
 import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from './image.js'
+import { Numbers } from './numbers.js'
 import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from './pictures.js'
 import { buildSample, type DataRecord, IMAGE_TEXT, render, type SampleOptions, type Style } from './prompt.js'
 import { parseBytes, parseRecord, recordProblem, splitRecords, wordCount } from './records.js'
@@ -93,23 +94,6 @@ export interface CheckReport {
   /** null when no record could be rendered */
   lengths: Lengths | null
   seconds: number
-}
-
-/** Numbers one after the other; 8 bytes each. */
-class Numbers {
-  private room = new Float64Array(1024)
-  private count = 0
-  push(x: number): void {
-    if (this.count === this.room.length) {
-      const bigger = new Float64Array(2 * this.count)
-      bigger.set(this.room)
-      this.room = bigger
-    }
-    this.room[this.count++] = x
-  }
-  get values(): Float64Array {
-    return this.room.subarray(0, this.count)
-  }
 }
 
 const messageOf = (e: unknown): string => (e instanceof Error ? e.message : String(e))

@@ -5,7 +5,7 @@ import { integer } from './options.js'
 
 interface Options {
   data: string
-  images: string
+  images?: string
   clip: string
   levels: number
   buckets: Buckets
@@ -40,8 +40,11 @@ export function levels(program: Command): void {
   program
     .command('levels')
     .description('alignment scores and levels of image-text pairs')
-    .requiredOption('--data <file>', 'LLaVA JSON; `similarity` is written into it')
-    .requiredOption('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
+    .requiredOption('--data <file>', 'LLaVA JSON, JSON lines or Parquet; `similarity` is written into it')
+    .option(
+      '--images <dir>',
+      'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
+    )
     .requiredOption('--clip <dir>', 'CLIP in Hugging Face layout')
     .option('--levels <n>', 'number of levels', integer, 8)
     .addOption(
