@@ -8,6 +8,7 @@
  */
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
+import { check } from './commands/check.js'
 import { finetune } from './commands/finetune.js'
 import { info } from './commands/info.js'
 import { levels } from './commands/levels.js'
@@ -21,7 +22,7 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, levels, pretrain, finetune, chat]) declare(program)
+  for (const declare of [info, check, levels, pretrain, finetune, chat]) declare(program)
   try {
     await program.parseAsync()
   } catch (e) {

@@ -5,6 +5,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { type AlignGPTError, mismatch, show } from './errors.js'
+import { Numbers } from './numbers.js'
 import { unpackParquet } from './parquet.js'
 import { expandShards, openPictures, type PictureSource, type Pictures } from './pictures.js'
 import type { DataRecord } from './prompt.js'
@@ -43,13 +44,6 @@ export interface OrderOptions {
   groupByLength?: boolean
   /** false: file order */
   shuffle?: boolean
-}
-
-/** The same values with room for as many again. */
-export function grown<T extends Float64Array | Uint32Array | Int32Array>(a: T): T {
-  const bigger = new (a.constructor as new (n: number) => T)(2 * a.length)
-  bigger.set(a)
-  return bigger
 }
 
 /** A data file and its image folder. Open it with loadDataset. */
@@ -111,18 +105,22 @@ export class Dataset {
 
   /** Reads and checks every record. */
   private async read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
-    let [offsets, sizes, words] = [new Float64Array(1024), new Uint32Array(1024), new Int32Array(1024)]
+    const [offsets, sizes, words] = [new Numbers(), new Numbers(), new Numbers()]
     let n = 0
     await splitRecords(this.file, (bytes, offset) => {
-      if (n === offsets.length) [offsets, sizes, words] = [grown(offsets), grown(sizes), grown(words)]
       const record = parseRecord(parseBytes(bytes, this.file, offset), this.file, n)
       if (record.image !== null && this.images === null) throw this.needsImages(n)
-      offsets[n] = offset
-      sizes[n] = bytes.length
-      words[n] = record.image === null ? -Math.max(wordCount(record), 1) : Math.max(wordCount(record), 1)
+      const length = Math.max(wordCount(record), 1)
+      offsets.push(offset)
+      sizes.push(bytes.length)
+      words.push(record.image === null ? -length : length)
       n++
     })
-    return { offsets: offsets.slice(0, n), sizes: sizes.slice(0, n), words: words.slice(0, n) }
+    return {
+      offsets: offsets.values.slice(),
+      sizes: Uint32Array.from(sizes.values),
+      words: Int32Array.from(words.values),
+    }
   }
 
   /** Byte range of a record in the file. */
@@ -130,6 +128,11 @@ export class Dataset {
     if (!Number.isInteger(index) || index < 0 || index >= this.length)
       throw mismatch('ERR_ARGUMENT', 'data', 'record index', `0..${this.length - 1}`, show(index))
     return { offset: this.offsets[index], bytes: this.sizes[index] }
+  }
+
+  /** Whether a record names a picture; known without reading it. */
+  hasPicture(index: number): boolean {
+    return this.words[index] > 0
   }
 
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */

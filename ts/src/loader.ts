@@ -208,6 +208,8 @@ export class Loader {
   private readonly table: Float32Array
   private readonly pool: Pool | null
   private readonly slotCount: number
+  /** seconds spent waiting for pictures so far */
+  waited = 0
   private scheduled = 0
   private closed = false
   private busy = false
@@ -352,11 +354,14 @@ export class Loader {
     const { pool } = this
     // The next one starts before this one is waited for, so that workers are never without work.
     this.fill()
+    const from = performance.now()
     if (!pool) {
       const results = await (job.inline as Promise<(Uint8Array | Error)[]>)
+      this.waited += (performance.now() - from) / 1000
       return this.finish(job, (i) => results[i])
     }
     await pool.wait(job.slot, job.pictures, this.timeoutMs)
+    this.waited += (performance.now() - from) / 1000
     return this.finish(job, (i) => pool.result(job.slot, i))
   }
 
@@ -368,7 +373,9 @@ export class Loader {
     const job = this.take()
     if (!job) return null
     this.fill()
+    const from = performance.now()
     pool.waitSync(job.slot, job.pictures, this.timeoutMs)
+    this.waited += (performance.now() - from) / 1000
     return this.finish(job, (i) => pool.result(job.slot, i))
   }
 

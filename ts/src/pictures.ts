@@ -6,6 +6,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { type AlignGPTError, mismatch } from './errors.js'
 import { Fingerprints, hash53 } from './fingerprints.js'
+import { Numbers } from './numbers.js'
 import { type SavedOptions, savedArrays } from './saved.js'
 import { tarMembers } from './tar.js'
 
@@ -114,12 +115,19 @@ export function expandShards(pattern: string): string[] {
 async function readShard(file: string, o: SavedOptions): Promise<{ [key: string]: Float64Array }> {
   const compute = (): { [key: string]: Float64Array } => {
     const stem = path.basename(file).replace(/\.tar$/, '')
-    const members = [...tarMembers(file)]
+    const [names, full, offsets, sizes] = Array.from({ length: 4 }, () => new Numbers())
+    for (const m of tarMembers(file)) {
+      names.push(hash53(m.name))
+      full.push(hash53(`${stem}/${m.name}`))
+      offsets.push(m.offset)
+      sizes.push(m.bytes)
+    }
+    // In their own memory, without the room to grow.
     return {
-      names: Float64Array.from(members, (m) => hash53(m.name)),
-      full: Float64Array.from(members, (m) => hash53(`${stem}/${m.name}`)),
-      offsets: Float64Array.from(members, (m) => m.offset),
-      sizes: Float64Array.from(members, (m) => m.bytes),
+      names: names.values.slice(),
+      full: full.values.slice(),
+      offsets: offsets.values.slice(),
+      sizes: sizes.values.slice(),
     }
   }
   return (await savedArrays(file, 'tar', { onNotice: o.onNotice }, compute)) as { [key: string]: Float64Array }

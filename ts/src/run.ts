@@ -44,7 +44,7 @@ class Progress {
 }
 
 const stepLine = (s: StepInfo): string =>
-  `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s${s.skipped ? ', an outlier: not used' : ''}`
+  `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s, waited ${(100 * s.waited).toFixed(0)} %${s.skipped ? ', an outlier: not used' : ''}`
 
 /** Hears signals until `end`. */
 class Signals {

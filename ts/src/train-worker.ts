@@ -10,7 +10,7 @@ export interface TrainJob {
   /** a new model, or a folder */
   model: { create: CreateOptions } | { load: string; clip?: string }
   place: LoadOptions
-  data: { file: string; images: string }
+  data: { file: string; images?: string }
   options: Omit<TrainOptions, 'signal' | 'onStep' | 'onMessage'>
 }
 

@@ -85,6 +85,8 @@ export interface StepInfo {
   tokens: number
   tokensPerSecond: number
   samplesPerSecond: number
+  /** share of the step's time spent waiting for pictures to be decoded, 0 to 1 */
+  waited: number
   /** mean weight of each row of the alignment table over the step's pictures */
   coefficients: number[]
   /** an outlier: the weights stayed as they were */
@@ -328,6 +330,8 @@ class Run {
       patches: model.patches,
       maxLength: model.config.tokenizer_model_max_length,
       micro: o.microBatch,
+      // All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile.
+      ahead: Math.max(2, Math.ceil(batch / o.microBatch)),
       ...{ groupByLength, gateText, maxBad, augment, workers, batch, seed, steps },
       startStep: this.done,
     })
@@ -365,6 +369,7 @@ class Run {
   private async step(): Promise<StepInfo> {
     const { model, o, done: step } = this
     const from = performance.now()
+    const waitedBefore = this.loader.waited
     const batches = await nextStep(this.loader)
     const lr = cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: o.warmupRatio })
     const { loss, losses, coefficients } = await accumulate(model, batches, o.mix, o)
@@ -372,7 +377,8 @@ class Run {
     const seconds = (performance.now() - from) / 1000
     const tokens = batches.reduce((n, b) => n + b.tokens.length, 0)
     const samples = batches.reduce((n, b) => n + b.ids.length, 0)
-    const rates = { tokensPerSecond: tokens / seconds, samplesPerSecond: samples / seconds }
+    const waited = (this.loader.waited - waitedBefore) / seconds
+    const rates = { tokensPerSecond: tokens / seconds, samplesPerSecond: samples / seconds, waited }
     return { step, steps: o.steps, loss, lr, gradNorm, tokens, ...rates, coefficients, skipped }
   }
 

@@ -506,6 +506,7 @@ describe('loader', () => {
       for (const f of [
         'data',
         'records',
+        'numbers',
         'saved',
         'pictures',
         'parquet',

@@ -54,7 +54,7 @@ async function part(
     })
     const lines = fs.readFileSync(path.join(out, 'log.jsonl'), 'utf8').trim().split('\n')
     const log = lines.map((l) => JSON.parse(l))
-    for (const l of log) for (const k of ['time', 'tokensPerSecond', 'samplesPerSecond']) delete l[k]
+    for (const l of log) for (const k of ['time', 'tokensPerSecond', 'samplesPerSecond', 'waited']) delete l[k]
     return { result, weights: fs.readFileSync(path.join(out, 'model.safetensors')), log, said }
   } finally {
     model.dispose()

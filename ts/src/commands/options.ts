@@ -25,7 +25,7 @@ export function complain(e: unknown): void {
 /** The parsed options of both training commands: the library's, and what says which data and machine. */
 export interface TrainingOptions extends TrainOptions {
   data: string
-  images: string
+  images?: string
   out: string
   seed: number
   dtype: LoadOptions['dtype']
@@ -34,8 +34,11 @@ export interface TrainingOptions extends TrainOptions {
 
 export function trainingOptions(command: Command): Command {
   return command
-    .requiredOption('--data <file>', 'LLaVA JSON')
-    .requiredOption('--images <dir>', 'folder of the pictures')
+    .requiredOption('--data <file>', 'LLaVA JSON, JSON lines or Parquet')
+    .option(
+      '--images <dir>',
+      'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
+    )
     .requiredOption('--out <dir>', 'where the model and its log go')
     .option('--batch <n>', 'samples of a step', integer)
     .option('--micro-batch <n>', 'samples run at once', integer)
