@@ -367,8 +367,9 @@ typedef struct {
   const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
   const int32_t* image_row;     // [images]
   const int32_t* align_row;     // [images]
-  const int32_t* gate_ids;      // [gate_offsets[images]]
+  const int32_t* gate_ids;      // [gate_entries]
   const int32_t* gate_offsets;  // [images + 1]; an empty list gives a mean of zero
+  int64_t gate_entries;         // gate_offsets[images], which a device's host does not read
   const void* table;            // [levels, hidden]
   AgMixMode mode;
   const int32_t* level;  // [images]

@@ -317,11 +317,14 @@ async function checkPlants() {
   return { ok: planted.missed.length === 0, detail: lines.join('\n') }
 }
 
-/** Tests of the addon with the emulated library in place of a GPU's: those whose names have cuda or GPU in them. */
-const inNode = (...files) => [
-  'env',
-  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
-  ...['npx', 'vitest', 'run', '-t', 'cuda|GPU', ...files.map((file) => `ts/test/${file}.test.ts`)],
+/** Tests of the addon with the emulated library in place of a GPU's: `device` is where their models go. */
+const inNode = (device, ...words) => [
+  ...['env', `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`, `ALIGNGPT_DEVICE=${device}`],
+  ...['npx', 'vitest', 'run', ...words.map((word) => (/^\d/.test(word) ? `ts/test/${word}.test.ts` : word))],
+]
+const throughNode = () => [
+  inNode('cpu', '-t', 'cuda|GPU', '10.ops', '13.device', '50.goldens'), // those that name the device themselves
+  inNode('cuda', '55.train'),
 ]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
 /** Everything, and attention once more for each variable that chooses another kernel. */
@@ -341,10 +344,7 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  [
-    '2 emulation against the CPU',
-    () => all([...everything('test_cuda', schedules), inNode('10.ops', '13.device', '50.goldens')]),
-  ],
+  ['2 emulation against the CPU', () => all([...everything('test_cuda', schedules), ...throughNode()])],
   ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(everything('test_cuda_asan', [0, 1000], '--small'))],
   ['4 ThreadSanitizer', () => all(everything('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],

@@ -1,7 +1,7 @@
 // Sums in a fixed order, and rows by index.
 #include <utility>
 
-#include "gpu.h"
+#include "rows.h"
 
 namespace gpu {
 namespace {
@@ -131,11 +131,6 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(U* dst, const U* src, 
   }
 }
 
-// Row i's place among all by (index, i), as one number: numbers are all different, so their order is that of i for equal indices.
-// A negative index comes last.
-__device__ __forceinline__ int32_t key_row(uint64_t key) { return int32_t(key >> 32); }
-__device__ __forceinline__ int64_t key_source(uint64_t key) { return int64_t(uint32_t(key)); }
-
 // Where key i goes when its run of sorted keys is merged with the run beside it; runs are `run` long, the last ones shorter.
 __device__ __forceinline__ int64_t merged_place(const uint64_t* keys, int64_t i, int64_t run, int64_t n) {
   const int64_t both = i / (2 * run) * (2 * run);
@@ -172,9 +167,9 @@ __global__ void __launch_bounds__(kThreads) merge_runs(uint64_t* to, const uint6
   for (int64_t i = grid_thread(); i < n; i += grid_threads()) to[merged_place(from, i, run, n)] = from[i];
 }
 
-// Scratch for n keys, twice.
+}  // namespace
+
 int64_t sort_workspace(int64_t n) { return 2 * n * int64_t(sizeof(uint64_t)); }
-// Sorts rows by (index, i) in the workspace; *keys is where they are then.
 AgStatus sort_rows(AgCtx* ctx, const char* op, const int32_t* index, int64_t n, const uint64_t** keys) {
   uint64_t *from = static_cast<uint64_t*>(ctx->workspace), *to = from + n;
   AgStatus status = launch(ctx, op, sort_runs, dim3(unsigned(div_up(n, kRun))), kThreads, 2 * kRun * sizeof(uint64_t), from, index, n);
@@ -185,6 +180,8 @@ AgStatus sort_rows(AgCtx* ctx, const char* op, const int32_t* index, int64_t n, 
   *keys = from;
   return status;
 }
+
+namespace {
 
 // One block for each sorted row; of equal indices only the last one writes.
 template <class U>

@@ -81,6 +81,17 @@ export interface Native {
   device(t: H): Device
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void
@@ -172,8 +183,7 @@ export interface Native {
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 
-function load(): Native {
-  const root = packageRoot()
+function findBinary(root: string): string {
   const candidates = [
     path.join(root, 'build', 'Release', 'aligngpt.node'),
     path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
@@ -186,10 +196,12 @@ function load(): Native {
         'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
     )
   }
-  return createRequire(import.meta.url)(found) as Native
+  return found
 }
 
-export const native: Native = load()
+/** The native core's file. */
+export const nativeFile = findBinary(packageRoot())
+export const native = createRequire(import.meta.url)(nativeFile) as Native
 
 /**
  * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,
