@@ -133,7 +133,7 @@ function fromSource(dir, env) {
   fs.rmSync(path.join(folder, 'prebuilds'), { recursive: true })
   const info = () => spawnSync('npx', ['aligngpt', 'info'], { cwd: dir, env, encoding: 'utf8' })
   const { status, stderr } = info()
-  const command = /^ERR_NATIVE .*Build it from source with: node "(.*)" \(needs/.exec(stderr)?.[1]
+  const command = /^ERR_NATIVE .*Build it from source with: node "(.*)" \(needs/m.exec(stderr)?.[1]
   expect(status === 1 && command, `expected one line with the command, got ${stderr}`)
   if (values.quick) return 'its error'
   run(process.execPath, [command], dir, clean(process.env.PATH))
