@@ -107,6 +107,7 @@ function project(name, dependency) {
 
 /** The README's install section: the user's script on the user's pictures, then the command line. */
 function use(dir, env) {
+  expect(env, 'expected it to be installed')
   fs.rmSync(path.join(dir, 'my-aligngpt'), { recursive: true, force: true })
   const trained = run('npm', ['run', 'train'], dir, env)
   expect(/step 4 loss \d/.test(trained) && fs.existsSync(path.join(dir, 'my-aligngpt', 'model.safetensors')), trained)
@@ -141,27 +142,27 @@ function fromSource(dir, env) {
   return command
 }
 
-/** The executables of other versions of Node, from npm. */
-function otherNodes() {
-  const wanted = ['20', '22', '24'].filter((major) => major !== process.versions.node.split('.')[0])
-  return wanted.map((major) => {
-    const dir = path.join(temp, `node ${major}`)
-    fs.mkdirSync(dir)
-    fs.writeFileSync(path.join(dir, 'package.json'), '{}')
-    const name = `node-${process.platform}-${process.arch}`
-    run('npm', [...NPM, `${name}@${major}`], dir, clean(process.env.PATH))
-    return { major, node: path.join(dir, 'node_modules', name, 'bin', 'node') }
-  })
+/** The executable of another version of Node, from npm. */
+function otherNode(major) {
+  const dir = path.join(temp, `node ${major}`)
+  fs.mkdirSync(dir)
+  fs.writeFileSync(path.join(dir, 'package.json'), '{}')
+  const name = `node-${process.platform}-${process.arch}`
+  run('npm', [...NPM, `${name}@${major}`], dir, clean(process.env.PATH))
+  return path.join(dir, 'node_modules', name, 'bin', 'node')
 }
 
-function onNode(name, node, tarball) {
-  const env = clean(tools(name, node))
-  const dir = project(name, `file:${tarball}`)
-  check(`Node ${name}: npm install, with node and npm alone`, () => {
-    const out = run('npm', NPM, dir, env)
-    return out.trim().split('\n')[0]
+const OWN = process.versions.node.split('.')[0]
+
+/** Installs and uses the package on a version of Node; where, and in which environment. */
+function onNode(tarball, major) {
+  const dir = project(major, `file:${tarball}`)
+  let env
+  check(`Node ${major}: npm install, with node and npm alone`, () => {
+    env = clean(tools(major, major === OWN ? process.execPath : otherNode(major)))
+    return run('npm', NPM, dir, env).trim().split('\n')[0]
   })
-  check(`Node ${name}: a user's script, then the command line`, () => use(dir, env))
+  check(`Node ${major}: a user's script, then the command line`, () => use(dir, env))
   return { dir, env }
 }
 
@@ -181,7 +182,7 @@ function main() {
   // CommonJS gets the one ES module, which Node can do from 20.19; other resolutions than Node's are not aimed at
   check('attw', () => void bin('attw', packed.file, '--profile', 'node16', '--ignore-rules', 'cjs-resolves-to-esm'))
 
-  const { dir, env } = onNode(process.versions.node.split('.')[0], process.execPath, packed.file)
+  const { dir, env } = onNode(packed.file, OWN)
   check('no network and no scripts', () => {
     fs.rmSync(path.join(dir, 'node_modules'), { recursive: true })
     run('npm', ['ci', '--offline', '--ignore-scripts', '--no-audit', '--no-fund'], dir, env)
@@ -189,7 +190,8 @@ function main() {
   })
   for (const [name, test] of Object.entries(consumers(root, dir, env))) check(name, test)
   check('no binary that fits', () => fromSource(dir, env))
-  if (values['all-nodes']) for (const { major, node } of otherNodes()) onNode(major, node, packed.file)
+  const others = values['all-nodes'] ? ['20', '22', '24'].filter((major) => major !== OWN) : []
+  for (const major of others) onNode(packed.file, major)
 
   const everything = clean(process.env.PATH)
   const checkout = project('checkout', `file:${root}`)

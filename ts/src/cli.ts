@@ -4,7 +4,7 @@
  * works with when it runs, so that `--help` is there at once.
  *
  * Exit status: 0 done; 1 it could not be done (one line on standard error says why); 2 the command line is not understood;
- * 130 interrupted.
+ * 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by SIGINT and SIGTERM.
  */
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
@@ -27,7 +27,7 @@ async function main(): Promise<number | undefined> {
   } catch (e) {
     if (e instanceof CommanderError) return e.exitCode === 0 ? 0 : 2 // commander has said what is wrong
     complain(e)
-    return 1
+    return (e as { code?: unknown }).code === 'ERR_SAVE' ? 3 : 1
   }
 }
 

@@ -1,5 +1,5 @@
 /** Worker thread of loader.ts: prepares pictures and writes them into shared memory. */
-import { parentPort } from 'node:worker_threads'
+import type { MessagePort } from 'node:worker_threads'
 import { PictureCache, type PictureTask, preparePicture } from './image.js'
 
 /** Memory shared between the loader and its workers; slot k, picture i. */
@@ -46,9 +46,8 @@ async function handle(shared: SharedSlots, slot: number, i: number, task: Pictur
 }
 
 /** The thread's work. The loader imports this file too, and has no need of sharp. */
-export async function work(shared: SharedSlots): Promise<void> {
+export async function work({ decodeSlots: shared }: { decodeSlots: SharedSlots }, port: MessagePort): Promise<void> {
   const { default: sharp } = await import('sharp')
-  const port = parentPort!
   // Several workers share the threads that decode; each decodes one picture with one thread and caches nothing.
   sharp.concurrency(1)
   sharp.cache(false)

@@ -81,6 +81,17 @@ export interface Native {
   device(t: H): Device
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void
@@ -184,14 +195,14 @@ function platform(): string {
  * The binary built here from source, where there is one, else the one that came with the package. The first that is there
  * has to load: another one in its place could be an older one.
  */
-function load(): Native {
+function load(): { file: string; core: Native } {
   const root = packageRoot()
   const built = path.join(root, 'build', 'Release', 'aligngpt.node')
   const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
   const file = [built, prebuilt].find((candidate) => existsSync(candidate))
   let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
   try {
-    if (file) return createRequire(import.meta.url)(file) as Native
+    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
   } catch (e) {
     const { code, message } = e as { code?: string; message: string }
     if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
@@ -205,7 +216,10 @@ function load(): Native {
   )
 }
 
-export const native: Native = load()
+const { file, core } = load()
+/** The native core's file. */
+export const nativeFile = file
+export const native: Native = core
 
 /**
  * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,

@@ -4,18 +4,22 @@ import type { CLIPModel } from './clip.js'
 import { type PreprocessorConfig, readPreprocessor } from './config.js'
 import type { Dataset } from './data.js'
 import { AlignGPTError, mismatch } from './errors.js'
-import { decodeImage, normaliseInto, normaliseTable, preprocessImage, resolveImage } from './image.js'
+import { decodeImage, loadImage, normaliseInto, normaliseTable, preprocessImage, type RgbImage } from './image.js'
 import { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
+import type { PictureSource } from './pictures.js'
 import type { DataRecord } from './prompt.js'
 import { noGrad, scope, tensor } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
 
 export interface Pair {
   id: string
-  /** file, or bytes of one */
-  image: string | Uint8Array
+  /** file, bytes of one, or place in a data set */
+  image: string | Uint8Array | PictureSource
   caption: string
 }
+
+const decode = (image: Pair['image']): Promise<RgbImage> =>
+  typeof image === 'string' || image instanceof Uint8Array ? decodeImage(image) : loadImage(image)
 
 /** Cosine of CLIP's image and text embeddings for each pair, in batches. Plain CLIP preprocessing, captions truncated. */
 export async function clipScores(
@@ -35,7 +39,7 @@ export async function clipScores(
   for (let at = 0; at < pairs.length; at += size) {
     const part = pairs.slice(at, at + size)
     const pixels = new Float32Array(part.length * 3 * side * side)
-    const pictures = await Promise.all(part.map((p) => decodeImage(p.image)))
+    const pictures = await Promise.all(part.map((p) => decode(p.image)))
     for (const [i, p] of pictures.entries())
       normaliseInto(preprocessImage(p, { ...preprocessor, pad: o.pad ?? false }), table, pixels, i * 3 * side * side)
     const texts = part.map((p) => tokenizer.encodeClip(p.caption, limit))
@@ -94,8 +98,8 @@ export async function levels(
       const r = data.record(index)
       if (r.image === null) continue
       try {
-        const image = resolveImage(data.images as string, r.image)
-        await decodeImage(image, { name: r.image })
+        const image = data.picture(r.image)
+        await loadImage(image)
         pairs.push({ id: r.id, image, caption: captionOf(r), index })
       } catch (e) {
         if (!(e instanceof AlignGPTError) || e.code !== 'ERR_IMAGE') throw e

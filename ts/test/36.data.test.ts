@@ -357,7 +357,7 @@ describe('loader', () => {
     expect(await collect({ workers: 1, startStep: 4 })).toEqual(want.slice(7))
     const first = want[0].packed as PackedBatch
     const pixels = normalise(
-      preprocessImage(await loadImage(caseDir(name, 'images'), first.images[1]), preprocess),
+      preprocessImage(await loadImage({ root: caseDir(name, 'images'), name: first.images[1] }), preprocess),
       preprocess,
     )
     expect(first.pixels.slice(pixels.length, 2 * pixels.length)).toEqual(pixels)
@@ -505,6 +505,12 @@ describe('loader', () => {
       const ts = await import('typescript')
       for (const f of [
         'data',
+        'records',
+        'saved',
+        'pictures',
+        'parquet',
+        'fingerprints',
+        'tar',
         'loader',
         'batch',
         'decode-worker',
@@ -516,6 +522,7 @@ describe('loader', () => {
         'errors',
         'package',
         'rng',
+        'thread',
         'config',
       ])
         fs.writeFileSync(

@@ -1,7 +1,8 @@
-/** What the commands share: parsers of options, those of both training commands, Ctrl-C, the last line. */
+/** What the commands share: parsers of options, those of both training commands, the last line. */
 import { type Command, InvalidArgumentError } from 'commander'
 import type { LoadOptions } from '../aligngpt.js'
-import type { StepInfo, TrainOptions, TrainResult } from '../train.js'
+import type { TrainOptions, TrainResult } from '../train.js'
+import type { TrainJob } from '../train-worker.js'
 
 export function integer(text: string): number {
   const n = Number(text)
@@ -51,35 +52,33 @@ export function trainingOptions(command: Command): Command {
     .option('--recompute', 'less memory, one more forward pass')
     .option('--group-by-length', 'batches of similar lengths')
     .option('--augment', 'mild augmentation of the pictures')
+    .option('--save-every <interval>', 'steps, or a time such as 10m, between checkpoints (default: 30m)')
+    .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
+    .option('--allow-long-interval', 'an interval longer than the run is no mistake')
+    .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
+    .option('--skip-outliers', 'leave out steps whose loss or gradient is far above those before')
 }
 
-/** The library's options of a parsed command line; plain lines instead of a bar where there is no terminal. */
-export function training(o: Omit<TrainingOptions, 'dtype' | 'device'>, signal: AbortSignal): TrainOptions {
-  const { data, images, ...options } = o
-  const line = (s: StepInfo): void =>
-    console.log(
-      `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s`,
-    )
-  return { ...options, signal, onStep: process.stderr.isTTY ? undefined : line }
+/** Trains in a thread of its own and says what came out. */
+export async function train(
+  phase: TrainJob['phase'],
+  model: TrainJob['model'],
+  { data, images, dtype, device, ...options }: TrainingOptions,
+): Promise<void> {
+  const { runTraining } = await import('../run.js')
+  const place = { dtype, device, seed: options.seed }
+  const { result, status } = await runTraining({ phase, model, place, data: { file: data, images }, options })
+  summary(result, options.out)
+  process.exitCode = status
 }
 
-/** An abort signal that Ctrl-C sets once; the run saves what it has. */
-export function interruptible(): AbortSignal {
-  const controller = new AbortController()
-  process.once('SIGINT', () => {
-    console.error('\ninterrupted: finishing the step and saving (once more to stop at once)')
-    controller.abort()
-    process.once('SIGINT', () => process.exit(130))
-  })
-  return controller.signal
-}
-
-export function summary(result: TrainResult, out: string): void {
-  const { bad, skipped } = result
+function summary(result: TrainResult, out: string): void {
+  const { bad, skipped, resumed, outliers } = result
   console.log(
     `${result.steps} steps in ${result.seconds.toFixed(1)} s, loss ${result.loss[0]?.toFixed(4)} -> ${result.loss.at(-1)?.toFixed(4)}; saved to ${out}`,
   )
+  if (resumed) console.log(`${resumed} of the steps were done before`)
+  if (outliers) console.log(`${outliers} steps were outliers and not used`)
   for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
   for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
-  if (result.aborted) process.exitCode = 130
 }

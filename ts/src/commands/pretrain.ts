@@ -1,6 +1,6 @@
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels. */
 import type { Command } from 'commander'
-import { integer, interruptible, summary, type TrainingOptions, training, trainingOptions } from './options.js'
+import { integer, type TrainingOptions, train, trainingOptions } from './options.js'
 
 interface Options extends TrainingOptions {
   llm: string
@@ -9,18 +9,8 @@ interface Options extends TrainingOptions {
   projector: string
 }
 
-async function run(o: Options): Promise<void> {
-  const [{ AlignGPT }, { loadDataset }, train] = await Promise.all([
-    import('../aligngpt.js'),
-    import('../data.js'),
-    import('../train.js'),
-  ])
-  const { llm, clip, levels, projector, device, dtype, seed, ...rest } = o
-  const model = await AlignGPT.create({ llm, clip, levels, projector }, { device, dtype, seed })
-  const data = await loadDataset(o.data, { images: o.images })
-  summary(await train.pretrain(model, data, training({ ...rest, seed }, interruptible())), o.out)
-  model.dispose()
-}
+const run = ({ llm, clip, levels, projector, ...options }: Options): Promise<void> =>
+  train('pretrain', { create: { llm, clip, levels, projector } }, options)
 
 export function pretrain(program: Command): void {
   trainingOptions(program.command('pretrain').description('phase 1: pre-training on image-text pairs with levels'))
