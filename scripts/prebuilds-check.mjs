@@ -1,8 +1,9 @@
 // What `npm run prebuilds` made, as readelf sees it: hardened, stripped, no path of the machine that built it, nothing visible
-// but its entry, nothing needed that a machine with Node has not, and no newer glibc than Node's own (2.28). States what
+// but its entry, made for the same version of the addon, nothing needed that a machine with Node has not, and no newer glibc than Node's own (2.28). States what
 // each needs. Linux only; needs binutils. Exit status 1 when anything is wrong.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
+import { createRequire } from 'node:module'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -35,6 +36,7 @@ function inspect(file, arch) {
     (option) => readelf(option, file),
   )
   const wrong = []
+  const name = path.basename(file)
   const expect = (ok, what) => ok || wrong.push(what)
   expect(header.includes(MACHINES[arch]), `machine: expected ${MACHINES[arch]}`)
   expect(/GNU_RELRO/.test(segments) && /\bNOW\b/.test(dynamic), 'RELRO: expected full')
@@ -47,12 +49,16 @@ function inspect(file, arch) {
   )
   expect(!/\.symtab|\.debug_/.test(sections), 'symbol table: expected stripped')
   const visible = all(symbols, /^ *\d+: 0*[1-9a-f][0-9a-f]* .* (?:GLOBAL|WEAK|UNIQUE) +\w+ +\d+ (\S+)$/gm).sort()
-  expect(visible.join() === ENTRIES[path.basename(file)]?.join(), `visible symbols: expected the entry, got ${visible}`)
+  expect(visible.join() === ENTRIES[name]?.join(), `visible symbols: expected the entry, got ${visible}`)
   const needed = all(dynamic, /\(NEEDED\).*\[(.*)\]/g)
   const foreign = needed.filter((name) => !SYSTEM.test(name))
   expect(foreign.length === 0, `libraries: expected those of Node, got ${foreign}`)
   const glibc = newest(all(versions, /Name: GLIBC_(\d[\d.]*)/g))
   expect(!later(glibc, GLIBC), `glibc: expected at most ${GLIBC}, got ${glibc}`)
+  if (name === 'libaligngpt_cuda.so' && arch === process.arch) {
+    const { probeCuda } = createRequire(import.meta.url)(path.join(path.dirname(file), 'aligngpt.node'))
+    expect(!/^\[cuda\] library/.test(probeCuda()), `the addon's contract: ${probeCuda()}`)
+  }
   expect(!fs.readFileSync(file).includes(root), `paths of this machine: expected none, got ${root}`)
   return { wrong, glibc, needed }
 }
