@@ -1,6 +1,6 @@
 /**
- * Runs that are killed again and again (kill -9) and continued, against runs that are not: the losses and the weights must be the same
- * bits and every checkpoint must be whole after every kill.
+ * Runs that are killed again and again (kill -9) and continued, against runs that are not: the losses and the weights must be the
+ * same bits and every checkpoint must be whole after every kill.
  */
 import { spawn } from 'node:child_process'
 import fs from 'node:fs'

@@ -1,6 +1,6 @@
 /**
- * Checkpoints on disk (docs/checkpoints.md): a folder `step-N` with safetensors files and manifest.json, which names size and SHA-256
- * of each. It is made as `step-N.tmp`, everything is fsynced, the manifest comes last, and a rename makes it count: a process
+ * Checkpoints on disk (docs/checkpoints.md): a folder `step-N` with safetensors files and manifest.json, which names size and
+ * SHA-256 of each. It is made as `step-N.tmp`, everything is fsynced, the manifest comes last, and a rename makes it count: a process
  * killed at any moment leaves the checkpoints that were there, and no half one under a name that is looked for.
  */
 import { createHash } from 'node:crypto'

@@ -1,6 +1,6 @@
 /**
- * `node:fs` for whoever must survive a failing disk: each call counts as one of the core's file calls first, so that a test can make
- * any of them fail (native.failFiles). Closing still closes.
+ * `node:fs` for whoever must survive a failing disk: each call counts as one of the core's file calls first, so that a test can
+ * make any of them fail (native.failFiles). Closing still closes.
  */
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'

@@ -32,8 +32,8 @@ const median = (values: readonly number[]): number => {
 }
 
 /**
- * How far `x` lies above the values, in standard deviations. Both are estimated from medians (Iglewicz & Hoaglin 1993), so outliers may
- * stay among the values: they do not hide the next one, and a level that stays becomes the normal one.
+ * How far `x` lies above the values, in standard deviations. Both are estimated from medians (Iglewicz & Hoaglin 1993), so outliers
+ * may stay among the values: they do not hide the next one, and a level that stays becomes the normal one.
  */
 export function zScore(x: number, values: readonly number[]): number {
   const middle = median(values)
@@ -120,8 +120,8 @@ function finiteness(handle: number): { norm: number; notFinite: number } {
 }
 
 /**
- * Leaves in a folder what a step consisted of: step.json with the numbers, the records and the norm of each parameter and its gradient,
- * and a safetensors file with the rows and pixels of each micro-batch.
+ * Leaves in a folder what a step consisted of: step.json with the numbers, the records and the norm of each parameter and its
+ * gradient, and a safetensors file with the rows and pixels of each micro-batch.
  */
 export function dumpStep(
   folder: string,

@@ -1,7 +1,7 @@
 /**
- * A training run as a command makes it: in a thread of its own, so that this one hears signals and shows progress while kernels run.
- * The first SIGINT or SIGTERM lets the step finish and saves; the second ends the process at once, whatever its threads do, and the
- * checkpoint before it stays.
+ * A training run as a command makes it: in a thread of its own, so that this one hears signals and shows progress while kernels
+ * run. The first SIGINT or SIGTERM lets the step finish and saves; the second ends the process at once, whatever its threads do,
+ * and the checkpoint before it stays.
  */
 import fs from 'node:fs'
 import type { Worker } from 'node:worker_threads'
@@ -43,8 +43,11 @@ class Progress {
   }
 }
 
-const stepLine = (s: StepInfo): string =>
-  `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s, waited ${(100 * s.waited).toFixed(0)} %${s.skipped ? ', an outlier: not used' : ''}`
+function stepLine(s: StepInfo): string {
+  const numbers = `loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s`
+  const waited = `waited ${(100 * s.waited).toFixed(0)} %`
+  return `step ${s.step + 1}/${s.steps} ${numbers}, ${waited}${s.skipped ? ', an outlier: not used' : ''}`
+}
 
 /** Hears signals until `end`. */
 class Signals {

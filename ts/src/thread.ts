@@ -34,7 +34,8 @@ function tsxEntry(): string {
 }
 
 /**
- * Starts a thread that runs `work(data, port)` of a module beside this one. When it fails, `error` is emitted and `data.ready[0]` is -1.
+ * Starts a thread that runs `work(data, port)` of a module beside this one. When it fails, `error` is emitted and
+ * `data.ready[0]` is -1.
  * @param name of the module, without .ts or .js
  * @param data what the module finds in workerData, besides `url` and `tsx`
  */

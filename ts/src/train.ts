@@ -62,7 +62,7 @@ export interface TrainOptions {
   keep?: number
   /** an interval longer than the run is no mistake */
   allowLongInterval?: boolean
-  /** goes on from the newest checkpoint of `out` (true; from the beginning when it has none) or of another run's folder, bit for bit */
+  /** goes on, bit for bit, from the newest checkpoint of `out` (true; from the beginning when it has none) or of another folder */
   resume?: boolean | string
   /** leaves out the update of steps whose loss or gradient norm is far above those before (default: never) */
   skipOutliers?: boolean | OutlierOptions
