@@ -188,6 +188,9 @@ const T* as(const void* p) {
   }
 
 AG_LEVEL_TABLE(portable)
+#ifdef AG_ARM64
+AG_LEVEL_TABLE(neon)
+#endif
 bool always() { return true; }
 #ifdef AG_X86
 AG_LEVEL_TABLE(avx2)
@@ -258,6 +261,9 @@ const Level kLevels[] = {
     {"avx512bf16", has_avx512bf16, table_avx512bf16, workspace_avx512bf16, true},
     {"avx512", has_avx512, table_avx512, workspace_avx512, true},
     {"avx2", has_avx2, table_avx2, workspace_avx2, true},
+#endif
+#ifdef AG_ARM64
+    {"neon", always, table_neon, workspace_neon, true},  // every 64-bit ARM has it
 #endif
     {"portable", always, table_portable, workspace_portable, true},
 };

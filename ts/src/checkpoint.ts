@@ -10,7 +10,7 @@ import { disk, fingerprint, syncFolder, withDescriptor } from './disk.js'
 import { AlignGPTError, mismatch, show } from './errors.js'
 import { readJsonFile, writeAll } from './json.js'
 import { native } from './native.js'
-import { DTYPE_BYTES, layoutSafetensors, openSafetensors, type StoredDtype, type TensorToWrite } from './safetensors.js'
+import { layoutSafetensors, openSafetensors, type StoredDtype, type TensorToWrite } from './safetensors.js'
 import type { Dtype, Tensor } from './tensor.js'
 
 export const FORMAT = 1
@@ -212,7 +212,3 @@ export function readCheckpoint(checkpoint: string, tensors: readonly StateTensor
     native.readFile(t.tensor.h, e.path, e.offset, t.tensor.dtype)
   }
 }
-
-/** Bytes of the tensors, in memory as on disk. */
-export const stateBytes = (tensors: readonly StateTensor[]): number =>
-  tensors.reduce((n, t) => n + t.tensor.numel * DTYPE_BYTES[storedDtype(t)], 0)

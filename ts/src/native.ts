@@ -183,25 +183,43 @@ export interface Native {
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 
-function findBinary(root: string): string {
-  const candidates = [
-    path.join(root, 'build', 'Release', 'aligngpt.node'),
-    path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
-  ]
-  const found = candidates.find((file) => existsSync(file))
-  if (!found) {
-    throw new AlignGPTError(
-      'ERR_NATIVE',
-      `[native] no binary for ${process.platform}-${process.arch}, expected one of ${candidates.join(', ')}; ` +
-        'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
-    )
-  }
-  return found
+/** The machine in the words in which binaries differ. */
+function platform(): string {
+  const name = `${process.platform}-${process.arch}`
+  if (process.platform !== 'linux') return name
+  const { header } = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } }
+  return `${name} with ${header.glibcVersionRuntime ? `glibc ${header.glibcVersionRuntime}` : 'musl'}`
 }
 
+/**
+ * The binary built here from source, where there is one, else the one that came with the package. The first that is there
+ * has to load: another one in its place could be an older one.
+ */
+function load(): { file: string; core: Native } {
+  const root = packageRoot()
+  const built = path.join(root, 'build', 'Release', 'aligngpt.node')
+  const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
+  const file = [built, prebuilt].find((candidate) => existsSync(candidate))
+  let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
+  try {
+    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
+  } catch (e) {
+    const { code, message } = e as { code?: string; message: string }
+    if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
+    problem = message.split('\n')[0]
+  }
+  const script = JSON.stringify(path.join(root, 'scripts', 'build-native.mjs'))
+  throw new AlignGPTError(
+    'ERR_NATIVE',
+    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: node ${script} ` +
+      '(needs a C++17 compiler, make or ninja, cmake >= 3.20 and the npm registry)',
+  )
+}
+
+const { file, core } = load()
 /** The native core's file. */
-export const nativeFile = findBinary(packageRoot())
-export const native = createRequire(import.meta.url)(nativeFile) as Native
+export const nativeFile = file
+export const native: Native = core
 
 /**
  * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,

@@ -2,11 +2,14 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
-import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
+import type { AlignGPT } from './aligngpt.js'
+import { findCheckpoint, type Maker, type Manifest, type StateTensor } from './checkpoint.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError, mismatch, show } from './errors.js'
 import { type Device, native, nativeFile } from './native.js'
+import type { AdamW } from './optim.js'
 import { version } from './package.js'
+import type { Phase } from './phases.js'
 
 const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
 
@@ -70,6 +73,15 @@ export function maker(device: Device): Maker {
   const cuda = device === 'cuda' ? native.probeCuda() : null
   const { name, level } = cuda && typeof cuda !== 'string' ? cuda : native.capabilities()
   return { version: version(), build, level: `${name} ${level}` }
+}
+
+/** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
+const ALWAYS_SAVED = /^mm_projector\.|^align_indicators\.|^gated_weight_layer\./
+
+/** Every tensor that a run changes or that must not get lost. */
+export function savedTensors(model: AlignGPT, { trainable }: Phase, optimizer: AdamW): StateTensor[] {
+  const weights = [...model.namedParameters()].filter(([name]) => trainable.test(name) || ALWAYS_SAVED.test(name))
+  return [...weights.map(([name, tensor]): StateTensor => ({ file: 'weights', name, tensor })), ...optimizer.state()]
 }
 
 /** Where the checkpoints of a run are. */

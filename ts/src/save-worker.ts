@@ -1,5 +1,5 @@
 /** Worker thread of saver.ts: writes snapshots as checkpoints. */
-import { parentPort } from 'node:worker_threads'
+import type { MessagePort } from 'node:worker_threads'
 import { type Manifest, type StoredTensor, writeCheckpoint } from './checkpoint.js'
 import { native } from './native.js'
 
@@ -13,7 +13,7 @@ export interface SaveJob {
 /** Why it was not saved; null: it was. */
 export type SaveAnswer = string | null
 
-parentPort?.on('message', ({ folder, keep, content, tensors }: SaveJob) => {
+function save({ folder, keep, content, tensors }: SaveJob): SaveAnswer {
   const mine = tensors.map((t) => ({ ...t, handle: native.receive(t.handle) }))
   let answer: SaveAnswer = null
   try {
@@ -22,5 +22,9 @@ parentPort?.on('message', ({ folder, keep, content, tensors }: SaveJob) => {
     answer = e instanceof Error ? e.message : String(e)
   }
   for (const t of mine) native.dispose(t.handle)
-  parentPort?.postMessage(answer)
-})
+  return answer
+}
+
+export function work(_: unknown, port: MessagePort): void {
+  port.on('message', (job: SaveJob) => port.postMessage(save(job)))
+}

@@ -1,5 +1,5 @@
 /** Worker thread of run.ts: one training run. */
-import { parentPort, workerData } from 'node:worker_threads'
+import type { MessagePort } from 'node:worker_threads'
 import { AlignGPT, type CreateOptions, type LoadOptions } from './aligngpt.js'
 import { loadDataset } from './data.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from './train.js'
@@ -24,8 +24,8 @@ export type TrainNews =
 /** Sent to the thread: finish the step, save, end. */
 export type StopRequest = 'stop'
 
-async function run({ phase, model: from, place, data, options }: TrainJob, signal: AbortSignal): Promise<TrainResult> {
-  const tell = (news: TrainNews): void => parentPort?.postMessage(news)
+async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) => void): Promise<TrainResult> {
+  const { phase, model: from, place, data, options } = job
   const model =
     'create' in from
       ? await AlignGPT.create(from.create, place)
@@ -44,15 +44,15 @@ async function run({ phase, model: from, place, data, options }: TrainJob, signa
   }
 }
 
-if (parentPort && workerData?.trainJob) {
-  const port = parentPort
+export async function work({ trainJob }: { trainJob: TrainJob }, port: MessagePort): Promise<void> {
+  const tell = (news: TrainNews): void => port.postMessage(news)
   const controller = new AbortController()
   port.on('message', (m: StopRequest) => m === 'stop' && controller.abort())
-  const failed = (e: Error & { code?: string }): TrainNews => {
-    const { code, message, stack } = e
-    return { error: { code, message, stack } }
+  try {
+    tell({ result: await run(trainJob, controller.signal, tell) })
+  } catch (e) {
+    const { code, message, stack } = e as Error & { code?: string }
+    tell({ error: { code, message, stack } })
   }
-  const news = await run(workerData.trainJob, controller.signal).then((result): TrainNews => ({ result }), failed)
-  port.postMessage(news)
   port.close()
 }

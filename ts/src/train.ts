@@ -15,7 +15,7 @@ import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
 import { Bar } from './progress.js'
-import { checkpointFolder, findResume, maker, Schedule } from './resume.js'
+import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
 
 export interface TrainOptions {
@@ -279,9 +279,6 @@ interface RunState {
   outliers: OutlierState | null
 }
 
-/** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
-const ALWAYS_SAVED = /^mm_projector\.|^align_indicators\.|^gated_weight_layer\./
-
 /** One training run. */
 class Run {
   readonly optimizer: AdamW
@@ -312,14 +309,8 @@ class Run {
     this.result = { steps: 0, resumed: 0, loss: [], seconds: 0, bad: [], skipped: [], outliers: 0, aborted: false }
   }
 
-  /** Every tensor that a run changes or that must not get lost. */
   private tensors(): StateTensor[] {
-    const { trainable: trained } = this.phase
-    const weights = [...this.model.namedParameters()].filter(([name]) => trained.test(name) || ALWAYS_SAVED.test(name))
-    return [
-      ...weights.map(([name, tensor]): StateTensor => ({ file: 'weights', name, tensor })),
-      ...this.optimizer.state(),
-    ]
+    return savedTensors(this.model, this.phase, this.optimizer)
   }
 
   async open(): Promise<void> {

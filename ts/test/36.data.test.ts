@@ -535,6 +535,7 @@ describe('loader', () => {
         'sentencepiece',
         'json',
         'errors',
+        'package',
         'rng',
         'thread',
         'config',

@@ -131,7 +131,7 @@ describe('damage', () => {
     fs.writeFileSync(file, good)
   }
 
-  // the full numbers: npm run crash -- --damage
+  // the full numbers: npm run crash
   test('160 flipped bits and 20 cuts, in every file, are found each time; 100 loads of whole ones raise no alarm', () => {
     const rng = new Rng(1)
     const files = fs.readdirSync(newest).map((f) => path.join(newest, f))

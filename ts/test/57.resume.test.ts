@@ -5,9 +5,11 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
-import { listCheckpoints, verifyCheckpoint } from '../src/checkpoint.js'
+import { listCheckpoints, readCheckpoint, storedDtype, verifyCheckpoint, writeCheckpoint } from '../src/checkpoint.js'
 import { loadDataset } from '../src/data.js'
-import { parseInterval, Schedule } from '../src/resume.js'
+import { AdamW } from '../src/optim.js'
+import { PRETRAIN, trainable } from '../src/phases.js'
+import { parseInterval, Schedule, savedTensors } from '../src/resume.js'
 import { openSafetensors, readFloats } from '../src/safetensors.js'
 import { memory } from '../src/tensor.js'
 import { finetune, pretrain, type TrainOptions, type TrainResult } from '../src/train.js'
@@ -189,18 +191,13 @@ test('another CPU level or build is a warning', async () => {
   const out = path.join(scratch, 'made elsewhere')
   await part('pretrain', out, { batch: 4, steps: 6, saveEvery: 2, stopAt: 3 })
   const checkpoints = path.join(out, 'checkpoints')
-  const { writeCheckpoint } = await import('../src/checkpoint.js')
   const m = verifyCheckpoint(path.join(checkpoints, 'step-3'))
   const text = fs.readFileSync(path.join(checkpoints, 'step-3/manifest.json'), 'utf8')
   expect(text).toContain(`"level": "${m.maker.level}"`)
   // the same state under another maker's name
   const model = await AlignGPT.load(folder)
-  const { trainable, PRETRAIN } = await import('../src/phases.js')
-  const { AdamW } = await import('../src/optim.js')
-  const { readCheckpoint, storedDtype } = await import('../src/checkpoint.js')
   const optimizer = new AdamW(trainable(model, PRETRAIN))
-  const weights = [...model.namedParameters()].filter(([n]) => /^mm_|^align_|^gated_/.test(n))
-  const tensors = [...weights.map(([name, t]) => ({ file: 'weights' as const, name, tensor: t })), ...optimizer.state()]
+  const tensors = savedTensors(model, PRETRAIN, optimizer)
   readCheckpoint(path.join(checkpoints, 'step-3'), tensors)
   const stored = tensors.map((t) => ({ ...t, dtype: storedDtype(t), shape: t.tensor.shape, handle: t.tensor.h }))
   writeCheckpoint(checkpoints, { ...m, maker: { ...m.maker, level: 'abacus' } }, stored, 2)

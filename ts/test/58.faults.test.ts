@@ -59,7 +59,8 @@ for (const [name, count] of [
       const left = listCheckpoints(folder)
       expect(left.length).toBeGreaterThanOrEqual(2)
       for (const step of left) expect(verifyCheckpoint(path.join(folder, `step-${step}`)).step).toBe(step)
-      save(folder, 4) // the disk is well again
+      expect(fs.readdirSync(folder)).not.toContain('step-3.tmp')
+      for (const step of [3, 4]) save(folder, step) // the disk is well again
       expect(findCheckpoint(folder, (text) => expect(text).toBeNull())?.manifest.step).toBe(4)
       fs.rmSync(folder, { recursive: true })
     }

@@ -109,7 +109,7 @@ test('a gradient that is not finite stops as well, and the run continues from th
   expect(bad).toEqual([expect.objectContaining({ name: 'mm_projector.0.bias' })])
   model.dispose()
   const again = await load()
-  const result = await pretrain(again, await data(), { ...options, out, steps: 8, resume: true })
+  const result = await pretrain(again, await data(), { ...options, out, steps: 8, resume: true, onMessage: () => {} })
   expect(result).toMatchObject({ resumed: 4, steps: 8 })
   again.dispose()
 })

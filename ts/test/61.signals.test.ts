@@ -110,8 +110,12 @@ test('a second signal ends it within a second; the checkpoint before stays', asy
     out,
     args,
     when('step 1/', (child) => {
-      setTimeout(() => child.kill('SIGINT'), 150)
-      setTimeout(() => child.kill('SIGTERM'), 300)
+      const saved = setInterval(() => {
+        if (!fs.existsSync(path.join(out, 'checkpoints/step-1'))) return // it is written while the next step runs
+        clearInterval(saved)
+        child.kill('SIGINT')
+        setTimeout(() => child.kill('SIGTERM'), 150)
+      }, 20)
     }),
   )
   expect(ended.err).toContain('stopped at once; what was saved before stays')
