@@ -51,10 +51,17 @@ export async function work({ decodeSlots: shared }: { decodeSlots: SharedSlots }
   // Several workers share the threads that decode; each decodes one picture with one thread and caches nothing.
   sharp.concurrency(1)
   sharp.cache(false)
-  let queue = Promise.resolve()
-  port.on('message', (m: WorkerMessage) => {
-    if (m === null) queue = queue.then(() => port.close())
-    else queue = queue.then(() => handle(shared, m.slot, m.i, m.task))
+  // Two pictures at once: while sharp decodes one on a thread of its own, the other is resized here.
+  const lanes = [Promise.resolve(), Promise.resolve()]
+  let turn = 0
+  port.on('message', async (m: WorkerMessage) => {
+    if (m === null) {
+      await Promise.all(lanes)
+      port.close()
+      return
+    }
+    const lane = turn++ % lanes.length
+    lanes[lane] = lanes[lane].then(() => handle(shared, m.slot, m.i, m.task))
   })
   Atomics.add(new Int32Array(shared.ready), 0, 1)
   Atomics.notify(new Int32Array(shared.ready), 0)

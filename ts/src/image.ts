@@ -437,7 +437,8 @@ export class PictureCache {
     if (known) return known
     const image = await loadImage(source, options)
     const bytes = image.data.length + (image.alpha?.length ?? 0)
-    if (bytes > this.room) return image
+    // Somebody else may have loaded it meanwhile.
+    if (bytes > this.room || this.#kept.has(key)) return image
     this.room -= bytes
     this.#kept.set(key, image)
     return image

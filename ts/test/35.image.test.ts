@@ -13,6 +13,7 @@ import {
   normalise,
   normaliseInto,
   normaliseTable,
+  PictureCache,
   type Preprocess,
   padColour,
   preprocessImage,
@@ -264,4 +265,19 @@ describe('augmentation', () => {
     expect(over.data.slice(15, 18)).toEqual(image.data.slice(15, 18))
     expect(new Set(augment({ ...image, alpha: new Uint8Array(16) }, new Rng(5)).data).size).toBeLessThanOrEqual(6)
   })
+})
+
+it('decoded pictures are kept while there is room, each counted once', async () => {
+  const source = (name: string) => ({ root: caseDir('base', 'images'), name })
+  const bytes = async (name: string): Promise<number> => (await loadImage(source(name))).data.length
+  const [a, b, c] = ['a02.jpg', 'a00.png', 'a08.png']
+  const cache = new PictureCache((await bytes(a)) + (await bytes(b)))
+  const load = (name: string) => cache.load(source(name), {})
+  const [first] = await Promise.all([load(a), load(a)])
+  const second = await load(b)
+  const third = await load(c)
+  expect(await load(b)).toBe(second)
+  expect((await load(a)).data).toEqual(first.data)
+  expect(await load(a)).toBe(await load(a))
+  expect(await load(c)).not.toBe(third)
 })

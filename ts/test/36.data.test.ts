@@ -12,6 +12,7 @@ import { type Dataset, groupByModalityLength, loadDataset } from '../src/data.js
 import { loadImage, normalise, preprocessImage } from '../src/image.js'
 import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/loader.js'
 import { buildSample, IGNORE, type Sample } from '../src/prompt.js'
+import { wordCount } from '../src/records.js'
 import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/safetensors.js'
 import { Tokenizer } from '../src/tokenizer.js'
 import { CASES, caseDir, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
@@ -78,6 +79,19 @@ describe('reading data files', () => {
     const d = await loadDataset(put(JSON.stringify(big)))
     expect(fs.statSync(d.file).size).toBeGreaterThan(3 << 20)
     expect([...d].map((r) => r.id)).toEqual(big.map((_, i) => `r${i}`))
+    const huge = [rec('a'), rec('b', { pad: 'x'.repeat(5 << 20) }), rec('c')]
+    expect([...(await loadDataset(put(JSON.stringify(huge))))].map((r) => r.id)).toEqual(['a', 'b', 'c'])
+  })
+  it('counts words as white space separates them, in any script', () => {
+    const text = fc.string({ unit: fc.constantFrom(...'a é🙂\t\n\r\u00a0\u3000\u2003\u200b\ufeff\u1680\x1f\x85 ') })
+    fc.assert(
+      fc.property(fc.array(text), (values) => {
+        const conversations = values.map((value) => ({ from: 'human' as const, value }))
+        const words = values.reduce((n, v) => n + (v.match(/\S+/g)?.length ?? 0), 0)
+        expect(wordCount({ id: '', image: null, conversations, similarity: null })).toBe(words)
+      }),
+      { numRuns: 500, seed: 4 },
+    )
   })
 
   const good = JSON.stringify(rec('a'))

@@ -2,6 +2,7 @@
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
+import fc from 'fast-check'
 import { type ColumnSource, parquetWriteBuffer, type SchemaElement } from 'hyparquet-writer'
 import { describe, expect, it } from 'vitest'
 import { readPreprocessor } from '../src/config.js'
@@ -206,6 +207,42 @@ describe('tar', () => {
   })
 })
 
+it('damaged tars: members inside the file, or an own error', () => {
+  const folder = tempDir()
+  fs.writeFileSync(path.join(folder, `${'é'.repeat(90)}.txt`), 'x'.repeat(700))
+  fs.writeFileSync(path.join(folder, 'short'), 'y')
+  const file = fresh('.tar')
+  execFileSync('tar', ['--format=pax', '--sort=name', '-cf', file, '-C', folder, '.'])
+  const bytes = fs.readFileSync(file)
+  const checksum = (b: Buffer, at: number): void => {
+    b.write('        ', at + 148)
+    const sum = b.subarray(at, at + 512).reduce((x, y) => x + y, 0)
+    b.write(`${sum.toString(8).padStart(6, '0')}\0 `, at + 148)
+  }
+  const flip = fc.tuple(fc.nat(4095), fc.oneof(fc.nat(255), fc.constantFrom(...Buffer.from('0179 =\n\0xgLK'))))
+  let read = 0
+  fc.assert(
+    fc.property(fc.array(flip, { maxLength: 4 }), fc.boolean(), fc.nat(bytes.length), (flips, mend, cut) => {
+      const b = Buffer.from(bytes)
+      for (const [at, v] of flips) b[at] = v
+      // With the sums made right the damage gets further.
+      if (mend) for (const [at] of flips) checksum(b, at - (at % 512))
+      const size = cut % 2 ? cut : b.length
+      fs.writeFileSync(file, b.subarray(0, size))
+      try {
+        for (const m of tarMembers(file)) {
+          read++
+          expect(m.offset >= 512 && m.bytes >= 0 && m.offset + m.bytes <= size).toBe(true)
+        }
+      } catch (e) {
+        expect((e as { code?: string }).code, String((e as Error).stack)).toBe('ERR_DATA')
+      }
+    }),
+    { numRuns: 500, seed: 6 },
+  )
+  expect(read).toBeGreaterThan(100)
+})
+
 describe('pictures in shards', () => {
   const file = (name: string): Buffer => fs.readFileSync(caseDir('base', 'images', name))
   const shards = path.join(dir, 'shards')
@@ -305,6 +342,13 @@ describe('pictures in shards', () => {
     const { width, height } = await loadImage(p.locate('a08.png'))
     expect(await imageHeader(p.locate('a08.png'))).toEqual({ width, height })
     expect(await imageHeader({ root: caseDir('base', 'images'), name: 'a08.png' })).toEqual({ width, height })
+    // 200 kB of application data before the size.
+    const jpeg = file('a02.jpg')
+    const segment = Buffer.concat([Buffer.from([0xff, 0xef, 0xff, 0xff]), Buffer.alloc(65_533)])
+    const long = Buffer.concat([jpeg.subarray(0, 2), segment, segment, segment, jpeg.subarray(2)])
+    fs.writeFileSync(path.join(dir, 'long.jpg'), long)
+    const { width: w, height: h } = await loadImage({ root: caseDir('base', 'images'), name: 'a02.jpg' })
+    expect(await imageHeader({ root: dir, name: 'long.jpg' })).toEqual({ width: w, height: h })
     await refuses(() => imageHeader(p.locate('twice')), 'ERR_IMAGE', /twice, expected a picture that can be decoded/)
     await refuses(() => imageHeader(p.locate('a08.png'), { maxPixels: 10 }), 'ERR_IMAGE', /at most 10 pixels/)
   })

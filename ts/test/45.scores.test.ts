@@ -57,10 +57,13 @@ describe('levels', () => {
     const { pair } = JSON.parse(lines[1])
     lines[1] = JSON.stringify({ pair, score: 0.99 })
     fs.writeFileSync(partial, lines.join('\n').slice(0, -9))
-    const again = await run(file)
+    const again = await run(file, { scores: partial })
     expect(again.scores[0]).toBe(0.99)
     expect(again.scores.slice(1)).toEqual(want.scores.slice(1))
     expect(again.written[0]).toBe(7)
+    // The file is whole again.
+    const last = await run(file)
+    expect([last.notices, last.scores]).toEqual([[], again.scores])
     expect(fs.readdirSync(dir)).toEqual(['pairs.json'])
   })
   it('a scores file that was named stays: other levels need no CLIP; another CLIP is noticed', async () => {
@@ -73,7 +76,13 @@ describe('levels', () => {
     expect(second.scores).toEqual(first.scores)
     expect(new Set(second.written)).toEqual(new Set([0, 1, 2, 3]))
     expect(fs.statSync(scores).size).toBe(size)
-    fs.writeFileSync(scores, fs.readFileSync(scores, 'utf8').replace(/"clip":"./, '"clip":"?'))
+    fs.writeFileSync(
+      scores,
+      fs
+        .readFileSync(scores, 'utf8')
+        .replace(/"clip":"./, '"clip":"?')
+        .replace(/"score":/g, '"score":1'),
+    )
     const third = await run(file, { scores })
     expect(third.notices).toEqual([expect.stringMatching(/made again: they belong to another CLIP/)])
     expect(third.scores).toEqual(first.scores)
