@@ -182,6 +182,8 @@ function main() {
   // CommonJS gets the one ES module, which Node can do from 20.19; other resolutions than Node's are not aimed at
   check('attw', () => void bin('attw', packed.file, '--profile', 'node16', '--ignore-rules', 'cjs-resolves-to-esm'))
 
+  if (failures > 0) return // what is wrong with it may do harm when it runs
+
   const { dir, env } = onNode(packed.file, OWN)
   check('no network and no scripts', () => {
     fs.rmSync(path.join(dir, 'node_modules'), { recursive: true })
