@@ -26,12 +26,14 @@ import {
   generate,
 } from './generate.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
-import { type Device, native, resolveDevice } from './native.js'
-import { initialize, Linear, Module, Source } from './nn.js'
+import { mergedWeights } from './lora.js'
+import { type Device, resolveDevice } from './native.js'
+import { Linear, Module, type Source } from './nn.js'
 import { type AlignMixArgs, type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
-import { openCheckpoint, type TensorEntry, type TensorToWrite, writeSafetensors } from './safetensors.js'
-import { backward, type Dtype, noGrad, scope, Tensor, tensor } from './tensor.js'
+import { openCheckpoint, writeSafetensors } from './safetensors.js'
+import { backward, type Dtype, noGrad, scope, type Tensor, tensor } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
+import { checkpointSource, initSource, type Placement, pretrainedSource } from './weights.js'
 
 /** How the alignment vector of a batch's pictures is made. */
 export type Mix =
@@ -66,71 +68,7 @@ export interface CreateOptions {
   pretrained?: string
 }
 
-/** Of a model's weights and activations. */
-export interface Placement {
-  dtype: Dtype
-  device?: Device
-}
-
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
-const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
-
-function readTensor(e: TensorEntry, shape: number[], { dtype, device }: Placement): Tensor {
-  if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
-    throw new AlignGPTError(
-      'ERR_SHAPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected shape [${shape}], got [${e.shape}]`,
-    )
-  if (!(e.dtype in fileDtype))
-    throw new AlignGPTError(
-      'ERR_DTYPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
-    )
-  const t = new Tensor(native.empty(shape, dtype, device)).persist()
-  try {
-    native.readFile(t.h, e.path, e.offset, fileDtype[e.dtype as keyof typeof fileDtype])
-  } catch (error) {
-    t.dispose()
-    throw error
-  }
-  return t
-}
-
-/** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
-export function checkpointSource(where: string, place: Placement, rename = (name: string): string => name): Source {
-  const entries = openCheckpoint(where)
-  return new Source(
-    (name, shape) => {
-      const e = entries.get(rename(name))
-      if (!e)
-        throw new AlignGPTError(
-          'ERR_WEIGHTS',
-          `[checkpoint] ${where}: '${rename(name)}': expected a tensor [${shape}], got none`,
-        )
-      return readTensor(e, shape, place)
-    },
-    (name) => entries.has(rename(name)),
-  )
-}
-/** Fresh parameters. */
-export function initSource(seed: number, { dtype, device }: Placement): Source {
-  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
-}
-
-/** What a pre-training left (names with or without `model.`), fresh parameters for the rest: the gate. */
-function pretrainedSource(file: string, seed: number, place: Placement): Source {
-  const entries = openCheckpoint(file)
-  const found = (name: string) => entries.get(name) ?? entries.get(`model.${name}`)
-  if (!found('align_indicators.indicator_embs') && ![...entries.keys()].some((n) => n.includes('mm_projector.')))
-    throw new AlignGPTError(
-      'ERR_WEIGHTS',
-      `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
-    )
-  return new Source((name, shape, init) => {
-    const e = found(name)
-    return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
-  })
-}
 
 const VISION = 'vision_tower.vision_tower.vision_model.'
 
@@ -476,15 +414,13 @@ export class AlignGPT extends Module {
   }
 
   // ---- saving ---------------------------------------------------------------------------------------------
-  /** Writes the model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. */
+  /**
+   * Writes the model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. Adapters (LoRA)
+   * are merged into the weights that are written; the model itself stays as it is.
+   */
   async save(dir: string): Promise<void> {
     fs.mkdirSync(path.join(dir, 'vision_tower'), { recursive: true })
-    const written: TensorToWrite[] = []
-    for (const [name, t] of this.namedParameters()) {
-      const dtype = t.dtype === 'bf16' ? 'BF16' : t.dtype === 'f64' ? 'F64' : 'F32'
-      written.push({ name, dtype, shape: t.shape, write: (file, offset) => native.writeFile(t.h, file, offset) })
-    }
-    writeSafetensors(path.join(dir, 'model.safetensors'), written)
+    writeSafetensors(path.join(dir, 'model.safetensors'), mergedWeights(this))
     const { config } = this.#parts
     writeAlignGPTConfig(
       dir,

@@ -144,7 +144,8 @@ const id = z.int().nonnegative()
 const ids = z.union([id.transform((x) => [x]), z.array(id)], 'a token id or a list of them')
 const maybe = <T extends z.ZodType>(schema: T) => schema.nullish().transform((x) => x ?? null)
 
-function check<T>(schema: z.ZodType<T>, raw: unknown, file: string, prefix = ''): T {
+/** Validates what a file holds. @throws AlignGPTError ERR_CONFIG naming the key, what was expected and what is there */
+export function check<T>(schema: z.ZodType<T>, raw: unknown, file: string, prefix = ''): T {
   const result = schema.safeParse(raw)
   if (result.success) return result.data
   const issue = result.error.issues[0]

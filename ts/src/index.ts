@@ -21,6 +21,7 @@ export {
   type Sampling,
 } from './generate.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
+export { addLora, type LoraOptions, loadAdapter, mergeLora, saveAdapter } from './lora.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'
 export type { DataRecord, Style, Turn } from './prompt.js'
 export { clipScores, type LevelsOptions, levels, type Pair } from './score.js'

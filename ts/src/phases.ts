@@ -1,5 +1,7 @@
 /** What the two phases of the paper train, and their hyper-parameters (arXiv 2405.14129, section 4.1). */
 import type { AlignGPT, Mix } from './aligngpt.js'
+import { AlignGPTError } from './errors.js'
+import { hasLora, LORA_TRAINABLE } from './lora.js'
 import type { Parameter } from './optim.js'
 import type { Style } from './prompt.js'
 
@@ -12,6 +14,8 @@ export interface Phase {
   pad: boolean
   lr: number
   batch: number
+  /** of the projector alone, where it is not lr */
+  projectorLr?: number
 }
 
 /** Phase 1, pre-training: projector and alignment vectors learn; each pair uses the vector of its level. */
@@ -36,9 +40,27 @@ export const FINETUNE: Phase = {
   batch: 128,
 }
 
+/** LLaVA's rate for adapters; the projector beside them keeps the rate of instruction tuning. */
+const LORA_LR = 2e-4
+
+/** A phase as this model goes through it. */
+export function phaseOf(model: AlignGPT, phase: Phase, o: { lr?: number; projectorLr?: number } = {}): Phase {
+  const lora = phase.name === 'finetune' && hasLora(model)
+  const lr = o.lr ?? (lora ? LORA_LR : phase.lr)
+  if (o.projectorLr !== undefined && lr === 0)
+    throw new AlignGPTError('ERR_ARGUMENT', '[train] projectorLr: expected an lr > 0 beside it, got 0')
+  return {
+    ...phase,
+    trainable: lora ? LORA_TRAINABLE : phase.trainable,
+    lr,
+    projectorLr: o.projectorLr ?? (lora && o.lr === undefined ? phase.lr : undefined),
+  }
+}
+
 /** The parameters a phase trains. */
 export function trainable(model: AlignGPT, phase: Phase): Parameter[] {
+  const projector = phase.projectorLr === undefined ? 1 : phase.projectorLr / phase.lr
   return [...model.namedParameters()]
     .filter(([name]) => phase.trainable.test(name))
-    .map(([name, tensor]) => ({ name, tensor }))
+    .map(([name, tensor]) => ({ name, tensor, lrScale: name.startsWith('mm_projector.') ? projector : 1 }))
 }

@@ -7,9 +7,10 @@ import type { PackedBatch } from './batch.js'
 import type { Dataset, Dropped } from './data.js'
 import { AlignGPTError } from './errors.js'
 import { type Loader, openLoader } from './loader.js'
+import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
-import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
+import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
 
 export interface TrainOptions {
   /** folder for the model, log.jsonl and state.json; without one nothing is written */
@@ -18,8 +19,12 @@ export interface TrainOptions {
   batch?: number
   /** samples run at once, default 16 at most; the step's gradient is the same whatever it is */
   microBatch?: number
-  /** peak learning rate (the phase's: 1e-3, 2e-5) */
+  /** peak learning rate (the phase's: 1e-3, 2e-5; with adapters 2e-4, and 2e-5 for the projector) */
   lr?: number
+  /** of the projector, where it is to have its own */
+  projectorLr?: number
+  /** instruction tuning gives the language model adapters and trains those in its place; without it a model keeps those it has */
+  lora?: LoraOptions
   epochs?: number
   /** instead of epochs */
   steps?: number
@@ -83,12 +88,18 @@ export interface TrainResult {
 
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels (section 3.2 of the paper). */
 export function pretrain(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
-  return train(model, data, PRETRAIN, o)
+  return train(model, data, phaseOf(model, PRETRAIN, o), o)
 }
 
-/** Phase 2: language model, projector and gate learn from instructions (section 3.3 of the paper). */
-export function finetune(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
-  return train(model, data, FINETUNE, o)
+/**
+ * Phase 2: language model, projector and gate learn from instructions (section 3.3 of the paper). Of a model with adapters (LoRA)
+ * `out` holds the merged weights, and the adapters themselves are in its folder `adapter`.
+ */
+export async function finetune(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  if (o.lora) addLora(model, o.lora, o.seed)
+  const result = await train(model, data, phaseOf(model, FINETUNE, o), o)
+  if (o.out && hasLora(model)) saveAdapter(model, path.join(o.out, 'adapter'))
+  return result
 }
 
 function checkOptions(o: TrainOptions, data: Dataset): void {
@@ -96,7 +107,7 @@ function checkOptions(o: TrainOptions, data: Dataset): void {
   for (const key of positive)
     if (o[key] !== undefined && !(Number.isInteger(o[key]) && o[key] > 0))
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected an integer > 0, got ${o[key]}`)
-  for (const key of ['lr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
+  for (const key of ['lr', 'projectorLr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
     if (o[key] !== undefined && !(Number.isFinite(o[key]) && o[key] >= 0))
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected a number >= 0, got ${o[key]}`)
   if (data.length === 0) throw new AlignGPTError('ERR_DATA', `[train] ${data.file}: expected records, got none`)
