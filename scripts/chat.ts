@@ -24,7 +24,7 @@ const command = new Command('chat')
 try {
   const o = command.opts()
   const model = await AlignGPT.load(o.model, { dtype: o.dtype, clip: o.clip })
-  const mix: Mix = o.level === undefined ? { mode: 'gate' } : { mode: 'level', level: o.level }
+  const mix: Mix = o.level === undefined ? model.mix : { mode: 'level', level: o.level }
   const { maxNewTokens, temperature, topP, topK, seed, style, image } = o
   let alpha: number[] | null = null
   for await (const piece of model.generate({

@@ -1,5 +1,6 @@
 /** What the command scripts share. */
-import { type Command, InvalidArgumentError } from 'commander'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+import { ALIGNMENTS, GATE_TEXTS, GATES } from '../ts/src/config.js'
 import { AlignGPTError } from '../ts/src/errors.js'
 import type { StepInfo, TrainOptions, TrainResult } from '../ts/src/train.js'
 
@@ -43,11 +44,19 @@ export function trainingOptions(command: Command): Command {
     .option('--augment', 'mild augmentation of the pictures')
 }
 
+/** Which variant of the alignment vector is trained; what is not said is as the model's folder says. */
+export function alignmentOptions(command: Command): Command {
+  return command
+    .addOption(new Option('--alignment <variant>', 'how the alignment vector is made').choices(ALIGNMENTS))
+    .addOption(new Option('--gate <form>', 'two layers or the single one of the paper').choices(GATES))
+    .addOption(new Option('--gate-text <text>', 'which text the gate sees in training').choices(GATE_TEXTS))
+}
+
 /** The training options of a parsed command line; plain lines instead of a bar where there is no terminal. */
 export function training(o: Record<string, unknown>, signal: AbortSignal): TrainOptions {
   const plain = !process.stderr.isTTY
   // What says which data, models and folders is for the script; all other options have the library's names.
-  const { data, images, llm, clip, model, dtype, device, ...options } = o
+  const { data, images, llm, clip, model, dtype, device, alignment, gate, gateText, ...options } = o
   return {
     ...(options as TrainOptions),
     signal,

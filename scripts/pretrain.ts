@@ -3,9 +3,10 @@ import { Command } from 'commander'
 import { AlignGPT } from '../ts/src/aligngpt.js'
 import { loadDataset } from '../ts/src/data.js'
 import { pretrain } from '../ts/src/train.js'
-import { fail, integer, interruptible, summary, training, trainingOptions } from './cli.js'
+import { alignmentOptions, fail, integer, interruptible, summary, training, trainingOptions } from './cli.js'
 
-const o = trainingOptions(new Command('pretrain').description('phase 1: pre-training on image-text pairs with levels'))
+const command = new Command('pretrain').description('phase 1: pre-training on image-text pairs with levels')
+const o = alignmentOptions(trainingOptions(command))
   .requiredOption('--llm <dir>', 'LLaMA in Hugging Face layout')
   .requiredOption('--clip <dir>', 'CLIP in Hugging Face layout')
   .option('--levels <n>', 'number of alignment levels', integer, 8)
@@ -14,8 +15,9 @@ const o = trainingOptions(new Command('pretrain').description('phase 1: pre-trai
   .opts()
 
 try {
-  const { llm, clip, levels, projector, device, dtype, seed } = o
-  const model = await AlignGPT.create({ llm, clip, levels, projector }, { device, dtype, seed })
+  const { llm, clip, levels, projector, alignment, gate, gateText, device, dtype, seed } = o
+  const parts = { llm, clip, levels, projector, alignment, gate, gateText }
+  const model = await AlignGPT.create(parts, { device, dtype, seed })
   const data = await loadDataset(o.data, { images: o.images })
   summary(await pretrain(model, data, training(o, interruptible())), o.out)
   model.dispose()

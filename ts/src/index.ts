@@ -1,6 +1,14 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
-export { AlignGPT, type CreateOptions, type LoadOptions, loadClip, type Mix } from './aligngpt.js'
+export {
+  AlignGPT,
+  type AlignmentOptions,
+  type CreateOptions,
+  type LoadOptions,
+  loadClip,
+  type Mix,
+} from './aligngpt.js'
 export { saveTokenizer, trainBpe, trainClipBpe } from './bpe.js'
+export type { Alignment, Gate, GateText } from './config.js'
 export { type Dataset, type Dropped, loadDataset } from './data.js'
 export { AlignGPTError } from './errors.js'
 export {

@@ -1,6 +1,6 @@
 /** What a training step takes of a device's memory, computed before anything is allocated. */
 import { GATE_HIDDEN } from './align.js'
-import type { ClipVisionConfig, LlamaConfig } from './config.js'
+import type { ClipVisionConfig, Gate, LlamaConfig } from './config.js'
 import { AlignGPTError } from './errors.js'
 import { isTarget, type LoraOptions } from './lora.js'
 import { headChunk } from './ops.js'
@@ -15,6 +15,8 @@ export interface PlanModel {
   projector: string
   /** N, rows of the alignment table */
   levels: number
+  /** form of the gate, default mlp */
+  gate?: Gate
 }
 
 export interface PlanOptions {
@@ -123,7 +125,10 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
     ],
     projector: projectorShapes(m.projector, d, h),
     table: [levels * h],
-    gate: [GATE_HIDDEN * patchesOf(v), GATE_HIDDEN, (levels - 1) * GATE_HIDDEN, levels - 1],
+    gate:
+      m.gate === 'linear'
+        ? [(levels - 1) * patchesOf(v), levels - 1]
+        : [GATE_HIDDEN * patchesOf(v), GATE_HIDDEN, (levels - 1) * GATE_HIDDEN, levels - 1],
     vision: [
       ...[d, v.num_channels * v.patch_size ** 2 * d, (patchesOf(v) + 1) * d, d, d, d, d],
       ...Array.from({ length: v.num_hidden_layers }, () => visionLayer).flat(),

@@ -42,7 +42,7 @@ export interface TrainOptions {
   recompute?: boolean
   /** batch: token mean over the whole step (default); micro: mean of the micro-batches' means, as the official code */
   lossNorm?: 'batch' | 'micro'
-  /** what the gate's text mean sees; all: answers too, as the official code (default) */
+  /** what the gate's text mean sees; all: answers too, as the official code. Default: what the model's config says, else all */
   gateText?: 'all' | 'instruction'
   /** batches of similar lengths */
   groupByLength?: boolean
@@ -179,8 +179,8 @@ class Log {
 }
 
 /** Options that go to the loader as they are. */
-function pick({ groupByLength, gateText, maxBad, augment, workers }: TrainOptions) {
-  return { groupByLength, gateText, maxBad, augment, workers }
+function pick({ groupByLength, maxBad, augment, workers }: TrainOptions) {
+  return { groupByLength, maxBad, augment, workers }
 }
 
 async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
@@ -196,6 +196,8 @@ async function train(model: AlignGPT, data: Dataset, phase: Phase, options: Trai
     maxLength: model.config.tokenizer_model_max_length,
     micro: Math.min(o.microBatch ?? 16, o.batch),
     ...pick(o),
+    gateText: o.gateText ?? model.config.mm_gate_text,
+    align: mix.mode !== 'none',
     batch: o.batch,
     seed: o.seed,
     steps,
