@@ -3,6 +3,9 @@
 #include <napi.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -598,6 +601,27 @@ void clear_grads(const std::vector<Tensor>& leaves) {
 void reset_peak(const On& on) { device_of(on)->reset_peak(); }
 void trim(const On& on) { device_of(on)->trim(); }
 void fail_after(int64_t n, const On& on) { device_of(on)->fail_after(n); }
+void exit_now(int64_t status) {
+  check(status >= 0 && status <= 255, "ERR_ARGUMENT", "[exit] status: expected 0..255, got ", status);
+  std::_Exit(int(status));
+}
+void one_file_call(const std::string& path) { file_call(path); }
+
+// A handle is worth nothing in another thread: a tensor goes there with a ticket, which is good once.
+std::mutex sent_mutex;
+std::map<int64_t, Tensor> sent;
+int64_t send(const Tensor& t) {
+  static int64_t last = 0;
+  std::lock_guard<std::mutex> lock(sent_mutex);
+  sent.emplace(++last, t.detached());
+  return last;
+}
+Tensor receive(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(sent_mutex);
+  auto found = sent.extract(ticket);
+  check(!found.empty(), "ERR_HANDLE", "[receive] ticket: expected one that was not used yet, got ", ticket);
+  return std::move(found.mapped());
+}
 int64_t threads() { return ag_threads(); }
 void set_threads(int64_t n) {
   check(n >= 1 && n <= 1024, "ERR_ARGUMENT", "[setThreads] threads: expected 1..1024, got ", n);
@@ -657,6 +681,12 @@ void define_core(Napi::Object& e) {
   define(e, "device", call<&device_of_tensor>);
   define(e, "readFile", call<&read_file>);
   define(e, "writeFile", call<&write_file>);
+  define(e, "fileCall", call<&one_file_call>);
+  define(e, "fileCalls", call<&file_calls>);
+  define(e, "failFiles", call<&fail_files>);
+  define(e, "send", call<&send>);
+  define(e, "receive", call<&receive>);
+  define(e, "exit", call<&exit_now>);
   define(e, "scopeBegin", scope_begin);
   define(e, "scopeEnd", scope_end);
   define(e, "keep", keep);

@@ -176,7 +176,7 @@ typedef struct {
   AgDtype dt;
 } AgGatherRows;
 
-// dst[index[i],:] = src[i,:]; equal indices: the last one stays
+// dst[index[i],:] = src[i,:]; equal indices: the last one stays. 0 <= index[i] < dst_rows
 typedef struct {
   void* dst;
   const void* src;
@@ -367,8 +367,9 @@ typedef struct {
   const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
   const int32_t* image_row;     // [images]
   const int32_t* align_row;     // [images]
-  const int32_t* gate_ids;      // [gate_offsets[images]]
+  const int32_t* gate_ids;      // [gate_entries]
   const int32_t* gate_offsets;  // [images + 1]; an empty list gives a mean of zero
+  int64_t gate_entries;         // gate_offsets[images], which a device's host does not read
   const void* table;            // [levels, hidden]
   AgMixMode mode;
   const int32_t* level;  // [images]
@@ -480,6 +481,7 @@ typedef struct {
 typedef enum {
   AG_K_GEMM, AG_K_NORM_GRAD, AG_K_ATTENTION, AG_K_ATTENTION_GRAD, AG_K_ATTENTION_CACHED, AG_K_ALIGN_MIX,
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
+  AG_K_SCATTER_ROWS,
 } AgKernel;  // kernels that may want scratch; all others need none
 
 typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;

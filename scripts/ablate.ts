@@ -11,9 +11,9 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
+import { complain, integer } from '../ts/src/commands/options.js'
 import { AlignGPTError } from '../ts/src/errors.js'
 import { type Base, runCell, runCells, type Steps, table, VARIANTS } from './ablate/cells.js'
-import { fail, integer } from './cli.js'
 import { TESTS } from './quickstart/records.js'
 import { SCORES, VISION } from './quickstart/settings.js'
 
@@ -93,5 +93,6 @@ async function main(): Promise<void> {
 try {
   await main()
 } catch (e) {
-  fail(e)
+  complain(e)
+  process.exitCode = 1
 }

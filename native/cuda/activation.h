@@ -21,6 +21,10 @@ struct Activation {
   __device__ void operator()(const float (&x)[1], float (&y)[1]) const { y[0] = value(x[0]); }
 };
 
+__device__ __forceinline__ float gelu_slope(float x) {
+  return (erff(x * 0.70710678118654752440f) + 1) * 0.5f + x * expf(-x * x * 0.5f) * 0.39894228040143267794f;
+}
+
 // The one `op` names, where the choice cannot be a constant.
 __device__ __forceinline__ float activate(AgUnaryOp op, float x) {
   switch (op) {

@@ -33,7 +33,7 @@ static void add_matches(std::vector<std::string>& to, const std::string& pattern
 std::vector<std::string> candidates() {
   std::vector<std::string> files;
   const std::string chosen = environment("ALIGNGPT_CUBLASLT");
-  struct stat is {};
+  struct stat is{};
   if (!chosen.empty() && (stat(chosen.c_str(), &is) != 0 || !S_ISDIR(is.st_mode))) return {chosen};
   for (const char* name : kNames) files.push_back(chosen.empty() ? name : chosen + "/" + name);
   if (!chosen.empty()) return files;
@@ -154,8 +154,8 @@ std::string open_all(const AgBackend& services, State& s) {
 }
 
 // ---- one product ------------------------------------------------------------------------------------
-// What cublasLt computes of an AgGemm: d = a b (+ d) (+ bias), in row-major terms. Activations follow in a kernel of our own: its GELU
-// is the tanh one.
+// What cublasLt computes of an AgGemm: d = a b (+ d) (+ bias), in row-major terms. Activations follow in a kernel of our own: its
+// GELU is the tanh one.
 struct Product {
   const AgGemm& g;
   void* d;
@@ -182,8 +182,8 @@ Key key_of(const Product& p) {
           alignment(g.a), alignment(g.b), alignment(p.d), g.bias ? alignment(g.bias) : 0};
 }
 
-// Descriptors of one call. A row-major matrix is the transpose of the column-major one in the same memory, so D^T = op(B)^T op(A)^T: the
-// operands change places and keep their transposition flags, and the bias, one number for each row of D^T, is ours.
+// Descriptors of one call. A row-major matrix is the transpose of the column-major one in the same memory, so D^T = op(B)^T
+// op(A)^T: the operands change places and keep their transposition flags, and the bias, one number for each row of D^T, is ours.
 class Descriptors {
  public:
   Descriptors(const lt::Functions& call, const Product& p) : call_(call) {
@@ -300,7 +300,8 @@ bool cublaslt_open(const AgBackend& services, char* message, int64_t message_byt
   }
   s.line = "own kernels: " + why;
   if (choice != "cublaslt") return true;
-  std::snprintf(message, size_t(message_bytes), "[cuda] ALIGNGPT_GEMM: expected cublasLt for the products, got none: %s", why.c_str());
+  std::snprintf(message, size_t(message_bytes), "[cuda] ALIGNGPT_GEMM: expected cublasLt for the products, got none: %s",
+                why.c_str());
   return false;
 }
 
@@ -313,16 +314,16 @@ AgStatus cublaslt_gemm(AgCtx* ctx, const AgGemm* g) {
   const Plan plan = d.status ? Plan{} : plan_for(s, key, p, d);
   const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
   if (!d.status && !plan.refused) {
-    const int status = s.call.matmul(s.handle, d.desc, &one, g->b, d.left, g->a, d.right, &beta, p.d, d.result, p.d, d.result, &plan.algo,
-                                     s.workspace, size_t(kCublasWorkspace), stream_of(ctx));
+    const int status = s.call.matmul(s.handle, d.desc, &one, g->b, d.left, g->a, d.right, &beta, p.d, d.result, p.d, d.result,
+                                     &plan.algo, s.workspace, size_t(kCublasWorkspace), stream_of(ctx));
     if (is_refusal(status))
       forget(s, key);
     else if (d.did(status, "cublasLtMatmul"))
       return s.done++, finish(ctx, g);
   }
   if (d.status)
-    return fail(ctx, AG_DEVICE_ERROR, "[gemm] %s of %lld x %lld x %lld: %s (ALIGNGPT_GEMM=own does without it)", d.step, (long long)g->m,
-                (long long)g->n, (long long)g->k, s.call.status_name(d.status));
+    return fail(ctx, AG_DEVICE_ERROR, "[gemm] %s of %lld x %lld x %lld: %s (ALIGNGPT_GEMM=own does without it)", d.step,
+                (long long)g->m, (long long)g->n, (long long)g->k, s.call.status_name(d.status));
   s.refused++;
   return AG_UNSUPPORTED;
 }
@@ -332,7 +333,8 @@ CublasCounts cublaslt_counts() { return {state().done, state().refused}; }
 std::string cublaslt_line() {
   const CublasCounts n = cublaslt_counts();
   if (n.done + n.refused == 0) return state().line;
-  return state().line + ": " + std::to_string(n.done) + " products, " + std::to_string(n.refused) + " refused and run by own kernels";
+  return state().line + ": " + std::to_string(n.done) + " products, " + std::to_string(n.refused) +
+         " refused and run by own kernels";
 }
 
 }  // namespace gpu

@@ -99,7 +99,7 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.graph_end = graph_end;
   b.graph_launch = graph_launch;
   b.graph_destroy = graph_destroy;
-  // Only what somebody names: the real one would take this memory for a device's.
+  // Only what somebody names: the real one would take this memory for a device's. Its products run at once, in a graph too.
   return !std::getenv("ALIGNGPT_CUBLASLT") || cublaslt_open(b, message, message_bytes);
 }
 

@@ -2,7 +2,8 @@
 // the emulation on the host (shim.h), launching, and the small pieces all kernels share.
 //
 // Rules for kernels: shared memory is the dynamic one (SMEM); a collective is reached by whole warps and __syncthreads by whole
-// blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics.
+// blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics, but for those of
+// attention_grad.cu that are asked for (deterministic()).
 #pragma once
 #include "kernels.h"
 

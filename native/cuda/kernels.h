@@ -12,6 +12,7 @@ struct DeviceInfo {
   int architecture = 0;  // 90 for 9.0
 };
 const DeviceInfo& device();  // valid once the backend has been opened
+bool deterministic();        // not with ALIGNGPT_DETERMINISTIC=0, which is read once: then sums may depend on timing where that is faster
 
 // Each writes ctx->error and returns the status.
 AgStatus fail(AgCtx* ctx, AgStatus status, const char* format, ...) __attribute__((format(printf, 3, 4)));
@@ -39,6 +40,7 @@ AgStatus scatter_add(AgCtx*, const AgScatterAdd*);
 int64_t col_sum_workspace(const AgColSum*);
 int64_t sum_workspace(const AgSum*);
 int64_t sum_squares_workspace(const AgSumSquares*);
+int64_t scatter_rows_workspace(const AgScatterRows*);
 int64_t scatter_add_workspace(const AgScatterAdd*);
 
 AgStatus norm(AgCtx*, const AgNorm*);

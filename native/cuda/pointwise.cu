@@ -57,8 +57,7 @@ template <AgUnaryOp op>
 struct ActivationGrad {
   float alpha;
   __device__ float slope(float x) const {
-    if constexpr (op == AG_GELU)
-      return (erff(x * 0.70710678118654752440f) + 1) * 0.5f + x * expf(-x * x * 0.5f) * 0.39894228040143267794f;
+    if constexpr (op == AG_GELU) return gelu_slope(x);
     if constexpr (op == AG_GELU_TANH) {
       const float c = 0.79788456080286535588f, t = tanhf((x + x * x * x * 0.044715f) * c);
       return (t + 1) * 0.5f + x * 0.5f * (1 - t * t) * c * (1 + 3 * 0.044715f * x * x);

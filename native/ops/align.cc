@@ -65,6 +65,7 @@ static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
   a.gb1 = in.gate[3].data();
   a.gate_ids = device_i32(ids, in.x.device());
   a.gate_offsets = device_i32(offsets, in.x.device());
+  a.gate_entries = ids.numel();
   a.global = in.global ? 1.0 : 0.0;
 }
 

@@ -17,7 +17,8 @@ void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot) {
   want_index(op, "slot", slot, 0, places);
   want_same_device(op, {&cache, &rows});
   run(op, cache.device(), table(cache).scatter_rows,
-      AgScatterRows{cache.data(), rows.data(), device_i32(slot, cache.device()), slot.numel(), cache.shape[2], places, cache.dt});
+      AgScatterRows{cache.data(), rows.data(), device_i32(slot, cache.device()), slot.numel(), cache.shape[2], places, cache.dt},
+      AG_K_SCATTER_ROWS);
 }
 
 static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Tensor& blocks, const Tensor& len, int64_t batch) {

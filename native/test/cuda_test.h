@@ -2,7 +2,7 @@
 // the CPU, on the device, and on the device again, each time from the same bytes, and compares every output:
 //   - device with CPU: NMSE <= 1e-7 (f32) or 1e-4 (bf16), no element far off, NaN and infinity where the CPU has them;
 //     integers and buffers marked exact() byte for byte
-//   - device with itself: the same bytes
+//   - device with itself: the same bytes, unless they may vary
 //   - the guards before and after every output, and behind the scratch
 // Cases live in native/test/cuda*.cc; a Registered object puts them into the one program, which runs with the emulation or,
 // with --library, on a GPU.
@@ -33,6 +33,7 @@ struct Buffer {
   std::vector<uint8_t> host;        // what a run begins with
   std::vector<uint8_t> results[3];  // CPU, device, device again
   bool is_exact = false, is_bits = false;  // bits: no numbers; the case compares them itself
+  bool may_vary = false;                   // two runs need not give the same bytes
   int64_t skip = 0;    // elements before it: an address that is not aligned
   void* at = nullptr;  // on the side that runs
 
@@ -45,6 +46,7 @@ struct Buffer {
   size_t bytes() const { return size_t(n) * size_of(dt); }
   double number(const std::vector<uint8_t>& from, int64_t i) const;
   Buffer& exact() { return is_exact = true, *this; }
+  Buffer& varies(bool may) { return may_vary = may, *this; }
   Buffer& shifted(int64_t elements) { return skip = elements, *this; }
 };
 

@@ -12,12 +12,12 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
 import { AlignGPT } from '../../ts/src/aligngpt.js'
+import { complain } from '../../ts/src/commands/options.js'
 import { addLora, loadAdapter, mergeLora, saveAdapter } from '../../ts/src/lora.js'
 import { embedding, matmul } from '../../ts/src/ops.js'
 import { Rng } from '../../ts/src/rng.js'
 import { openSafetensors, readFloats } from '../../ts/src/safetensors.js'
 import { noGrad, scope, tensor } from '../../ts/src/tensor.js'
-import { fail } from '../cli.js'
 
 /** Largest error of a logit, of the largest logit: some roundings of f32. */
 const TOLERANCE = 2e-6
@@ -88,5 +88,6 @@ try {
     .parse()
   process.exitCode = (await main(command.opts().python)) ? 0 : 1
 } catch (e) {
-  fail(e)
+  complain(e)
+  process.exitCode = 1
 }

@@ -8,8 +8,10 @@ export {
   type Mix,
 } from './aligngpt.js'
 export { saveTokenizer, trainBpe, trainClipBpe } from './bpe.js'
+export { type CheckOptions, type CheckReport, checkDataset, type Finding, PROBLEMS, type ProblemKind } from './check.js'
+export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from './checkpoint.js'
 export type { Alignment, Gate, GateText } from './config.js'
-export { type Dataset, type Dropped, loadDataset } from './data.js'
+export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data.js'
 export { AlignGPTError } from './errors.js'
 export {
   type Answer,
@@ -28,6 +30,7 @@ export {
   generateBatch,
   type Sampling,
 } from './generate.js'
+export type { OutlierOptions } from './guard.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
 export { addLora, type LoraOptions, loadAdapter, mergeLora, saveAdapter } from './lora.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'

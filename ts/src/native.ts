@@ -2,8 +2,8 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { AlignGPTError } from './errors.js'
+import { packageRoot } from './package.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
 /** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
@@ -81,6 +81,17 @@ export interface Native {
   device(t: H): Device
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void
@@ -172,31 +183,43 @@ export interface Native {
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 
-/** The package's root folder: the nearest one above this file that has a package.json. */
-function packageRoot(): string {
-  let dir = path.dirname(fileURLToPath(import.meta.url))
-  while (!existsSync(path.join(dir, 'package.json')) && path.dirname(dir) !== dir) dir = path.dirname(dir)
-  return dir
+/** The machine in the words in which binaries differ. */
+function platform(): string {
+  const name = `${process.platform}-${process.arch}`
+  if (process.platform !== 'linux') return name
+  const { header } = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } }
+  return `${name} with ${header.glibcVersionRuntime ? `glibc ${header.glibcVersionRuntime}` : 'musl'}`
 }
 
-function load(): Native {
+/**
+ * The binary built here from source, where there is one, else the one that came with the package. The first that is there
+ * has to load: another one in its place could be an older one.
+ */
+function load(): { file: string; core: Native } {
   const root = packageRoot()
-  const candidates = [
-    path.join(root, 'build', 'Release', 'aligngpt.node'),
-    path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
-  ]
-  const found = candidates.find((file) => existsSync(file))
-  if (!found) {
-    throw new AlignGPTError(
-      'ERR_NATIVE',
-      `[native] no binary for ${process.platform}-${process.arch}, expected one of ${candidates.join(', ')}; ` +
-        'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
-    )
+  const built = path.join(root, 'build', 'Release', 'aligngpt.node')
+  const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
+  const file = [built, prebuilt].find((candidate) => existsSync(candidate))
+  let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
+  try {
+    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
+  } catch (e) {
+    const { code, message } = e as { code?: string; message: string }
+    if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
+    problem = message.split('\n')[0]
   }
-  return createRequire(import.meta.url)(found) as Native
+  const script = JSON.stringify(path.join(root, 'scripts', 'build-native.mjs'))
+  throw new AlignGPTError(
+    'ERR_NATIVE',
+    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: node ${script} ` +
+      '(needs a C++17 compiler, make or ninja, cmake >= 3.20 and the npm registry)',
+  )
 }
 
-export const native: Native = load()
+const { file, core } = load()
+/** The native core's file. */
+export const nativeFile = file
+export const native: Native = core
 
 /**
  * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,

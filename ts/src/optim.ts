@@ -1,4 +1,5 @@
 /** AdamW over flat buckets, and the learning-rate schedule. */
+import type { StateTensor } from './checkpoint.js'
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
 import { cast, reshape, slice, to } from './ops.js'
@@ -95,8 +96,30 @@ export class AdamW {
     }
   }
 
+  /** Updates made so far. */
   get step(): number {
     return this.#step
+  }
+
+  /** What a run must keep besides the weights to go on: moments, and what bf16 weights do not hold. */
+  state(): StateTensor[] {
+    return this.#parameters.flatMap(({ name, tensor }, i) => {
+      const [m, v] = this.#moments.map((b) => b.views[i])
+      const list: StateTensor[] = [
+        { file: 'optimizer', name: `exp_avg.${name}`, tensor: m },
+        { file: 'optimizer', name: `exp_avg_sq.${name}`, tensor: v },
+      ]
+      const master = this.#masters[i]
+      if (master?.dtype === tensor.dtype)
+        list.push({ file: 'optimizer', name: `master_low.${name}`, tensor: master, stored: 'U16' })
+      else if (master) list.push({ file: 'optimizer', name: `master.${name}`, tensor: master })
+      return list
+    })
+  }
+
+  /** Goes on after `step` updates; the tensors of `state` are filled by the caller. */
+  resume(step: number): void {
+    this.#step = step
   }
 
   /** Norm over all gradients; not finite when any element is not. */

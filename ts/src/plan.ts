@@ -52,6 +52,8 @@ export interface MemoryPlan {
   transient: number
   peak: number
   host: number
+  /** main memory a checkpoint takes while it is being written; for a model on the CPU it comes on top of `peak` */
+  snapshot: number
 }
 
 /** As the native allocator rounds (native/tensor.cc). */
@@ -149,13 +151,17 @@ function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations
   const all = Object.values(shapes).flat()
   const compact = o.dtype === 'bf16' && o.optimizerState === 'compact'
   const flat = rounded(sum(trained) * (compact ? 2 : 4))
+  const [size, kept] = [o.dtype === 'bf16' ? 2 : 4, compact ? 2 : 4]
+  const masters = o.dtype === 'bf16' ? tensors(kept, ...trained) : 0
+  const saved = [...new Set([...learns, 'projector', 'table', 'gate'] as const)].flatMap((k) => shapes[k])
   return {
     parameters: sum(all),
     trainable: sum(trained),
-    weights: tensors(o.dtype === 'bf16' ? 2 : 4, ...all),
+    weights: tensors(size, ...all),
     gradients: flat,
     moments: 2 * flat,
-    masters: o.dtype === 'bf16' ? tensors(compact ? 2 : 4, ...trained) : 0,
+    masters,
+    snapshot: tensors(size, ...saved) + 2 * tensors(kept, ...trained) + masters,
   }
 }
 

@@ -2,7 +2,10 @@
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
+import { generateBatch } from '../src/generate.js'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
 import { AdamW } from '../src/optim.js'
@@ -154,6 +157,28 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     expect(() => graph.launch()).toThrow('[graphLaunch] graph: expected a live one of this thread')
     for (const t of [x, ids, graph.result]) t.dispose()
     expect(memory('cuda').inUse).toBe(before.inUse)
+  })
+  test('a model answers the same with a graph for each step, on its device', async () => {
+    const base = fileURLToPath(new URL('golden/base/', import.meta.url))
+    const model = await AlignGPT.load(path.join(base, 'model/aligngpt'), { device: 'cuda' })
+    const before = memory('cuda').inUse
+    const requests = [
+      { prompt: 'What is this?', image: path.join(base, 'images/a00.png') },
+      { prompt: 'What is a gradient?' },
+    ]
+    const ask = (graphs: string) => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', graphs)
+      return generateBatch(model, requests, { maxNewTokens: 10, temperature: 1, seed: 3 })
+    }
+    const plain = await ask('0')
+    const launches = vi.spyOn(native, 'graphLaunch')
+    expect(await ask('1')).toEqual(plain)
+    expect(launches.mock.calls.length).toBeGreaterThan(5)
+    launches.mockRestore()
+    expect(plain[0].ids.length).toBeGreaterThan(3)
+    expect([...model.namedParameters()].every(([, t]) => t.device === 'cuda')).toBe(true)
+    expect(memory('cuda').inUse - before).toBeLessThan(1 << 16) // the rotary tables
+    model.dispose()
   })
   test('files', () => {
     const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))

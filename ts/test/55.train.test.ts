@@ -261,6 +261,9 @@ test('a run is a pure function of its seed, and says what it did', async () => {
     expect(log.map((l) => l.loss)).toEqual(result.loss)
     expect(log[0]).toMatchObject({ phase: 'pretrain', step: 0, steps: 8, lr: 0 })
     expect(log[0].tokensPerSecond).toBeGreaterThan(0)
+    // Nobody can have decoded the first step's pictures before it began.
+    expect(log[0].waited).toBeGreaterThan(0)
+    for (const l of log) expect(l.waited >= 0 && l.waited < 1, `${l.waited}`).toBe(true)
     runs.push(fs.readFileSync(path.join(out, 'model.safetensors')).toString('base64'))
     model.dispose()
   }

@@ -234,3 +234,24 @@ test('pre-training leaves adapters alone; the projector can have a rate of its o
   expect(distance('gated_weight_layer.mlp.2.bias')).toBeCloseTo(1e-3, 5)
   model.dispose()
 })
+
+test('a run with adapters goes on from its checkpoint bit for bit, not with other adapters', async () => {
+  const usual = { lora: { rank: 2 }, lr: 1e-3, steps: 4, batch: 4, workers: 0, progress: false, saveEvery: 2 }
+  const run = async (out: string, o: object = {}) => {
+    const model = await load()
+    try {
+      const data = await open('data_phase2.json')
+      const result = await finetune(model, data, { ...usual, out: path.join(scratch, out), onMessage: () => {}, ...o })
+      return { result, weights: values(model) }
+    } finally {
+      model.dispose()
+    }
+  }
+  const whole = await run('whole')
+  const stop = new AbortController()
+  await run('stopped', { signal: stop.signal, onStep: (s: { step: number }) => s.step === 1 && stop.abort() })
+  await expect(run('stopped', { resume: true, lora: { rank: 3 } })).rejects.toThrow(/settings of the run to continue/)
+  const rest = await run('stopped', { resume: true })
+  expect(rest.result.resumed).toBe(2)
+  expect(rest.weights).toEqual(whole.weights)
+})

@@ -1,9 +1,10 @@
-/* A stand-in for libcublasLt.so: the same symbols, descriptors recorded from the bytes that are set, and a product on the host that is computed
-   from nothing but those descriptors. Values and struct layouts are its own (values.h, from NVIDIA's headers), so a wrong one in
-   native/cuda/cublas.h shows. It is strict where the real one is silent: alignments that were promised, an algorithm made for another
-   product, a workspace that is not there, a C that is read although beta is 0. */
+/* A stand-in for libcublasLt.so: the same symbols, descriptors recorded from the bytes that are set, and a product on the host
+   that is computed from nothing but those descriptors. Values and struct layouts are its own (values.h, from NVIDIA's headers),
+   so a wrong one in native/cuda/cublas.h shows. It is strict where the real one is silent: alignments that were promised, an
+   algorithm made for another product, a workspace that is not there, a C that is read although beta is 0. */
 #include "fake.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,7 +69,9 @@ static int put(void* to, const void* value, size_t bytes, size_t expected) {
 }
 
 EXPORT size_t cublasLtGetVersion(void) { return fake_cublaslt.version; }
-EXPORT const char* cublasLtGetStatusName(int status) { return status == FAKE_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : "CUBLAS_STATUS_OF_THE_FAKE"; }
+EXPORT const char* cublasLtGetStatusName(int status) {
+  return status == FAKE_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : "CUBLAS_STATUS_OF_THE_FAKE";
+}
 EXPORT int cublasLtCreate(void** handle) {
   *handle = &fake_cublaslt;
   return fake_cublaslt.create_status;
@@ -128,24 +131,28 @@ static int fitting(const Desc* d, const Layout* const* l) {
   const Layout *a = l[0], *b = l[1], *c = l[2], *r = l[3];
   if (d->compute != CUBLAS_COMPUTE_32F || d->scale != CUDA_R_32F) return wrong("another type to compute in");
   const int halves = a->type == CUDA_R_16BF;
-  if (a->type != b->type || c->type != r->type || (!halves && (a->type != CUDA_R_32F || r->type != CUDA_R_32F))) return wrong("types");
+  if (a->type != b->type || c->type != r->type || (!halves && (a->type != CUDA_R_32F || r->type != CUDA_R_32F)))
+    return wrong("types");
   const uint64_t m = d->trans_a ? a->cols : a->rows, k = d->trans_a ? a->rows : a->cols;
-  if ((d->trans_b ? b->cols : b->rows) != k || (d->trans_b ? b->rows : b->cols) != r->cols || r->rows != m) return wrong("sizes do not fit");
+  if ((d->trans_b ? b->cols : b->rows) != k || (d->trans_b ? b->rows : b->cols) != r->cols || r->rows != m)
+    return wrong("sizes do not fit");
   if (c->rows != r->rows || c->cols != r->cols || c->ld != r->ld || !m || !k || !r->cols) return wrong("sizes of C and D");
   if (d->epilogue != FAKE_DEFAULT_EPILOGUE && d->epilogue != CUBLASLT_EPILOGUE_BIAS) return wrong("another epilogue");
-  if ((d->epilogue == CUBLASLT_EPILOGUE_BIAS) != (d->bias != NULL)) return wrong("a bias without its epilogue, or the other way round");
+  if ((d->epilogue == CUBLASLT_EPILOGUE_BIAS) != (d->bias != NULL))
+    return wrong("a bias without its epilogue, or the other way round");
   return FAKE_SUCCESS;
 }
 
 #ifndef FAKE_WITHOUT_HEURISTIC
-EXPORT int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, void* c, void* d, void* preference, int wanted, Result* results,
-                                          int* found) {
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, void* c, void* d, void* preference,
+                                          int wanted, Result* results, int* found) {
   const Layout* layouts[4] = {a, b, c, d};
   const Preference* p = preference;
   __atomic_add_fetch(&fake_cublaslt.heuristics, 1, __ATOMIC_RELAXED);
   if (handle != &fake_cublaslt || wanted < 1) return wrong("a handle that is not ours");
   if (fitting(desc, layouts)) return FAKE_INVALID_VALUE;
-  if (p->schemes & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) return wrong("a reduction that does not repeat or rounds to the result's type");
+  if (p->schemes & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)
+    return wrong("a reduction that does not repeat or rounds to the result's type");
   if (p->workspace != (uint64_t)32 << 20) return wrong("a workspace that is not 32 MiB");
   *found = fake_cublaslt.heuristic_finds;
   if (fake_cublaslt.heuristic_status || !*found) return fake_cublaslt.heuristic_status;
@@ -177,19 +184,25 @@ static void set(void* p, int32_t type, uint64_t i, float f) {
 }
 static uint64_t at(const Layout* l, uint64_t row, uint64_t col) { return row + col * (uint64_t)l->ld; } /* column-major */
 
-static int allowed(const Desc* d, const Layout* const* l, const Algorithm* algo, const void* const* p, void* workspace, size_t bytes) {
+static int allowed(const Desc* d, const Layout* const* l, const Algorithm* algo, const void* const* p, void* workspace,
+                   size_t bytes) {
   if (fitting(d, l)) return FAKE_INVALID_VALUE;
-  if (!algo || algo->stamp != kStamp || algo->product != product_of(d, l)) return wrong("an algorithm that was made for another product");
+  if (!algo || algo->stamp != kStamp || algo->product != product_of(d, l))
+    return wrong("an algorithm that was made for another product");
   for (int i = 0; i < 5; i++)
     if (p[i] && alignment(p[i]) < algo->align[i]) return wrong("less alignment than was promised");
   if (!workspace || (uintptr_t)workspace % 16 || bytes < algo->workspace) return wrong("a workspace too small");
+  static pthread_mutex_t stream = PTHREAD_MUTEX_INITIALIZER; /* on which one product follows another */
+  pthread_mutex_lock(&stream);
   memset(workspace, 0xff, algo->workspace);
   ((char*)workspace)[bytes - 1] = 1; /* all of it is there */
+  pthread_mutex_unlock(&stream);
   return FAKE_SUCCESS;
 }
 
-EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, void* layout_a, const void* b, void* layout_b, const void* beta,
-                          const void* c, void* layout_c, void* d, void* layout_d, const void* algo, void* workspace, size_t workspace_bytes, void* stream) {
+EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, void* layout_a, const void* b,
+                          void* layout_b, const void* beta, const void* c, void* layout_c, void* d, void* layout_d,
+                          const void* algo, void* workspace, size_t workspace_bytes, void* stream) {
   const Layout* l[4] = {layout_a, layout_b, layout_c, layout_d};
   const Desc* o = desc;
   const void* pointers[5] = {a, b, c, d, o->bias};
@@ -204,7 +217,8 @@ EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const voi
     for (uint64_t row = 0; row < l[3]->rows; row++) {
       double sum = 0;
       for (uint64_t k = 0; k < depth; k++)
-        sum += get(a, l[0]->type, o->trans_a ? at(l[0], k, row) : at(l[0], row, k)) * get(b, l[1]->type, o->trans_b ? at(l[1], col, k) : at(l[1], k, col));
+        sum += get(a, l[0]->type, o->trans_a ? at(l[0], k, row) : at(l[0], row, k)) *
+               get(b, l[1]->type, o->trans_b ? at(l[1], col, k) : at(l[1], k, col));
       sum *= scale;
       if (keep != 0) sum += keep * get(c, l[2]->type, at(l[2], row, col));
       if (o->bias) sum += get(o->bias, l[3]->type, row);

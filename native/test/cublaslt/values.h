@@ -1,4 +1,4 @@
-/* What cublasLt.h and the headers it includes say, by the names they use: read from CUDA 12.6 (cublasLt.h of 12.6) and 13.1 (of the package
+/* What cublasLt.h and the headers it includes say, by the names they use: read from CUDA 12.6 and 13.1 (of the package
    nvidia-cublas 13.1.1.3), which agree. The last column is our own name of the value (native/cuda/cublas.h). */
 #pragma once
 #define CUBLASLT_VALUES(X)                               \
