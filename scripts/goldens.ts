@@ -267,7 +267,7 @@ async function runInference(d: Dump, dir: string, expected: Expected): Promise<E
     const options = { style: FINETUNE.style, patches: model.patches }
     const sample = buildPrompt(record.conversations, record.image, model.tokenizer, options)
     const file = record.image === null ? null : path.join(dir, 'images', record.image)
-    const batch = packWithPixels(model, [sample], [file === null ? null : await loadPixels(model, file)])
+    const batch = packWithPixels(model, [sample], [file === null ? null : await loadPixels(model, file)], FINETUNE.mix)
     scope(() =>
       noGrad(() => dumpEmbedded(d, `infer.${record.id}`, model, batch, model.embed(batch, FINETUNE.mix), true)),
     )

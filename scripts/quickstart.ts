@@ -35,6 +35,7 @@ import {
   type Scores,
   writeReport,
 } from './quickstart/report.js'
+import { PHASE_1, PHASE_2, SCORES, VISION } from './quickstart/settings.js'
 import {
   type Budget,
   type ClipPair,
@@ -162,6 +163,7 @@ async function main(): Promise<void> {
   const data = await loadDataset(d.pairs, { images: d.images })
   const cut = bucketLevels(scores, LEVELS, 'width')
   await writeLevels(data, cut.levels)
+  fs.writeFileSync(path.join(out, SCORES), JSON.stringify(scores))
   const quality = readQuality(d)
   const qualities = [...data].map((r) => quality[r.id])
   const levels = describeLevels(scores, qualities, cut)
@@ -184,11 +186,7 @@ async function main(): Promise<void> {
     trainLlama(llmDir, readText(d), [...conversations], { ...meter(SIZE.llama), batch: 32, lr: 2e-3, seed: 3 }),
   )
 
-  const model = await AlignGPT.create(
-    // not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the end
-    { llm: llmDir, clip: clipDir, levels: LEVELS, selectLayer: -1, selectFeature: 'cls_patch' },
-    { seed: SEED },
-  )
+  const model = await AlignGPT.create({ llm: llmDir, clip: clipDir, levels: LEVELS, ...VISION }, { seed: SEED })
   /** Prints the loss now and then, at the end also what the steps spent waiting for pictures. */
   const show = (steps: number) => {
     const m = meter(steps)
@@ -203,26 +201,11 @@ async function main(): Promise<void> {
     }
   }
   const first = await stage('pretrain', 'Phase 1, pre-training: projector and alignment vectors', () =>
-    pretrain(model, data, {
-      batch: 64,
-      steps: SIZE.pretrain,
-      lr: 4e-3,
-      augment: true,
-      onStep: show(SIZE.pretrain),
-      progress: false,
-    }),
+    pretrain(model, data, { ...PHASE_1, steps: SIZE.pretrain, onStep: show(SIZE.pretrain) }),
   )
   const instructions = await loadDataset(d.instructions, { images: d.images })
   const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
-    finetune(model, instructions, {
-      batch: 32,
-      microBatch: 32,
-      steps: SIZE.finetune,
-      lr: 1.5e-3,
-      augment: true,
-      onStep: show(SIZE.finetune),
-      progress: false,
-    }),
+    finetune(model, instructions, { ...PHASE_2, steps: SIZE.finetune, onStep: show(SIZE.finetune) }),
   )
   await model.save(path.join(out, 'model'))
 

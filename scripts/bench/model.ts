@@ -1,7 +1,7 @@
 /** The model of the step rows (39 M parameters by default) as a checkpoint both sides read, its batch and our step. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { AlignGPT, initSource, type Placement } from '../../ts/src/aligngpt.js'
+import { AlignGPT } from '../../ts/src/aligngpt.js'
 import { type PackedBatch, packBatch } from '../../ts/src/batch.js'
 import { saveTokenizer, trainBpe } from '../../ts/src/bpe.js'
 import { CLIPModel } from '../../ts/src/clip.js'
@@ -13,6 +13,7 @@ import { AdamW } from '../../ts/src/optim.js'
 import { FINETUNE, PRETRAIN, trainable } from '../../ts/src/phases.js'
 import { IGNORE, IMAGE_TOKEN, type Sample } from '../../ts/src/prompt.js'
 import { writeSafetensors } from '../../ts/src/safetensors.js'
+import { initSource, type Placement } from '../../ts/src/weights.js'
 import { floats, integers, running } from './data.js'
 
 /** Sizes; the defaults are those of the step rows. */

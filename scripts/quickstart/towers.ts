@@ -4,7 +4,6 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import { initSource } from '../../ts/src/aligngpt.js'
 import { CLIPModel, offsetsOf } from '../../ts/src/clip.js'
 import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig } from '../../ts/src/config.js'
 import {
@@ -25,6 +24,7 @@ import { permutation, Rng } from '../../ts/src/rng.js'
 import { writeSafetensors } from '../../ts/src/safetensors.js'
 import { backward, scope, type Tensor, tensor } from '../../ts/src/tensor.js'
 import { Tokenizer } from '../../ts/src/tokenizer.js'
+import { initSource } from '../../ts/src/weights.js'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'
 
 /** A loss every now and then, for the report. */

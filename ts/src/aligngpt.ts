@@ -1,13 +1,17 @@
 /** The model: CLIP vision tower + projector + alignment vector + LLaMA (arXiv 2405.14129). */
 import fs from 'node:fs'
 import path from 'node:path'
-import { AlignIndicators, GatedWeightLayer, Projector } from './align.js'
+import { AlignIndicators, GatedWeightLayer, type Mix, mixArgs, mixOf, Projector, splice } from './align.js'
 import type { PackedBatch } from './batch.js'
 import { CLIPModel, CLIPVisionTransformer } from './clip.js'
 import {
   type AlignGPTConfig,
+  type AlignGPTFields,
+  type Alignment,
   alignGPTConfigJson,
   type ClipConfig,
+  type Gate,
+  type GateText,
   type PreprocessorConfig,
   parseAlignGPTConfig,
   patchCount,
@@ -26,21 +30,16 @@ import {
   generate,
 } from './generate.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
-import { type Device, native, resolveDevice } from './native.js'
-import { initialize, Linear, Module, Source } from './nn.js'
-import { type AlignMixArgs, type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
-import { openCheckpoint, type TensorEntry, type TensorToWrite, writeSafetensors } from './safetensors.js'
-import { backward, type Dtype, noGrad, scope, Tensor, tensor } from './tensor.js'
+import { mergedWeights } from './lora.js'
+import { type Device, resolveDevice } from './native.js'
+import { Linear, Module, type Source } from './nn.js'
+import { type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
+import { openCheckpoint, writeSafetensors } from './safetensors.js'
+import { backward, type Dtype, noGrad, scope, type Tensor, tensor } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
+import { checkpointSource, initSource, type Placement, pretrainedSource } from './weights.js'
 
-/** How the alignment vector of a batch's pictures is made. */
-export type Mix =
-  /** one vector per level (pre-training): the batch's levels, or one level for all */
-  | { mode: 'level'; level?: number }
-  /** gate over the local vectors plus the global one (instruction tuning, inference); global: false is "local only" */
-  | { mode: 'gate'; global?: boolean }
-  /** given weights of all N rows, for every picture */
-  | { mode: 'fixed'; coefficients: readonly number[] }
+export type { Mix } from './align.js'
 
 export interface LoadOptions {
   /** default auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one, else the CPU */
@@ -50,7 +49,15 @@ export interface LoadOptions {
   /** of new parts */
   seed?: number
 }
-export interface CreateOptions {
+/** Which variant of the alignment vector; what a checkpoint's config says, else the official code's (adaptive, mlp, all). */
+export interface AlignmentOptions {
+  alignment?: Alignment
+  /** linear: the paper's single matrix in place of the official code's two layers */
+  gate?: Gate
+  /** instruction: the gate does not see answers in training, as it will not at inference */
+  gateText?: GateText
+}
+export interface CreateOptions extends AlignmentOptions {
   /** folder of a LLaMA in Hugging Face layout */
   llm: string
   /** folder of a CLIP in Hugging Face layout */
@@ -66,71 +73,7 @@ export interface CreateOptions {
   pretrained?: string
 }
 
-/** Of a model's weights and activations. */
-export interface Placement {
-  dtype: Dtype
-  device?: Device
-}
-
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
-const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
-
-function readTensor(e: TensorEntry, shape: number[], { dtype, device }: Placement): Tensor {
-  if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
-    throw new AlignGPTError(
-      'ERR_SHAPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected shape [${shape}], got [${e.shape}]`,
-    )
-  if (!(e.dtype in fileDtype))
-    throw new AlignGPTError(
-      'ERR_DTYPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
-    )
-  const t = new Tensor(native.empty(shape, dtype, device)).persist()
-  try {
-    native.readFile(t.h, e.path, e.offset, fileDtype[e.dtype as keyof typeof fileDtype])
-  } catch (error) {
-    t.dispose()
-    throw error
-  }
-  return t
-}
-
-/** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
-export function checkpointSource(where: string, place: Placement, rename = (name: string): string => name): Source {
-  const entries = openCheckpoint(where)
-  return new Source(
-    (name, shape) => {
-      const e = entries.get(rename(name))
-      if (!e)
-        throw new AlignGPTError(
-          'ERR_WEIGHTS',
-          `[checkpoint] ${where}: '${rename(name)}': expected a tensor [${shape}], got none`,
-        )
-      return readTensor(e, shape, place)
-    },
-    (name) => entries.has(rename(name)),
-  )
-}
-/** Fresh parameters. */
-export function initSource(seed: number, { dtype, device }: Placement): Source {
-  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
-}
-
-/** What a pre-training left (names with or without `model.`), fresh parameters for the rest: the gate. */
-function pretrainedSource(file: string, seed: number, place: Placement): Source {
-  const entries = openCheckpoint(file)
-  const found = (name: string) => entries.get(name) ?? entries.get(`model.${name}`)
-  if (!found('align_indicators.indicator_embs') && ![...entries.keys()].some((n) => n.includes('mm_projector.')))
-    throw new AlignGPTError(
-      'ERR_WEIGHTS',
-      `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
-    )
-  return new Source((name, shape, init) => {
-    const e = found(name)
-    return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
-  })
-}
 
 const VISION = 'vision_tower.vision_tower.vision_model.'
 
@@ -150,8 +93,8 @@ interface Sources {
   llm: Source
   vision: Source
   projector: Source
-  /** alignment table and gate */
-  align: Source
+  table: Source
+  gate: Source
 }
 
 interface Parts {
@@ -170,6 +113,15 @@ function checkOptions(o: LoadOptions): Required<Placement> & { seed: number } {
   if (dtype !== 'f32' && dtype !== 'bf16' && dtype !== 'f64')
     throw new AlignGPTError('ERR_DTYPE', `[AlignGPT] dtype: expected f32, bf16 or f64, got ${dtype}`)
   return { dtype, device: resolveDevice(o.device, dtype), seed: o.seed ?? 0 }
+}
+
+/** Fields of config.json for what was asked for. */
+function alignmentFields({ alignment, gate, gateText }: AlignmentOptions): Partial<AlignGPTFields> {
+  return {
+    ...(alignment !== undefined && { mm_alignment: alignment }),
+    ...(gate !== undefined && { mm_gate_type: gate }),
+    ...(gateText !== undefined && { mm_gate_text: gateText }),
+  }
 }
 
 /** Everything a forward pass produces on its way; the goldens look at all of it. */
@@ -193,7 +145,7 @@ export class AlignGPT extends Module {
   readonly device: Device
 
   private constructor(from: Sources, parts: Parts, { dtype, device }: Required<Placement>) {
-    const { llm, vision, projector, align } = from
+    const { llm, vision, projector, table, gate } = from
     super()
     const { config, clip, levels } = parts
     this.dtype = dtype
@@ -216,8 +168,9 @@ export class AlignGPT extends Module {
       config.llm.hidden_size,
     )
     this.mm_projector = this.#projector.module
-    this.align_indicators = new AlignIndicators(align.at('align_indicators'), levels, config.llm.hidden_size)
-    this.gated_weight_layer = new GatedWeightLayer(align.at('gated_weight_layer'), this.patches, levels)
+    this.align_indicators = new AlignIndicators(table.at('align_indicators'), levels, config.llm.hidden_size)
+    const { mm_gate_type } = config
+    this.gated_weight_layer = new GatedWeightLayer(gate.at('gated_weight_layer'), mm_gate_type, this.patches, levels)
   }
 
   /** A new AlignGPT from a LLaMA and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
@@ -234,6 +187,7 @@ export class AlignGPT extends Module {
       mm_vision_select_feature: o.selectFeature ?? 'patch',
       mm_vision_tower: path.resolve(o.clip),
       n_indicators: levels,
+      ...alignmentFields(o),
     })
     const parts: Parts = {
       config: parseAlignGPTConfig(raw, path.join(o.llm, 'config.json')),
@@ -247,16 +201,19 @@ export class AlignGPT extends Module {
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
     const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
     const vision = checkpointSource(o.clip, place, toClip)
-    return new AlignGPT({ llm: checkpointSource(o.llm, place), vision, projector: fresh, align: fresh }, parts, place)
+    const llm = checkpointSource(o.llm, place)
+    return new AlignGPT({ llm, vision, projector: fresh, table: fresh, gate: fresh }, parts, place)
   }
 
   /**
-   * Loads an AlignGPT folder in the official layout (as `save` writes it too).
+   * Loads an AlignGPT folder in the official layout (as `save` writes it too). Another `alignment` or `gate` than the folder's
+   * takes the model up in that variant: a gate of another form and a random table are drawn from the seed.
    * @param o.clip folder of the vision tower's settings where the config's path does not lead there
    */
-  static async load(dir: string, o: LoadOptions & { clip?: string } = {}): Promise<AlignGPT> {
+  static async load(dir: string, o: LoadOptions & AlignmentOptions & { clip?: string } = {}): Promise<AlignGPT> {
     const { seed, ...place } = checkOptions(o)
-    const config = readAlignGPTConfig(dir)
+    const stored = readAlignGPTConfig(dir)
+    const config = parseAlignGPTConfig({ ...stored.llm.raw, ...alignmentFields(o) }, path.join(dir, 'config.json'))
     const candidates = [o.clip, config.visionTowerPath, path.join(dir, 'vision_tower')]
     const clipDir = candidates.find((d): d is string => !!d && fs.existsSync(path.join(d, 'config.json')))
     if (!clipDir)
@@ -281,9 +238,14 @@ export class AlignGPT extends Module {
     const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
     const vision = ownVision ? source : checkpointSource(clipDir, place, toClip)
-    // a LLaVA has a projector but no table: alignment starts fresh there
-    const align = table ? source : initSource(seed, place)
-    return new AlignGPT({ llm: source, vision, projector: source, align }, parts, place)
+    // a LLaVA has a projector but no table: alignment starts fresh there, as does what an option asks for in another form
+    const fresh = initSource(seed, place)
+    const redrawn = config.mm_alignment === 'random' && stored.mm_alignment !== 'random'
+    const from = {
+      table: table && !redrawn ? source : fresh,
+      gate: table && config.mm_gate_type === stored.mm_gate_type ? source : fresh,
+    }
+    return new AlignGPT({ llm: source, vision, projector: source, ...from }, parts, place)
   }
 
   get config(): AlignGPTConfig {
@@ -298,6 +260,10 @@ export class AlignGPT extends Module {
   /** Number of alignment levels N. */
   get levels(): number {
     return this.#parts.levels
+  }
+  /** How this model makes its alignment vector in instruction tuning and at inference. */
+  get mix(): Mix {
+    return mixOf(this.#parts.config.mm_alignment, this.levels)
   }
   /** Image rows P of a picture. */
   get patches(): number {
@@ -333,48 +299,26 @@ export class AlignGPT extends Module {
       return vision.features(input, config.mm_vision_select_layer, withClass)
     }
     const visionFeatures = scope(() => noGrad(seen))
+    const last = this.#projector.beforeLast(visionFeatures)
+    const embed = this.model.embed_tokens.weight
+    const { levels, dtype, device, gated_weight_layer: gate } = this
+    if (images && (mix.mode === 'none') !== (b.alignRows.length === 0))
+      throw new AlignGPTError(
+        'ERR_ARGUMENT',
+        `[AlignGPT] batch: expected ${mix.mode === 'none' ? 'no place' : 'a place'} for alignment vectors, got ${b.alignRows.length}`,
+      )
+    if (mix.mode === 'none') return { ...splice(b, last, embed, levels), visionFeatures }
     const result = alignMix({
-      ...this.#projector.beforeLast(visionFeatures),
-      embed: this.model.embed_tokens.weight,
+      ...last,
+      embed,
       table: this.align_indicators.indicator_embs,
       tokens: tensor(b.tokens),
       imageRows: tensor(b.imageRows),
       alignRows: tensor(b.alignRows),
       patches: this.patches,
-      mix: this.#mixArgs(b, mix),
+      mix: mixArgs(b, mix, { levels, dtype, device, gate }),
     })
     return { ...result, visionFeatures }
-  }
-
-  #mixArgs(b: PackedBatch, mix: Mix): AlignMixArgs['mix'] {
-    const images = b.imageRows.length
-    if (mix.mode === 'level') {
-      const levels = mix.level === undefined ? b.levels : Int32Array.from({ length: images }, () => mix.level as number)
-      const missing = levels.findIndex((l) => l < 0)
-      if (missing >= 0)
-        throw new AlignGPTError(
-          'ERR_DATA',
-          `[AlignGPT] record '${b.ids[b.imageSamples[missing]]}': expected a level in 'similarity', got none; run levels first`,
-        )
-      return { mode: 'level', levels: tensor(levels) }
-    }
-    if (mix.mode === 'fixed') {
-      if (mix.coefficients.length !== this.levels)
-        throw new AlignGPTError(
-          'ERR_ARGUMENT',
-          `[AlignGPT] coefficients: expected ${this.levels}, got ${mix.coefficients.length}`,
-        )
-      const rows = Array.from({ length: images }, () => mix.coefficients).flat()
-      const acc = this.dtype === 'f64' ? 'f64' : 'f32'
-      return { mode: 'fixed', coefficients: tensor(Float64Array.from(rows), [images, this.levels], acc, this.device) }
-    }
-    return {
-      mode: 'gate',
-      ids: tensor(b.gateIds),
-      offsets: tensor(b.gateOffsets),
-      gate: this.gated_weight_layer.tensors,
-      global: mix.global ?? true,
-    }
   }
 
   /** Rotary tables that cover positions 0..length-1. */
@@ -476,15 +420,13 @@ export class AlignGPT extends Module {
   }
 
   // ---- saving ---------------------------------------------------------------------------------------------
-  /** Writes the model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. */
+  /**
+   * Writes the model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. Adapters (LoRA)
+   * are merged into the weights that are written; the model itself stays as it is.
+   */
   async save(dir: string): Promise<void> {
     fs.mkdirSync(path.join(dir, 'vision_tower'), { recursive: true })
-    const written: TensorToWrite[] = []
-    for (const [name, t] of this.namedParameters()) {
-      const dtype = t.dtype === 'bf16' ? 'BF16' : t.dtype === 'f64' ? 'F64' : 'F32'
-      written.push({ name, dtype, shape: t.shape, write: (file, offset) => native.writeFile(t.h, file, offset) })
-    }
-    writeSafetensors(path.join(dir, 'model.safetensors'), written)
+    writeSafetensors(path.join(dir, 'model.safetensors'), mergedWeights(this))
     const { config } = this.#parts
     writeAlignGPTConfig(
       dir,
@@ -496,6 +438,9 @@ export class AlignGPT extends Module {
         mm_vision_select_feature: config.mm_vision_select_feature,
         mm_vision_tower: 'vision_tower',
         n_indicators: this.levels,
+        mm_alignment: config.mm_alignment,
+        mm_gate_type: config.mm_gate_type,
+        mm_gate_text: config.mm_gate_text,
       },
       torchNames[this.dtype],
     )

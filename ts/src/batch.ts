@@ -25,7 +25,7 @@ export interface PackedBatch {
   lossTargets: Int32Array
   /** [M] first picture row of each picture */
   imageRows: Int32Array
-  /** [M] ALIGN row of each picture's sequence */
+  /** [M] ALIGN row of each picture's sequence; none when packed without */
   alignRows: Int32Array
   /** [M] sequence (0..B-1) of each picture */
   imageSamples: Int32Array
@@ -48,6 +48,8 @@ export interface PackedBatch {
 export interface PackOptions {
   /** which text the gate's mean sees; 'instruction' leaves answers out. Default 'all' (the official code) */
   gateText?: 'all' | 'instruction'
+  /** false: no place for an alignment vector (Mix 'none'); a sample's `length` counts one all the same. Default true */
+  align?: boolean
   /** side of a picture, pixels; default 0: no pixels are filled in */
   size?: number
   /** writes picture m (of sequence b) as [3, size, size] at `offset` of `out` */
@@ -65,7 +67,7 @@ interface Rows {
 }
 
 /** Appends one sequence. */
-function appendSequence(r: Rows, s: Sample, patches: number): void {
+function appendSequence(r: Rows, s: Sample, patches: number, align: boolean): void {
   const start = r.tokens.length
   const push = (id: number, label: number): void => {
     r.positions.push(r.tokens.length - start)
@@ -81,7 +83,7 @@ function appendSequence(r: Rows, s: Sample, patches: number): void {
       r.imageRows.push(r.tokens.length)
       for (let p = 0; p < patches; p++) push(IMAGE_ROW, IGNORE)
     } else push(id, s.labels[i])
-    if (i === 0 && s.image !== null) {
+    if (i === 0 && s.image !== null && align) {
       r.alignRows.push(r.tokens.length)
       push(ALIGN_ROW, IGNORE)
     }
@@ -94,7 +96,7 @@ function appendSequence(r: Rows, s: Sample, patches: number): void {
  * @throws AlignGPTError ERR_DATA: a sample marked `skip`, or whose placeholder and picture do not go together
  */
 export function packBatch(samples: readonly Sample[], patches: number, options: PackOptions = {}): PackedBatch {
-  const { gateText = 'all', size = 0, fill } = options
+  const { gateText = 'all', align = true, size = 0, fill } = options
   const r: Rows = { tokens: [], labels: [], positions: [], lossRows: [], lossTargets: [], imageRows: [], alignRows: [] }
   const offsets = [0]
   const imageSamples: number[] = []
@@ -105,7 +107,7 @@ export function packBatch(samples: readonly Sample[], patches: number, options: 
     const places = s.ids.reduce((n, id) => n + (id === IMAGE_TOKEN ? 1 : 0), 0)
     if (places !== (s.image === null ? 0 : 1) || s.ids[0] === IMAGE_TOKEN)
       throw mismatch('ERR_DATA', 'batch', `sample ${show(s.id)}`, 'one placeholder after BOS per picture', `${places}`)
-    appendSequence(r, s, patches)
+    appendSequence(r, s, patches, align)
     offsets.push(r.tokens.length)
     if (s.image === null) return
     imageSamples.push(b)

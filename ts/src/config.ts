@@ -90,6 +90,20 @@ export interface ClipConfig {
   raw: RawConfig
 }
 
+/**
+ * Variants of the alignment vector (the paper's ablations): adaptive = gate over the local vectors plus the global one; local =
+ * without the global one; global = that one alone; average = mean of the local ones plus the global one; random = adaptive over
+ * a table that is never trained; none = no vector in the sequence.
+ */
+export const ALIGNMENTS = ['adaptive', 'local', 'global', 'average', 'random', 'none'] as const
+export type Alignment = (typeof ALIGNMENTS)[number]
+/** mlp: the official code's two layers; linear: the paper's one */
+export const GATES = ['mlp', 'linear'] as const
+export type Gate = (typeof GATES)[number]
+/** which text the gate sees in training */
+export const GATE_TEXTS = ['all', 'instruction'] as const
+export type GateText = (typeof GATE_TEXTS)[number]
+
 /** An AlignGPT model: a LLaMA config with the `mm_*` fields of the official code. */
 export interface AlignGPTConfig {
   /** the language model; its `raw` is the whole file */
@@ -104,6 +118,10 @@ export interface AlignGPTConfig {
   visionTowerPath: string | null
   /** null (official files): the first dimension of align_indicators.indicator_embs */
   n_indicators: number | null
+  /** not in official files, which are adaptive, mlp, all */
+  mm_alignment: Alignment
+  mm_gate_type: Gate
+  mm_gate_text: GateText
   /** 'pad': pad to square with the mean colour; other values: plain CLIP preprocessing */
   image_aspect_ratio: string
   tokenizer_model_max_length: number
@@ -144,7 +162,8 @@ const id = z.int().nonnegative()
 const ids = z.union([id.transform((x) => [x]), z.array(id)], 'a token id or a list of them')
 const maybe = <T extends z.ZodType>(schema: T) => schema.nullish().transform((x) => x ?? null)
 
-function check<T>(schema: z.ZodType<T>, raw: unknown, file: string, prefix = ''): T {
+/** Validates what a file holds. @throws AlignGPTError ERR_CONFIG naming the key, what was expected and what is there */
+export function check<T>(schema: z.ZodType<T>, raw: unknown, file: string, prefix = ''): T {
   const result = schema.safeParse(raw)
   if (result.success) return result.data
   const issue = result.error.issues[0]
@@ -152,7 +171,7 @@ function check<T>(schema: z.ZodType<T>, raw: unknown, file: string, prefix = '')
   for (const key of issue.path) got = (got as Record<PropertyKey, unknown> | undefined)?.[key]
   const key = [prefix, ...issue.path.map(String)].filter(Boolean).join('.') || '(the whole file)'
   const expected = issue.message
-    .replace(/^(Invalid input|Too small|Too big): expected /, '')
+    .replace(/^(Invalid input|Invalid option|Too small|Too big): expected /, '')
     .replace(/, received .*$/, '')
   throw mismatch('ERR_CONFIG', 'config', `${file}: ${key}`, expected, got === undefined ? 'nothing' : show(got))
 }
@@ -349,6 +368,9 @@ const alignSchema = z.object({
   mm_vision_select_feature: or(z.enum(['patch', 'cls_patch']), 'patch'),
   mm_vision_tower: maybe(z.string().min(1)),
   n_indicators: maybe(z.int().min(2)),
+  mm_alignment: or(z.enum(ALIGNMENTS), 'adaptive'),
+  mm_gate_type: or(z.enum(GATES), 'mlp'),
+  mm_gate_text: or(z.enum(GATE_TEXTS), 'all'),
   image_aspect_ratio: or(z.string(), 'pad'),
   tokenizer_model_max_length: or(size, 2048),
 })
@@ -384,7 +406,17 @@ export function modelTypeOf(fileOrFolder: string): string {
 export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_projector_type' | 'mm_vision_select_layer'> & {
   mm_vision_tower: string
   n_indicators: number
-} & Partial<Pick<AlignGPTConfig, 'mm_vision_select_feature' | 'image_aspect_ratio' | 'tokenizer_model_max_length'>>
+} & Partial<
+    Pick<
+      AlignGPTConfig,
+      | 'mm_vision_select_feature'
+      | 'image_aspect_ratio'
+      | 'tokenizer_model_max_length'
+      | 'mm_alignment'
+      | 'mm_gate_type'
+      | 'mm_gate_text'
+    >
+  >
 
 /** Content of an official AlignGPT config.json: the LLaMA config as it was, plus the `mm_*` fields. */
 export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, torchDtype?: string): RawConfig {

@@ -122,8 +122,9 @@ class Asker {
         pixels.push(q.image ? await this.#load(q.image) : null)
       }
     // gateText 'instruction': as at inference, the gate must not see the answer that is being judged
-    const batch = packWithPixels(this.model, samples, pixels, 'instruction')
-    const nll = scope(() => noGrad(() => this.model.loss(batch, this.o.mix ?? { mode: 'gate' }).nll.toFloats()))
+    const mix = this.o.mix ?? this.model.mix
+    const batch = packWithPixels(this.model, samples, pixels, mix, 'instruction')
+    const nll = scope(() => noGrad(() => this.model.loss(batch, mix).nll.toFloats()))
     const sums = samples.map(() => ({ sum: 0, n: 0 }))
     let s = 0
     for (const [i, row] of batch.lossRows.entries()) {
@@ -219,8 +220,9 @@ export async function evaluateLoss(
     const samples = records.map((r) => buildSample(r, model.tokenizer, options))
     const load = (name: string): Promise<Float32Array> => loadPixels(model, readPicture(data.picture(name)))
     const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))
-    const batch = packWithPixels(model, samples, pixels)
-    sum += scope(() => noGrad(() => model.loss(batch, o.mix ?? { mode: 'gate' }, 1).loss.item()))
+    const mix = o.mix ?? model.mix
+    const batch = packWithPixels(model, samples, pixels, mix, model.config.mm_gate_text)
+    sum += scope(() => noGrad(() => model.loss(batch, mix, 1).loss.item()))
     tokens += batch.lossRows.length
   }
   return { loss: sum / Math.max(tokens, 1), tokens }

@@ -35,7 +35,7 @@ export interface GenerateOptions extends Sampling {
   system?: string
   /** texts that end an answer; they are not part of it */
   stop?: readonly string[]
-  /** how the alignment vector is made; default the gate */
+  /** how the alignment vector is made; default the model's way, { mode: 'level', level } is one level for all */
   mix?: Mix
   signal?: AbortSignal
 }
@@ -43,7 +43,7 @@ export interface GenerateOptions extends Sampling {
 export interface GeneratedPiece {
   text: string
   id: number
-  /** weight of each local level (N-1) and of the global one; null without a picture */
+  /** weight of each local level (N-1) and of the global one; null without a picture or vector */
   alpha: number[] | null
 }
 
@@ -196,15 +196,17 @@ export async function loadPixels(model: AlignGPT, image: string | Uint8Array): P
   return normalise(preprocessImage(await decodeImage(image), { ...model.preprocessor, pad }), model.preprocessor)
 }
 
-/** Packs samples with the pixels of those that have a picture. */
+/** Packs samples with the pixels of those that have a picture, for the way their vectors will be made. */
 export function packWithPixels(
   model: AlignGPT,
   samples: readonly Sample[],
   pixels: readonly (Float32Array | null)[],
+  mix: Mix,
   gateText: 'all' | 'instruction' = 'all',
 ): PackedBatch {
   return packBatch(samples, model.patches, {
     gateText,
+    align: mix.mode !== 'none',
     size: model.imageSize,
     fill: (out, offset, b) => out.set(pixels[b] as Float32Array, offset),
   })
@@ -236,9 +238,10 @@ async function* decode(
   const long = samples.find((s) => s.length > limit)
   if (long) throw mismatch('ERR_DATA', 'generate', long.id, `a prompt of at most ${limit} rows`, `${long.length}`)
   const pixels = await Promise.all(requests.map((r) => (r.image === undefined ? null : loadPixels(model, r.image))))
-  const batch = packWithPixels(model, samples, pixels)
+  const mix = o.mix ?? model.mix
+  const batch = packWithPixels(model, samples, pixels, mix)
   const maxNew = o.maxNewTokens ?? 256
-  const decoding = new Decoding(model, batch, o.mix ?? { mode: 'gate' }, maxNew)
+  const decoding = new Decoding(model, batch, mix, maxNew)
   try {
     const ends = endIds(model, o.style ?? 'vicuna_v1')
     const rngs = requests.map((_, i) => new Rng(o.seed ?? 0, i))

@@ -1,8 +1,16 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
-export { AlignGPT, type CreateOptions, type LoadOptions, loadClip, type Mix } from './aligngpt.js'
+export {
+  AlignGPT,
+  type AlignmentOptions,
+  type CreateOptions,
+  type LoadOptions,
+  loadClip,
+  type Mix,
+} from './aligngpt.js'
 export { saveTokenizer, trainBpe, trainClipBpe } from './bpe.js'
 export { type CheckOptions, type CheckReport, checkDataset, type Finding, PROBLEMS, type ProblemKind } from './check.js'
 export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from './checkpoint.js'
+export type { Alignment, Gate, GateText } from './config.js'
 export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data.js'
 export { AlignGPTError } from './errors.js'
 export {
@@ -24,6 +32,7 @@ export {
 } from './generate.js'
 export type { OutlierOptions } from './guard.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
+export { addLora, type LoraOptions, loadAdapter, mergeLora, saveAdapter } from './lora.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'
 export type { DataRecord, Style, Turn } from './prompt.js'
 export { clipScores, type LevelsOptions, levels, type Pair } from './score.js'

@@ -130,7 +130,8 @@ class LlamaMLP extends Module {
   }
   forward(x: Tensor): Tensor {
     const { weight, bias } = this.down_proj
-    return siluMulLinear(this.gate_proj.forward(x), this.up_proj.forward(x), weight, bias)
+    const [gate, up] = [this.gate_proj.forward(x), this.up_proj.forward(x)]
+    return this.down_proj.adapted(siluMulLinear(gate, up, weight, bias), (a) => siluMulLinear(gate, up, a))
   }
 }
 

@@ -37,6 +37,8 @@ export interface LoaderOptions extends SampleOptions {
   groupByLength?: boolean
   shuffle?: boolean
   gateText?: 'all' | 'instruction'
+  /** false: sequences without a place for an alignment vector */
+  align?: boolean
   /** share of records that may have unusable pictures before the run stops; default 0.01 */
   maxBad?: number
   /** augment pictures (random numbers of seed, epoch and record) */
@@ -305,7 +307,7 @@ export class Loader {
 
   /** Packs a finished micro-batch; samples with bad pictures are noted and left out. */
   private finish(job: Job, result: (i: number) => Uint8Array | Error): LoadedBatch {
-    const { patches, gateText, preprocess, maxBad = 0.01 } = this.options
+    const { patches, gateText, align, preprocess, maxBad = 0.01 } = this.options
     const kept: Sample[] = []
     const pixels: (Uint8Array | null)[] = []
     job.samples.forEach((sample, k) => {
@@ -322,7 +324,7 @@ export class Loader {
     this.dataset.checkBad(maxBad)
     const fill = (out: Float32Array, offset: number, b: number): void =>
       normaliseInto(pixels[b] as Uint8Array, this.table, out, offset)
-    const packed = kept.length ? packBatch(kept, patches, { gateText, size: preprocess.crop, fill }) : null
+    const packed = kept.length ? packBatch(kept, patches, { gateText, align, size: preprocess.crop, fill }) : null
     const { step, epoch, micro, microCount } = job
     return { step, epoch, micro, microCount, packed }
   }

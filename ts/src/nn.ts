@@ -1,7 +1,7 @@
 /** Modules: a tree of objects whose property names are the Hugging Face parameter names. */
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
-import { type Activation, cast, layerNorm, linear, rmsNorm, to } from './ops.js'
+import { type Activation, add, cast, layerNorm, linear, rmsNorm, scale, to } from './ops.js'
 import { type Device, type Dtype, scope, Tensor } from './tensor.js'
 
 /** How a new parameter is filled; `seed` and the parameter's name decide the values. */
@@ -73,6 +73,17 @@ export abstract class Module {
           if (item instanceof Module) yield* item.namedParameters(`${prefix}${key}.${i}.`)
     }
   }
+  /** [name, module] of this module (named '') and every one below. */
+  *namedModules(prefix = ''): Generator<[string, Module]> {
+    yield [prefix, this]
+    const at = prefix && `${prefix}.`
+    for (const [key, value] of Object.entries(this)) {
+      if (value instanceof Module) yield* value.namedModules(at + key)
+      else if (Array.isArray(value))
+        for (const [i, item] of value.entries())
+          if (item instanceof Module) yield* item.namedModules(`${at}${key}.${i}`)
+    }
+  }
   /** Frees every parameter. */
   dispose(): void {
     for (const [, t] of this.namedParameters()) if (t.live) t.dispose()
@@ -83,6 +94,11 @@ export abstract class Module {
 export class Linear extends Module {
   readonly weight: Tensor
   readonly bias?: Tensor
+  /** a low-rank adapter beside the weight (lora.ts): A [r, inputs] and B [outputs, r], named as PEFT does */
+  lora_A?: Linear
+  lora_B?: Linear
+  /** alpha / r of the adapter */
+  scaling = 1
   constructor(s: Source, inputs: number, outputs: number, o: { bias: boolean; init?: Init; biasInit?: Init }) {
     super()
     const usual: Init = { kind: 'uniform', bound: 1 / Math.sqrt(inputs) }
@@ -90,7 +106,13 @@ export class Linear extends Module {
     if (o.bias) this.bias = s.tensor('bias', [outputs], o.biasInit ?? usual)
   }
   forward(x: Tensor, activation: Activation = 'none'): Tensor {
-    return linear(x, this.weight, this.bias, activation)
+    if (!this.lora_A) return linear(x, this.weight, this.bias, activation)
+    return scope(() => this.adapted(linear(x, this.weight, this.bias, activation), (a) => linear(x, a)))
+  }
+  /** y + (alpha / r) (x A^T) B^T where there is an adapter, else y; `project` multiplies the layer's input x by A^T. */
+  adapted(y: Tensor, project: (a: Tensor) => Tensor): Tensor {
+    if (!this.lora_A || !this.lora_B) return y
+    return add(y, this.lora_B.forward(scale(project(this.lora_A.weight), this.scaling)))
   }
 }
 

@@ -1,7 +1,8 @@
 /** What a training step takes of a device's memory, computed before anything is allocated. */
 import { GATE_HIDDEN } from './align.js'
-import type { ClipVisionConfig, LlamaConfig } from './config.js'
+import type { ClipVisionConfig, Gate, LlamaConfig } from './config.js'
 import { AlignGPTError } from './errors.js'
+import { isTarget, type LoraOptions } from './lora.js'
 import { headChunk } from './ops.js'
 import type { OptimizerState } from './optim.js'
 import type { Phase } from './phases.js'
@@ -14,6 +15,8 @@ export interface PlanModel {
   projector: string
   /** N, rows of the alignment table */
   levels: number
+  /** form of the gate, default mlp */
+  gate?: Gate
 }
 
 export interface PlanOptions {
@@ -28,6 +31,8 @@ export interface PlanOptions {
   recompute?: boolean
   /** default full */
   optimizerState?: OptimizerState
+  /** adapters in instruction tuning, in place of the language model's own weights */
+  lora?: LoraOptions
   /** moments and masters in main memory, for a model on a GPU */
   offloadOptimizer?: boolean
 }
@@ -81,6 +86,30 @@ function layerShapes(c: LlamaConfig): number[] {
   return [h * q, h * kv, h * kv, q * h, h * i, h * i, i * h, h, h, ...biases]
 }
 
+/** A matrix of a layer: name, inputs, outputs. */
+type Matrix = [name: string, inputs: number, outputs: number]
+
+/** Rank of the adapters, and the matrices that get one, layer by layer. */
+function adapted(c: LlamaConfig, o: PlanOptions): { rank: number; layers: Matrix[][] } {
+  const { rank = 8, targets } = o.lora ?? {}
+  if (!o.lora || o.phase === 'pretrain') return { rank, layers: [] }
+  const [h, i] = [c.hidden_size, c.intermediate_size]
+  const [q, kv] = [c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim]
+  const matrices: Matrix[] = [
+    ['self_attn.q_proj', h, q],
+    ['self_attn.k_proj', h, kv],
+    ['self_attn.v_proj', h, kv],
+    ['self_attn.o_proj', q, h],
+    ['mlp.gate_proj', h, i],
+    ['mlp.up_proj', h, i],
+    ['mlp.down_proj', i, h],
+  ]
+  const layers = Array.from({ length: c.num_hidden_layers }, (_, n) =>
+    matrices.filter(([name]) => isTarget(`model.layers.${n}.${name}`, targets)),
+  )
+  return { rank, layers }
+}
+
 const patchesOf = (v: ClipVisionConfig): number => Math.floor(v.image_size / v.patch_size) ** 2
 
 /** Elements of each parameter, by the module the phases know it by. */
@@ -98,7 +127,10 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
     ],
     projector: projectorShapes(m.projector, d, h),
     table: [levels * h],
-    gate: [GATE_HIDDEN * patchesOf(v), GATE_HIDDEN, (levels - 1) * GATE_HIDDEN, levels - 1],
+    gate:
+      m.gate === 'linear'
+        ? [(levels - 1) * patchesOf(v), levels - 1]
+        : [GATE_HIDDEN * patchesOf(v), GATE_HIDDEN, (levels - 1) * GATE_HIDDEN, levels - 1],
     vision: [
       ...[d, v.num_channels * v.patch_size ** 2 * d, (patchesOf(v) + 1) * d, d, d, d, d],
       ...Array.from({ length: v.num_hidden_layers }, () => visionLayer).flat(),
@@ -108,9 +140,13 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
 
 /** Weights and what the optimizer keeps beside them. */
 function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host'> {
-  const shapes = parameterShapes(m)
+  const { rank, layers } = adapted(m.llm, o)
+  const lora = layers.flat().flatMap(([, inputs, outputs]) => [rank * inputs, outputs * rank])
+  const shapes = { ...parameterShapes(m), lora }
   const learns =
-    o.phase === 'pretrain' ? (['projector', 'table'] as const) : (['language', 'projector', 'gate'] as const)
+    o.phase === 'pretrain'
+      ? (['projector', 'table'] as const)
+      : ([o.lora ? 'lora' : 'language', 'projector', 'gate'] as const)
   const trained = learns.flatMap((k) => shapes[k])
   const all = Object.values(shapes).flat()
   const compact = o.dtype === 'bf16' && o.optimizerState === 'compact'
@@ -136,11 +172,18 @@ function layerKeeps(c: LlamaConfig, rows: number, size: number): number {
   return tensors(size, q, kv, kv, q, h, i, i) + tensors(4, rows, rows, rows * c.num_attention_heads)
 }
 
-/** The widest moment of a layer, of attention forward, MLP forward and MLP backward. */
-function layerTransient(c: LlamaConfig, rows: number, size: number): number {
+/**
+ * The widest moment of a layer, of attention forward, MLP forward and MLP backward; an adapter of down_proj has a gradient of its
+ * own for both inputs.
+ */
+function layerTransient(c: LlamaConfig, rows: number, size: number, downAdapted: boolean): number {
   const [h, i] = [rows * c.hidden_size, rows * c.intermediate_size]
   const [q, kv] = [rows * c.num_attention_heads * c.head_dim, rows * c.num_key_value_heads * c.head_dim]
-  return Math.max(tensors(size, h, q, kv, h), tensors(size, h, i, h), tensors(size, h, i, i))
+  return Math.max(
+    tensors(size, h, q, kv, h),
+    tensors(size, h, i, h),
+    tensors(size, h, i, i, ...(downAdapted ? [i, i] : [])),
+  )
 }
 
 /** CLIP has nothing to keep: the widest moment of a layer. */
@@ -182,13 +225,16 @@ export function plan(m: PlanModel, o: PlanOptions): MemoryPlan {
   const inputs = new Array<number>(llm.num_hidden_layers + 1).fill(width)
   const layer = layerKeeps(llm, rows, size)
   const base = features + tensors(size, ...hiddenLayers, ...inputs, width) // and the normed last state
-  const activations = base + (o.recompute ? 0 : llm.num_hidden_layers * layer)
+  const lora = adapted(llm, o)
+  const inner = lora.layers.map((matrices) => matrices.length * tensors(size, rows * lora.rank)) // x A^T
+  const downAdapted = lora.layers.flat().some(([name]) => name === 'mlp.down_proj')
+  const activations = base + (o.recompute ? 0 : llm.num_hidden_layers * layer + sum(inner))
 
-  const head = headTransient(llm, images * (o.labelledTokens ?? o.textTokens), size, o.phase === 'finetune')
-  const again = o.recompute ? layer + tensors(size, width) : 0 // one layer at a time, and its result
+  const head = headTransient(llm, images * (o.labelledTokens ?? o.textTokens), size, o.phase === 'finetune' && !o.lora)
+  const again = o.recompute ? layer + Math.max(0, ...inner) + tensors(size, width) : 0 // one layer at a time, and its result
   const transient = Math.max(
     head,
-    layerTransient(llm, rows, size) + again,
+    layerTransient(llm, rows, size, downAdapted) + again,
     visionTransient(v, images, size) - activations,
   )
   const kept = state.moments + state.masters

@@ -1,6 +1,6 @@
 /** Worker thread of run.ts: one training run. */
 import type { MessagePort } from 'node:worker_threads'
-import { AlignGPT, type CreateOptions, type LoadOptions } from './aligngpt.js'
+import { AlignGPT, type AlignmentOptions, type CreateOptions, type LoadOptions } from './aligngpt.js'
 import { loadDataset } from './data.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from './train.js'
 
@@ -8,7 +8,7 @@ import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult 
 export interface TrainJob {
   phase: 'pretrain' | 'finetune'
   /** a new model, or a folder */
-  model: { create: CreateOptions } | { load: string; clip?: string }
+  model: { create: CreateOptions } | ({ load: string; clip?: string } & AlignmentOptions)
   place: LoadOptions
   data: { file: string; images?: string }
   options: Omit<TrainOptions, 'signal' | 'onStep' | 'onMessage'>
@@ -26,10 +26,12 @@ export type StopRequest = 'stop'
 
 async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) => void): Promise<TrainResult> {
   const { phase, model: from, place, data, options } = job
-  const model =
-    'create' in from
-      ? await AlignGPT.create(from.create, place)
-      : await AlignGPT.load(from.load, { ...place, clip: from.clip })
+  const open = (): Promise<AlignGPT> => {
+    if ('create' in from) return AlignGPT.create(from.create, place)
+    const { load, ...rest } = from
+    return AlignGPT.load(load, { ...place, ...rest })
+  }
+  const model = await open()
   try {
     const dataset = await loadDataset(data.file, { images: data.images })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {

@@ -5,15 +5,17 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
 import { type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
+import type { GateText } from './config.js'
 import type { Dataset, DatasetState, Dropped } from './data.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError } from './errors.js'
 import { describeRecords, dumpStep, type OutlierOptions, type OutlierState, Outliers } from './guard.js'
 import { writeAtomicText } from './json.js'
 import { type Loader, openLoader } from './loader.js'
+import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
-import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
+import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
 import { Bar } from './progress.js'
 import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
@@ -25,8 +27,12 @@ export interface TrainOptions {
   batch?: number
   /** samples run at once, default 16 at most; the step's gradient is the same whatever it is */
   microBatch?: number
-  /** peak learning rate (the phase's: 1e-3, 2e-5) */
+  /** peak learning rate (the phase's: 1e-3, 2e-5; with adapters 2e-4, and 2e-5 for the projector) */
   lr?: number
+  /** of the projector, where it is to have its own */
+  projectorLr?: number
+  /** instruction tuning gives the language model adapters and trains those in its place; without it a model keeps those it has */
+  lora?: LoraOptions
   epochs?: number
   /** instead of epochs */
   steps?: number
@@ -44,7 +50,7 @@ export interface TrainOptions {
   recompute?: boolean
   /** batch: token mean over the whole step (default); micro: mean of the micro-batches' means, as the official code */
   lossNorm?: 'batch' | 'micro'
-  /** what the gate's text mean sees; all: answers too, as the official code (default) */
+  /** what the gate's text mean sees; all: answers too, as the official code. Default: what the model's config says, else all */
   gateText?: 'all' | 'instruction'
   /** batches of similar lengths */
   groupByLength?: boolean
@@ -112,12 +118,18 @@ export interface TrainResult {
 
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels (section 3.2 of the paper). */
 export function pretrain(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
-  return train(model, data, PRETRAIN, o)
+  return train(model, data, phaseOf(model, PRETRAIN, o), o)
 }
 
-/** Phase 2: language model, projector and gate learn from instructions (section 3.3 of the paper). */
-export function finetune(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
-  return train(model, data, FINETUNE, o)
+/**
+ * Phase 2: language model, projector and gate learn from instructions (section 3.3 of the paper). Of a model with adapters (LoRA)
+ * `out` holds the merged weights, and the adapters themselves are in its folder `adapter`.
+ */
+export async function finetune(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  if (o.lora) addLora(model, o.lora, o.seed)
+  const result = await train(model, data, phaseOf(model, FINETUNE, o), o)
+  if (o.out && hasLora(model)) saveAdapter(model, path.join(o.out, 'adapter'))
+  return result
 }
 
 function checkOptions(o: TrainOptions, data: Dataset): void {
@@ -125,7 +137,7 @@ function checkOptions(o: TrainOptions, data: Dataset): void {
   for (const key of positive)
     if (o[key] !== undefined && !(Number.isInteger(o[key]) && o[key] > 0))
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected an integer > 0, got ${o[key]}`)
-  for (const key of ['lr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
+  for (const key of ['lr', 'projectorLr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
     if (o[key] !== undefined && !(Number.isFinite(o[key]) && o[key] >= 0))
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected a number >= 0, got ${o[key]}`)
   if (o.keep !== undefined && !(Number.isInteger(o.keep) && o.keep >= 2))
@@ -232,10 +244,11 @@ type Resolved = TrainOptions & {
   clipGradNorm: number | null
   seed: number
   mix: Mix
+  gateText: GateText
   onMessage: (text: string) => void
 }
 
-function resolve(o: TrainOptions, data: Dataset, phase: Phase): Resolved {
+function resolve(model: AlignGPT, data: Dataset, phase: Phase, o: TrainOptions): Resolved {
   const batch = Math.min(o.batch ?? phase.batch, data.length)
   return {
     ...o,
@@ -247,6 +260,7 @@ function resolve(o: TrainOptions, data: Dataset, phase: Phase): Resolved {
     clipGradNorm: o.clipGradNorm === undefined ? 1 : o.clipGradNorm,
     seed: o.seed ?? 0,
     mix: o.mix ?? phase.mix,
+    gateText: o.gateText ?? model.config.mm_gate_text,
     onMessage: o.onMessage ?? ((text) => console.error(text)),
   }
 }
@@ -262,7 +276,11 @@ function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved): Re
     optimizerState: o.optimizerState ?? 'full',
     offloadOptimizer: o.offloadOptimizer ?? false,
     lossNorm: o.lossNorm ?? 'batch',
-    gateText: o.gateText ?? 'all',
+    gateText: o.gateText,
+    alignment: model.config.mm_alignment,
+    gate: model.config.mm_gate_type,
+    lora: o.lora ?? null,
+    projectorLr: phase.projectorLr ?? null,
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
     skipOutliers: o.skipOutliers ?? false,
@@ -333,6 +351,7 @@ class Run {
       // All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile.
       ahead: Math.max(2, Math.ceil(batch / o.microBatch)),
       ...{ groupByLength, gateText, maxBad, augment, workers, batch, seed, steps },
+      align: o.mix.mode !== 'none',
       startStep: this.done,
     })
     this.log = await Log.open(phase, o, this.done)
@@ -463,7 +482,7 @@ class Run {
 
 async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
   checkOptions(options, data)
-  const run = new Run(model, data, phase, resolve(options, data, phase))
+  const run = new Run(model, data, phase, resolve(model, data, phase, options))
   const began = performance.now()
   try {
     await run.open()

@@ -129,6 +129,25 @@ test('levels, pretrain, finetune, chat', async () => {
   expect(finetune.status, finetune.err).toBe(0)
   expect(finetune.out).toMatch(/2 steps in/)
 
+  const third = path.join(dir, 'third')
+  const usual = ['--model', first, '--data', instructions, '--images', pictures, '--out', third, '--batch', '4']
+  const variant = ['--alignment', 'local', '--gate', 'linear']
+  const adapters = await aligngpt(
+    'finetune',
+    ...usual,
+    ...variant,
+    '--lora-rank',
+    '2',
+    '--lora-targets',
+    'q_proj',
+    'up_proj',
+  )
+  expect(adapters.status, adapters.err).toBe(0)
+  const written = JSON.parse(fs.readFileSync(path.join(third, 'adapter', 'adapter_config.json'), 'utf8'))
+  expect(written).toMatchObject({ r: 2, lora_alpha: 4, target_modules: ['q_proj', 'up_proj'] })
+  const changed = JSON.parse(fs.readFileSync(path.join(third, 'config.json'), 'utf8'))
+  expect(changed).toMatchObject({ mm_alignment: 'local', mm_gate_type: 'linear', mm_gate_text: 'all' })
+
   const chat = await aligngpt(
     'chat',
     '--model',

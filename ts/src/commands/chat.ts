@@ -23,7 +23,7 @@ async function run(prompt: string, o: Options): Promise<void> {
   const { AlignGPT } = await import('../aligngpt.js')
   const { model: folder, clip, dtype, device, level, ...sampling } = o
   const model = await AlignGPT.load(folder, { dtype, device, clip })
-  const mix: Mix = level === undefined ? { mode: 'gate' } : { mode: 'level', level }
+  const mix: Mix = level === undefined ? model.mix : { mode: 'level', level }
   let alpha: number[] | null = null
   for await (const piece of model.generate({ prompt, ...sampling, mix })) {
     process.stdout.write(piece.text)

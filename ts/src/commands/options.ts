@@ -1,6 +1,6 @@
 /** What the commands share: parsers of options, those of both training commands, the last line. */
 import { type Command, InvalidArgumentError } from 'commander'
-import type { LoadOptions } from '../aligngpt.js'
+import type { AlignmentOptions, LoadOptions } from '../aligngpt.js'
 import type { TrainOptions, TrainResult } from '../train.js'
 import type { TrainJob } from '../train-worker.js'
 
@@ -23,7 +23,7 @@ export function complain(e: unknown): void {
 }
 
 /** The parsed options of both training commands: the library's, and what says which data and machine. */
-export interface TrainingOptions extends TrainOptions {
+export interface TrainingOptions extends TrainOptions, AlignmentOptions {
   data: string
   images?: string
   out: string
@@ -59,6 +59,10 @@ export function trainingOptions(command: Command): Command {
     .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
     .option('--allow-long-interval', 'an interval longer than the run is no mistake')
     .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
+    .option('--alignment <variant>', 'adaptive (default), local, global, average, random or none')
+    .option('--gate <form>', 'mlp (default), or linear as in the paper')
+    .option('--gate-text <text>', 'what the gate sees in training: all (default) or instruction')
+    .option('--projector-lr <rate>', 'peak learning rate of the projector', number)
     .option('--skip-outliers', 'leave out steps whose loss or gradient is far above those before')
 }
 

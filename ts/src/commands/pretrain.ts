@@ -9,8 +9,8 @@ interface Options extends TrainingOptions {
   projector: string
 }
 
-const run = ({ llm, clip, levels, projector, ...options }: Options): Promise<void> =>
-  train('pretrain', { create: { llm, clip, levels, projector } }, options)
+const run = ({ llm, clip, levels, projector, alignment, gate, gateText, ...options }: Options): Promise<void> =>
+  train('pretrain', { create: { llm, clip, levels, projector, alignment, gate, gateText } }, options)
 
 export function pretrain(program: Command): void {
   trainingOptions(program.command('pretrain').description('phase 1: pre-training on image-text pairs with levels'))
