@@ -1,5 +1,6 @@
-// Cases of alignMix and its gradient (cuda_test.h): every mode, with and without projector and bias, gradients of either dtype, added
-// or not or not wanted, pictures without text, text without pictures, sizes that are no multiple of an access, shifted addresses.
+// Cases of alignMix and its gradient (cuda_test.h): every mode, with and without projector and bias, gradients of either dtype,
+// added or not or not wanted, pictures without text, text without pictures, sizes that are no multiple of an access, shifted
+// addresses.
 #include "cuda_test.h"
 
 namespace cuda_test {
@@ -26,8 +27,8 @@ const Way kWays[] = {
     {"fixed", AG_MIX_FIXED, true, false, true, 1, 0, true, true},
 };
 
-// A sequence: two words, then for each picture its ALIGN row, a word, its rows and its text. The gate reads that text, every third word
-// twice; ids repeat within and between pictures.
+// A sequence: two words, then for each picture its ALIGN row, a word, its rows and its text. The gate reads that text, every
+// third word twice; ids repeat within and between pictures.
 struct Sequence {
   std::vector<int32_t> token, image_row, align_row, gate_ids, gate_offsets{0};
   explicit Sequence(const Shape& s) {
@@ -60,8 +61,8 @@ struct Case {
     const int64_t n = int64_t(s.words.size()), features = way.projector ? s.features : s.hidden;
     std::snprintf(label, sizeof label, "%s, %lld x %lld x %lld -> %lld shift %lld", way.name, (long long)n, (long long)s.patches,
                   (long long)features, (long long)s.hidden, (long long)s.shift);
-    sizes.tokens = int64_t(q.token.size()), sizes.hidden = s.hidden, sizes.vocab = s.vocab, sizes.images = n, sizes.patches = s.patches;
-    sizes.features = features, sizes.levels = s.levels, sizes.gate_hidden = gate ? s.gate_hidden : 0;
+    sizes.tokens = int64_t(q.token.size()), sizes.hidden = s.hidden, sizes.vocab = s.vocab, sizes.images = n;
+    sizes.patches = s.patches, sizes.features = features, sizes.levels = s.levels, sizes.gate_hidden = gate ? s.gate_hidden : 0;
     sizes.mode = way.mode, sizes.global = way.global, sizes.dt = t.dt;
     token = &t.list(q.token), image_row = &t.list(q.image_row), align_row = &t.list(q.align_row);
     ids = &t.list(q.gate_ids), offsets = &t.list(q.gate_offsets), level = &t.ids(n, s.levels);
@@ -72,7 +73,8 @@ struct Case {
     gw1 = input(gate, (s.levels - 1) * s.gate_hidden), gb1 = input(gate, s.levels - 1);
     auto acc = [&](const char* name, int64_t size) { return gate ? &t.out(name, AG_F32, n * size) : nullptr; };
     out = &t.out("out", sizes.tokens * s.hidden).shifted(s.shift);
-    mean = acc("mean", s.hidden), dots = acc("dots", s.patches), pre = acc("gate_pre", s.gate_hidden), logits = acc("logits", s.levels - 1);
+    mean = acc("mean", s.hidden), dots = acc("dots", s.patches);
+    pre = acc("gate_pre", s.gate_hidden), logits = acc("logits", s.levels - 1);
     coef = way.mode == AG_MIX_FIXED ? &t.in(AG_F32, n * s.levels) : &t.out("coef", AG_F32, n * s.levels);
   }
 
@@ -129,6 +131,7 @@ void align_mix(Test& t) {
   }
   if (small()) return;
   both(t, {{90, 0, 200}, 72, 40, 264, 33, 8, 40, 0}, kWays[0]);  // more rows, columns and entries than a block takes in one turn
+  both(t, {{2, 1}, 5, 600, 24, 9, 3, 8, 0}, kWays[0]);  // the projector's sum cut into parts
   both(t, {{0}, 1, 8, 8, 3, 2, 1, 0}, kWays[1]);
   both(t, {{4}, 16, 8, 2056, 3, 40, 16, 0}, kWays[3]);
 }
