@@ -9,5 +9,7 @@ export default defineConfig({
     fileParallelism: false,
     testTimeout: 120_000,
     hookTimeout: 120_000,
+    // models go where a test says, else to the CPU, also on a machine with a GPU
+    env: { ALIGNGPT_DEVICE: process.env.ALIGNGPT_DEVICE ?? 'cpu' },
   },
 })

@@ -3,11 +3,15 @@
 #include <napi.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
 #include "cpu/pool.h"
 #include "file.h"
+#include "graph.h"
 #include "ops/ops.h"
 
 namespace ag {
@@ -84,6 +88,21 @@ class State {
   }
   int64_t handles() const { return live_; }
 
+  // Graphs have numbers of their own, which are not used again.
+  double put(std::unique_ptr<Graph> graph) {
+    graphs_[++last_graph_] = std::move(graph);
+    return last_graph_;
+  }
+  Graph& graph(const char* op, double number) {
+    auto it = graphs_.find(number);
+    check(it != graphs_.end(), "ERR_HANDLE", "[", op, "] graph: expected a live one of this thread, got ", number);
+    return *it->second;
+  }
+  void drop_graph(double number) {
+    graph("graphDispose", number);
+    graphs_.erase(number);
+  }
+
  private:
   struct Slot {
     Tensor t;
@@ -117,6 +136,8 @@ class State {
   std::vector<uint32_t> free_;
   std::vector<std::vector<Entry>> scopes_;
   int64_t live_ = 0;
+  std::map<double, std::unique_ptr<Graph>> graphs_;
+  double last_graph_ = 0;
 };
 
 // ---- converter --------------------------------------------------------------------------------------
@@ -194,6 +215,13 @@ struct From<Tensor> {
   static Tensor value(const Call& c, const Napi::Value& v, const What& what) {
     if (!v.IsNumber()) bad_argument(c, what, "a tensor handle", v);
     return c.state.get(c.op, v.As<Napi::Number>().DoubleValue());
+  }
+};
+template <>
+struct From<Device*> {
+  static Device* value(const Call& c, const Napi::Value& v, const What& what) {
+    if (!v.IsString()) bad_argument(c, what, "cpu or cuda", v);
+    return &device_named(v.As<Napi::String>().Utf8Value());
   }
 };
 template <class T>
@@ -301,6 +329,10 @@ Napi::Value to_js(Napi::Env env, State& s, const std::vector<T>& v) {
   throw e;
 }
 
+// The CPU where no device is named.
+using On = std::optional<Device*>;
+Device* device_of(const On& on) { return on.value_or(&cpu()); }
+
 // Runs `body` and turns every C++ exception into a JavaScript error with a code.
 template <class Body>
 Napi::Value guarded(const Napi::CallbackInfo& info, Body body) {
@@ -321,15 +353,20 @@ Napi::Value guarded(const Napi::CallbackInfo& info, Body body) {
 
 template <class... A, size_t... I>
 std::tuple<std::decay_t<A>...> arguments(const Napi::CallbackInfo& info, const Call& c, std::index_sequence<I...>) {
-  check(info.Length() == sizeof...(A), "ERR_ARGUMENT", "[", c.op, "] arguments: expected ", sizeof...(A), ", got ", info.Length());
+  // only the last may be left out, when it is optional
+  constexpr bool optional = (false || ... || std::is_same_v<std::decay_t<A>, On>);
+  check(info.Length() == sizeof...(A) || (optional && info.Length() + 1 == sizeof...(A)), "ERR_ARGUMENT", "[", c.op,
+        "] arguments: expected ", sizeof...(A), ", got ", info.Length());
   return {From<std::decay_t<A>>::value(c, info[I], What(int64_t(I + 1)))...};
 }
 
-// An export that returns nothing may have written into its tensors: what is packed of them is not theirs any more.
+// An export that returns nothing may have written into its tensors: copies of their values in other layouts and places are not theirs any more.
 template <class T>
 void forget_packed(const T&) {}
 void forget_packed(const Tensor& t) {
-  if (t.defined()) t.storage->packed.clear();
+  if (!t.defined()) return;
+  t.storage->packed.clear();
+  t.storage->mirror_stale = true;
 }
 template <class T>
 void forget_packed(const std::optional<T>& t) {
@@ -401,15 +438,16 @@ void write_data(const Call& c, const Tensor& t, const TypedData& d) {
   ops::copy(t, staged);
 }
 
-// tensor(data, shape, dtype)
+// tensor(data, shape, dtype, device?)
 Napi::Value make_tensor(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
-    check(info.Length() == 3, "ERR_ARGUMENT", "[tensor] arguments: expected 3, got ", info.Length());
+    check(info.Length() == 3 || info.Length() == 4, "ERR_ARGUMENT", "[tensor] arguments: expected 3 or 4, got ", info.Length());
     Shape shape(From<std::vector<int64_t>>::value(c, info[1], "shape"));
     AgDtype dt = parse_dtype(From<std::string>::value(c, info[2], "dtype"));
+    Device* device = device_of(From<On>::value(c, info[3], "device"));
     TypedData d = typed_data(c, info[0]);  // last: nothing of JavaScript runs between here and the copy
     check(int64_t(d.n) == shape.numel(), "ERR_SHAPE", "[tensor] data: expected ", shape.numel(), " elements for shape ", shape, ", got ", d.n);
-    Tensor t = empty(&cpu(), shape, dt);
+    Tensor t = empty(device, shape, dt);
     write_data(c, t, d);
     return to_js(env, c.state, t);
   });
@@ -429,6 +467,7 @@ template <class Array>
 Napi::Value copy_out(Napi::Env env, const Tensor& t) {
   Array a = Array::New(env, size_t(t.numel()));
   copy_bytes(t.device(), a.Data(), t.data(), t.bytes());
+  synchronize(t.device());
   return a;
 }
 
@@ -448,10 +487,12 @@ Napi::Value read_tensor(const Napi::CallbackInfo& info) {
   });
 }
 
-double kernel_seconds() { return double(cpu().kernel_nanoseconds.load()) * 1e-9; }
+double kernel_seconds(const On& on) { return double(device_of(on)->kernel_nanoseconds.load()) * 1e-9; }
+// memory(device?)
 Napi::Value memory(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
-    MemoryCounters m = cpu().counters();
+    check(info.Length() <= 1, "ERR_ARGUMENT", "[memory] arguments: expected at most 1, got ", info.Length());
+    MemoryCounters m = device_of(From<On>::value(c, info[0], "device"))->counters();
     Napi::Object o = Napi::Object::New(env);
     o.Set("inUse", double(m.in_use));
     o.Set("peak", double(m.peak));
@@ -471,6 +512,7 @@ Napi::Object describe(Napi::Env env, const Device& device) {
   o.Set("device", caps.device);
   o.Set("threads", double(caps.threads));
   o.Set("memoryBytes", double(caps.memory_bytes));
+  o.Set("products", caps.products);
   return o;
 }
 Napi::Value capabilities(const Napi::CallbackInfo& info) {
@@ -512,6 +554,22 @@ Napi::Value dispose(const Napi::CallbackInfo& info) {
 Napi::Value is_live(const Napi::CallbackInfo& info) {
   return with_number(info, [](Napi::Env env, State& s, double h) { return to_js(env, s, s.live(h)); });
 }
+// graphBegin(device) -> number; graphEnd, graphLaunch, graphDispose(number)
+Napi::Value graph_begin(const Napi::CallbackInfo& info) {
+  return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
+    check(info.Length() == 1, "ERR_ARGUMENT", "[graphBegin] arguments: expected 1, got ", info.Length());
+    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"))));
+  });
+}
+Napi::Value graph_end(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.graph("graphEnd", g).end(), env.Undefined(); });
+}
+Napi::Value graph_launch(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.graph("graphLaunch", g).launch(), env.Undefined(); });
+}
+Napi::Value graph_dispose(const Napi::CallbackInfo& info) {
+  return with_number(info, [](Napi::Env env, State& s, double g) { return s.drop_graph(g), env.Undefined(); });
+}
 // requiresGrad changes the tensor in its slot, not a copy.
 Napi::Value requires_grad(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
@@ -524,8 +582,13 @@ Napi::Value requires_grad(const Napi::CallbackInfo& info) {
 }
 
 // ---- small functions bound directly -----------------------------------------------------------------
-Tensor make_zeros(const std::vector<int64_t>& shape, const std::string& dtype) { return zeros(&cpu(), Shape(shape), parse_dtype(dtype)); }
-Tensor make_empty(const std::vector<int64_t>& shape, const std::string& dtype) { return empty(&cpu(), Shape(shape), parse_dtype(dtype)); }
+Tensor make_zeros(const std::vector<int64_t>& shape, const std::string& dtype, const On& on) {
+  return zeros(device_of(on), Shape(shape), parse_dtype(dtype));
+}
+Tensor make_empty(const std::vector<int64_t>& shape, const std::string& dtype, const On& on) {
+  return empty(device_of(on), Shape(shape), parse_dtype(dtype));
+}
+std::string device_of_tensor(const Tensor& t) { return device_name(t.device()); }
 std::vector<int64_t> shape_of(const Tensor& t) { return std::vector<int64_t>(t.shape.d, t.shape.d + t.shape.rank); }
 std::string dtype_of(const Tensor& t) { return dtype_name(t.dt); }
 bool wants(const Tensor& t) { return wants_grad(t); }
@@ -535,9 +598,30 @@ void attach_grad(const Tensor& leaf, const std::optional<Tensor>& buffer) { set_
 void clear_grads(const std::vector<Tensor>& leaves) {
   for (const Tensor& t : leaves) zero_grad(t);
 }
-void reset_peak() { cpu().reset_peak(); }
-void trim() { cpu().trim(); }
-void fail_after(int64_t n) { cpu().fail_after(n); }
+void reset_peak(const On& on) { device_of(on)->reset_peak(); }
+void trim(const On& on) { device_of(on)->trim(); }
+void fail_after(int64_t n, const On& on) { device_of(on)->fail_after(n); }
+void exit_now(int64_t status) {
+  check(status >= 0 && status <= 255, "ERR_ARGUMENT", "[exit] status: expected 0..255, got ", status);
+  std::_Exit(int(status));
+}
+void one_file_call(const std::string& path) { file_call(path); }
+
+// A handle is worth nothing in another thread: a tensor goes there with a ticket, which is good once.
+std::mutex sent_mutex;
+std::map<int64_t, Tensor> sent;
+int64_t send(const Tensor& t) {
+  static int64_t last = 0;
+  std::lock_guard<std::mutex> lock(sent_mutex);
+  sent.emplace(++last, t.detached());
+  return last;
+}
+Tensor receive(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(sent_mutex);
+  auto found = sent.extract(ticket);
+  check(!found.empty(), "ERR_HANDLE", "[receive] ticket: expected one that was not used yet, got ", ticket);
+  return std::move(found.mapped());
+}
 int64_t threads() { return ag_threads(); }
 void set_threads(int64_t n) {
   check(n >= 1 && n <= 1024, "ERR_ARGUMENT", "[setThreads] threads: expected 1..1024, got ", n);
@@ -546,6 +630,7 @@ void set_threads(int64_t n) {
 
 void define_ops(Napi::Object& e) {
   define(e, "cast", call<&ops::cast>);
+  define(e, "to", call<&ops::to>);
   define(e, "reshape", call<&ops::reshape>);
   define(e, "slice", call<&ops::slice>);
   define(e, "concat", call<&ops::concat>);
@@ -593,14 +678,25 @@ void define_core(Napi::Object& e) {
   define(e, "empty", call<&make_empty>);
   define(e, "shape", call<&shape_of>);
   define(e, "dtype", call<&dtype_of>);
+  define(e, "device", call<&device_of_tensor>);
   define(e, "readFile", call<&read_file>);
   define(e, "writeFile", call<&write_file>);
+  define(e, "fileCall", call<&one_file_call>);
+  define(e, "fileCalls", call<&file_calls>);
+  define(e, "failFiles", call<&fail_files>);
+  define(e, "send", call<&send>);
+  define(e, "receive", call<&receive>);
+  define(e, "exit", call<&exit_now>);
   define(e, "scopeBegin", scope_begin);
   define(e, "scopeEnd", scope_end);
   define(e, "keep", keep);
   define(e, "persist", persist);
   define(e, "dispose", dispose);
   define(e, "isLive", is_live);
+  define(e, "graphBegin", graph_begin);
+  define(e, "graphEnd", graph_end);
+  define(e, "graphLaunch", graph_launch);
+  define(e, "graphDispose", graph_dispose);
   define(e, "requiresGrad", requires_grad);
   define(e, "wantsGrad", call<&wants>);
   define(e, "detach", call<&detach>);

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 3
+#define AG_BACKEND_VERSION 4
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -176,7 +176,7 @@ typedef struct {
   AgDtype dt;
 } AgGatherRows;
 
-// dst[index[i],:] = src[i,:]; equal indices: the last one stays
+// dst[index[i],:] = src[i,:]; equal indices: the last one stays. 0 <= index[i] < dst_rows
 typedef struct {
   void* dst;
   const void* src;
@@ -367,8 +367,9 @@ typedef struct {
   const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
   const int32_t* image_row;     // [images]
   const int32_t* align_row;     // [images]
-  const int32_t* gate_ids;      // [gate_offsets[images]]
+  const int32_t* gate_ids;      // [gate_entries]
   const int32_t* gate_offsets;  // [images + 1]; an empty list gives a mean of zero
+  int64_t gate_entries;         // gate_offsets[images], which a device's host does not read
   const void* table;            // [levels, hidden]
   AgMixMode mode;
   const int32_t* level;  // [images]
@@ -474,11 +475,13 @@ typedef struct {
   char device[128]; // what the machine calls it
   int32_t threads;
   int64_t memory_bytes;  // 0: unknown
+  char products[256];    // what matrix products run on and why, in words; empty: nothing to say
 } AgCapabilities;
 
 typedef enum {
   AG_K_GEMM, AG_K_NORM_GRAD, AG_K_ATTENTION, AG_K_ATTENTION_GRAD, AG_K_ATTENTION_CACHED, AG_K_ALIGN_MIX,
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
+  AG_K_SCATTER_ROWS,
 } AgKernel;  // kernels that may want scratch; all others need none
 
 typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;
@@ -493,7 +496,10 @@ typedef struct AgBackend {
   void* (*stream)(AgStream);  // for AgCtx.stream; NULL there means the compute stream
   AgStatus (*alloc)(void* stream, int64_t bytes, void** out);  // 64-byte aligned, uncached
   void (*free)(void* stream, void* p);
-  // Any direction; done when synchronize returns. A source in host memory may change once copy has returned.
+  // Host memory that copies to and from the device take at full speed and without waiting: it belongs to the copy until it is done.
+  AgStatus (*alloc_host)(int64_t bytes, void** out);
+  void (*free_host)(void* p);
+  // Any direction; done when synchronize returns. A source in other host memory may change once copy has returned.
   AgStatus (*copy)(AgCtx*, void* dst, const void* src, int64_t bytes);
   AgStatus (*synchronize)(AgCtx*);
   AgStatus (*event_create)(void** out);

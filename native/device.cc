@@ -61,4 +61,14 @@ Device* cuda(std::string* why) {
   return device;
 }
 
+Device& device_named(const std::string& name) {
+  if (name == "cpu") return cpu();
+  check(name == "cuda", "ERR_DEVICE", "[device] expected cpu or cuda, got '", name, "'");
+  std::string why;
+  Device* device = cuda(&why);
+  check(device != nullptr, "ERR_DEVICE", why);
+  return *device;
+}
+const char* device_name(const Device* device) { return device == &cpu() ? "cpu" : "cuda"; }
+
 }  // namespace ag

@@ -1,23 +1,31 @@
 #include "file.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 namespace ag {
 
 namespace {
 
+std::atomic<int64_t> calls{0}, first_failing{-1}, last_failing{-1};
+std::atomic<bool> failing_kills{false};
+
 struct File {
   std::FILE* f;
   const std::string& path;
-  File(const std::string& path, const char* mode) : f(std::fopen(path.c_str(), mode)), path(path) {
+  File(const std::string& path, const char* mode) : f((file_call(path), std::fopen(path.c_str(), mode))), path(path) {
     if (!f) fail("ERR_FILE", "[file] ", path, ": cannot open (", std::strerror(errno), ")");
   }
   ~File() {
     if (f) std::fclose(f);
   }
   void seek(int64_t offset) {
+    file_call(path);
 #ifdef _WIN32
     int rc = _fseeki64(f, offset, SEEK_SET);
 #else
@@ -26,14 +34,17 @@ struct File {
     if (rc) fail("ERR_FILE", "[file] ", path, ": cannot seek to ", offset, " (", std::strerror(errno), ")");
   }
   void read(void* p, int64_t bytes) {
+    file_call(path);
     size_t got = std::fread(p, 1, size_t(bytes), f);
     if (int64_t(got) != bytes) fail("ERR_FILE", "[file] ", path, ": expected ", bytes, " more bytes, got ", got);
   }
   void write(const void* p, int64_t bytes) {
+    file_call(path);
     if (int64_t(std::fwrite(p, 1, size_t(bytes), f)) != bytes)
       fail("ERR_FILE", "[file] ", path, ": write failed (", std::strerror(errno), ")");
   }
   void close() {
+    file_call(path);
     int rc = std::fclose(f);
     f = nullptr;
     if (rc) fail("ERR_FILE", "[file] ", path, ": write failed (", std::strerror(errno), ")");
@@ -57,6 +68,27 @@ constexpr int64_t kChunk = 1 << 20;  // elements converted at a time
 
 }  // namespace
 
+int64_t file_calls() { return calls; }
+
+void file_call(const std::string& path) {
+  const int64_t n = calls++;
+  if (n < first_failing || n > last_failing || first_failing < 0) return;
+  if (failing_kills) {
+#ifdef SIGKILL
+    std::raise(SIGKILL);
+#endif
+    std::_Exit(137);
+  }
+  fail("ERR_FILE", "[file] ", path, ": ", std::strerror(ENOSPC), " (test hook)");
+}
+
+void fail_files(int64_t after, int64_t count, bool kill) {
+  check(count >= 1, "ERR_ARGUMENT", "[failFiles] count: expected >= 1, got ", count);
+  failing_kills = kill;
+  last_failing = calls + after + count - 1;
+  first_failing = after < 0 ? -1 : calls + after;
+}
+
 void read_file(const Tensor& t, const std::string& path, int64_t offset, const std::string& dtype) {
   check(offset >= 0, "ERR_ARGUMENT", "[readFile] offset: expected >= 0, got ", offset);
   bool half = dtype == "f16";
@@ -77,9 +109,12 @@ void read_file(const Tensor& t, const std::string& path, int64_t offset, const s
     } else {
       file.read(staged.data(), m * dtype_size(from));
     }
-    Tensor piece = empty(&cpu(), Shape{m}, t.dt);
-    run("readFile", &cpu(), cpu().backend->cast, AgCast{piece.data(), t.dt, staged.data(), from, m});
-    copy_bytes(device, t.as<char>() + at * dtype_size(t.dt), piece.data(), piece.bytes());
+    Tensor piece = staged;  // as it is where nothing is converted: not every bit pattern is a number
+    if (half || from != t.dt) {
+      piece = empty(&cpu(), Shape{m}, t.dt);
+      run("readFile", &cpu(), cpu().backend->cast, AgCast{piece.data(), t.dt, staged.data(), from, m});
+    }
+    copy_bytes(device, t.as<char>() + at * dtype_size(t.dt), piece.data(), m * dtype_size(t.dt));
   }
 }
 
@@ -90,7 +125,19 @@ void write_file(const Tensor& t, const std::string& path, int64_t offset) {
   }
   File file(path, "r+b");
   file.seek(offset);
-  file.write(t.data(), t.bytes());
+  Device* device = t.device();
+  if (device == &cpu()) {
+    file.write(t.data(), t.bytes());
+  } else {
+    const int64_t size = dtype_size(t.dt), chunk = std::min(t.numel(), kChunk);
+    Tensor staged = empty(&cpu(), Shape{chunk}, t.dt);
+    for (int64_t at = 0; at < t.numel(); at += chunk) {
+      const int64_t m = std::min(chunk, t.numel() - at);
+      copy_bytes(device, staged.data(), t.as<char>() + at * size, m * size);
+      synchronize(device);
+      file.write(staged.data(), m * size);
+    }
+  }
   file.close();
 }
 

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include "graph.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -98,27 +100,37 @@ void Device::drop_idle(int64_t reserved) {
   }
 }
 
+// A block of `idle` for *bytes, which become its size, or null.
+void* Device::take(std::multimap<int64_t, void*>& idle, int64_t* bytes) {
+  auto it = idle.lower_bound(*bytes);
+  if (it == idle.end() || it->first > *bytes + *bytes / 8) return nullptr;
+  void* p = it->second;
+  *bytes = it->first;
+  idle.erase(it);
+  return p;
+}
+
 void* Device::allocate(int64_t bytes, int64_t* actual) {
   int64_t want = rounded(bytes);
+  auto turn = this->turn();
   std::lock_guard<std::mutex> lock(mutex_);
   if (fail_after_ >= 0 && fail_after_-- == 0)
     fail("ERR_MEMORY", "[memory] allocation of ", bytes, " bytes failed (test hook)");
-  void* p = nullptr;
-  auto it = idle_.lower_bound(want);
-  if (it != idle_.end() && it->first <= want + want / 8) {
-    p = it->second;
-    want = it->first;
-    idle_.erase(it);
-  } else {
+  void* p = recording ? take(recording->idle_, &want) : nullptr;
+  if (!p) p = take(idle_, &want);
+  if (!p) {
+    // While work is recorded nothing may be given back.
+    const int64_t most = recording ? INT64_MAX : std::max(c_.peak, c_.in_use + want) + kSlack - want;
     // Idle blocks of other sizes make room: what is reserved stays near the most that was ever in use.
-    drop_idle(std::max(c_.peak, c_.in_use + want) + kSlack - want);
+    drop_idle(most);
     if (backend->alloc(stream, want, &p) != AG_OK) {
-      drop_idle(0);
-      if (backend->alloc(stream, want, &p) != AG_OK)
+      if (!recording) drop_idle(0);
+      if (recording || backend->alloc(stream, want, &p) != AG_OK)
         fail("ERR_MEMORY", "[memory] out of memory: ", bytes, " bytes wanted, ", c_.in_use, " in use");
     }
     c_.reserved += want;
   }
+  if (recording) owners_[p] = recording;
   *actual = want;
   c_.in_use += want;
   c_.blocks++;
@@ -131,7 +143,18 @@ void Device::release(void* p, int64_t actual) {
   std::lock_guard<std::mutex> lock(mutex_);
   c_.in_use -= actual;
   c_.blocks--;
-  idle_.emplace(actual, p);
+  const auto owner = owners_.find(p);
+  (owner == owners_.end() ? idle_ : owner->second->idle_).emplace(actual, p);
+}
+
+std::unique_lock<std::recursive_mutex> Device::turn() {
+  return this == &cpu() ? std::unique_lock<std::recursive_mutex>() : std::unique_lock<std::recursive_mutex>(turn_);
+}
+
+void Device::forget(Graph* graph) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.insert(graph->idle_.begin(), graph->idle_.end());
+  for (auto it = owners_.begin(); it != owners_.end();) it = it->second == graph ? owners_.erase(it) : std::next(it);
 }
 
 MemoryCounters Device::counters() {
@@ -203,14 +226,35 @@ void check_status(const char* op, AgStatus status, const AgCtx& ctx) {
   fail(code, "[", op, "] ", ctx.error[0] ? ctx.error : "kernel failed", " (status ", int(status), ")");
 }
 
+void refresh_mirror(Storage& s) {
+  if (!s.mirror_stale) return;
+  copy_bytes(s.mirror->device, s.mirror->p, s.p, s.bytes);
+  s.mirror_stale = false;
+}
+void* mirror_of(const std::shared_ptr<Storage>& storage, Device* device) {
+  auto turn = device->turn();
+  Storage& s = *storage;
+  if (!s.mirror || s.mirror->device != device) {
+    s.mirror = std::make_shared<Storage>(device, s.bytes);
+    s.mirror_stale = true;
+  }
+  if (device->recording)
+    device->recording->reads(storage);
+  else
+    refresh_mirror(s);
+  return s.mirror->p;
+}
+
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes) {
   if (bytes == 0) return;
+  auto turn = device->turn();
   AgCtx ctx{};
   ctx.stream = device->stream;
   check_status("copy", device->backend->copy(&ctx, dst, src, bytes), ctx);
 }
 
 void synchronize(Device* device) {
+  auto turn = device->turn();
   AgCtx ctx{};
   ctx.stream = device->stream;
   check_status("synchronize", device->backend->synchronize(&ctx), ctx);

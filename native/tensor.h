@@ -81,11 +81,17 @@ struct MemoryCounters {
   int64_t blocks = 0;    // live storages
 };
 
+class Graph;  // graph.h
+
 class Device {
  public:
   explicit Device(const AgBackend* backend);
   const AgBackend* const backend;
   void* stream = nullptr;
+  Graph* recording = nullptr;  // to be looked at in one's turn
+  // Held while something is enqueued: a graph that is being recorded keeps it, and other threads wait. The CPU has no queue.
+  std::unique_lock<std::recursive_mutex> turn();
+  void forget(Graph* graph);  // its blocks are everybody's again
 
   void* allocate(int64_t bytes, int64_t* actual);  // throws ERR_MEMORY; actual is what to give back to release
   void release(void* p, int64_t actual);
@@ -97,14 +103,19 @@ class Device {
 
  private:
   void drop_idle(int64_t reserved);
+  void* take(std::multimap<int64_t, void*>& idle, int64_t* bytes);
   std::mutex mutex_;
+  std::recursive_mutex turn_;
   std::multimap<int64_t, void*> idle_;
+  std::map<void*, Graph*> owners_;  // of blocks that a graph's recorded work uses
   int64_t fail_after_ = -1;
   MemoryCounters c_;
 };
 Device& cpu();
 // NULL without a CUDA device; *why then says in one line what is missing, else what was found.
 Device* cuda(std::string* why);
+Device& device_named(const std::string& name);  // cpu, cuda; throws ERR_DEVICE when it is not there
+const char* device_name(const Device* device);
 // The table of a backend's library, or NULL and the reason.
 const AgBackend* open_backend(const std::string& file, std::string* why);
 
@@ -126,6 +137,10 @@ struct Storage {
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
   std::vector<Packed> packed;
+  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Whoever writes into the
+  // storage marks it stale; its memory stays, so that what was captured with it finds the new values.
+  std::shared_ptr<Storage> mirror;
+  bool mirror_stale = false;
   Storage(Device* device, int64_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
@@ -158,6 +173,10 @@ struct Tensor {
   Tensor view(const Shape& shape) const;  // same storage and number of elements, no tape
 };
 
+// The storage's bytes on another device: brought when they changed, or, while a graph is being recorded, by its launch.
+void* mirror_of(const std::shared_ptr<Storage>& storage, Device* device);
+void refresh_mirror(Storage& storage);
+
 Tensor empty(Device* device, const Shape& shape, AgDtype dt);
 inline Tensor empty_like(const Tensor& x) { return empty(x.device(), x.shape, x.dt); }
 Tensor zeros(Device* device, const Shape& shape, AgDtype dt);
@@ -177,6 +196,7 @@ void run_with(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const A
     ctx.workspace = scratch->p;
     ctx.workspace_bytes = scratch_bytes;
   }
+  auto turn = device->turn();
   const auto from = std::chrono::steady_clock::now();
   const AgStatus status = kernel(&ctx, &args);
   device->kernel_nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - from).count();
@@ -192,6 +212,7 @@ void run(const char* op, Device* device, AgStatus (*kernel)(AgCtx*, const Args*)
   run_with(op, device, kernel, args, device->backend->workspace(id, &args));
 }
 
+// Between host memory and `device`, or within it; the host sees what came from a device after synchronize.
 void copy_bytes(Device* device, void* dst, const void* src, int64_t bytes);
 void synchronize(Device* device);  // until everything enqueued so far is done, copies to the host included
 

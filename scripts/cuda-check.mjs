@@ -23,9 +23,13 @@ const quiet = {
 }
 
 /** Runs a program; resolves with its status and everything it printed. */
-function run(command, args, { limit = 420, cwd = root } = {}) {
+function run(command, args, { limit = 420, cwd = root, env = {} } = {}) {
   return new Promise((resolve) => {
-    const child = spawn(command, args, { cwd, env: { ...quiet, ...process.env }, stdio: ['ignore', 'pipe', 'pipe'] })
+    const child = spawn(command, args, {
+      cwd,
+      env: { ...quiet, ...process.env, ...env },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    })
     const parts = []
     child.stdout.on('data', (part) => parts.push(part))
     child.stderr.on('data', (part) => parts.push(part))
@@ -117,6 +121,7 @@ const variants = {
   2: ['cuda_emulated', ''],
   3: ['cuda_emulated_asan', 'address,undefined'],
   4: ['cuda_emulated_tsan', 'thread'],
+  7: ['cuda_emulated', ''],
 }
 
 const objectsBelow = (folder) =>
@@ -159,9 +164,11 @@ async function hunt(plant, index) {
     return overBudget(found.kernels).find((line) => line.startsWith(plant.kernel)) ?? null
   }
   const exe = await buildPlanted(plant, index)
-  const small = plant.rung === 2 ? [] : ['--small']
+  const small = variants[plant.rung][1] === '' ? [] : ['--small']
   for (const seed of plant.rung === 2 ? schedules : [0]) {
-    const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small])
+    const { status, output } = await run(exe, ['--filter', plant.filter, '--schedule', String(seed), ...small], {
+      env: plant.env,
+    })
     const line =
       /^(FAIL .*|\[cuda emulation\].*|.*runtime error.*|.*ERROR: AddressSanitizer.*|WARNING: ThreadSanitizer.*)$/m.exec(
         output,
@@ -176,6 +183,7 @@ async function nvcc() {
   return (await run('nvcc', ['--version'])).status === 0
 }
 
+const onlySm90 = (source) => source.endsWith('_sm90.cu') // as native/cuda/CMakeLists.txt has it
 const architectures = ['80', '86', '89', '90', '100', '120']
 
 /** Registers, stack, spills and shared memory of every kernel of the sources: the most over its instances and architectures. */
@@ -183,9 +191,10 @@ async function resources(sources, folder, archs) {
   const kernels = {}
   const objects = path.join(build, 'nvcc')
   fs.mkdirSync(objects, { recursive: true })
-  const gencode = archs.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
   const results = await parallel(sources, (source) => {
     const out = path.join(objects, `${source}.${archs.length}.o`)
+    const targets = onlySm90(source) ? ['90a'] : archs
+    const gencode = targets.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
     const flags = ['-std=c++17', '-O3', '-Xptxas', '-v', ...gencode, '-I', path.join(root, 'native')]
     return run('nvcc', [...flags, '-c', path.join(folder, source), '-o', out])
   })
@@ -255,29 +264,64 @@ async function checkSass(sources) {
   if ((await run('cuobjdump', ['--version'])).status !== 0)
     return { ok: true, detail: 'HMMA in machine code: not run, no cuobjdump' }
   const tensor = sources.filter((file) =>
-    /mma_bf16_16816/.test(fs.readFileSync(path.join(root, 'native', 'cuda', file), 'utf8')),
+    /mma_bf16_16816|"flash.h"/.test(fs.readFileSync(path.join(root, 'native', 'cuda', file), 'utf8')),
   )
   const without = []
   for (const source of tensor) {
     const { output } = await run('cuobjdump', [
       '-sass',
       '-arch',
-      'sm_90',
+      onlySm90(source) ? 'sm_90a' : 'sm_90',
       path.join(build, 'nvcc', `${source}.${architectures.length}.o`),
     ])
-    if (!/\bHMMA\b/.test(output)) without.push(source)
+    if (!(onlySm90(source) ? /\bHGMMA\b/ : /\bHMMA\b/).test(output)) without.push(source)
   }
   return {
     ok: without.length === 0,
-    detail: without.length ? `no HMMA in ${without.join(', ')}` : `HMMA in ${tensor.join(', ') || 'no source'}`,
+    detail: without.length ? `no HMMA (HGMMA) in ${without.join(', ')}` : `HMMA in ${tensor.join(', ') || 'no source'}`,
   }
 }
 
 // ---- the ladder -------------------------------------------------------------------------------------
+/** Folders below which a cublasLt.h may be: the toolkit's, and what pip installed. */
+function cublasHeaders() {
+  const toolkits = [process.env.CUDA_PATH, '/usr/local/cuda']
+    .filter(Boolean)
+    .map((folder) => path.join(folder, 'include'))
+  const lib = path.join(process.env.VIRTUAL_ENV ?? '/usr/local', 'lib')
+  const pythons = fs.existsSync(lib) ? fs.readdirSync(lib).filter((name) => name.startsWith('python3')) : []
+  const installed = pythons.flatMap((python) =>
+    ['cu13', 'cublas'].map((name) => path.join(lib, python, 'site-packages', 'nvidia', name, 'include')),
+  )
+  const has = (folder) => fs.existsSync(path.join(folder, 'cublasLt.h'))
+  return { found: [...toolkits, ...installed].find(has), toolkits: toolkits.filter((folder) => fs.existsSync(folder)) }
+}
+
+/** A golden case on the emulated GPU with every product that can by the stand-in for cublasLt. */
+const goldenByCublasLt = () => [
+  'env',
+  `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
+  `ALIGNGPT_CUBLASLT=${program('fake_cublaslt')}`,
+  ...['ALIGNGPT_GEMM=cublaslt', 'ALIGNGPT_DEVICE=cuda', process.execPath, '--import', 'tsx'],
+  ...['scripts/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
+]
+
+/** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
 async function checkCublasLt() {
-  const { output } = await run(program('test_cuda'), ['--list'])
-  if (!/^cublaslt/m.test(output)) return { ok: true, ran: false, detail: 'not run: no case is named cublaslt' }
-  return all([[program('test_cuda'), '--filter', 'cublaslt']])
+  const { status, output } = await run(program('test_cuda'), ['--filter', 'cublaslt'])
+  const asked = /the real cublasLt: .*/.exec(output)?.[0] ?? ''
+  const golden = await all([goldenByCublasLt()])
+  const compared = golden.ok ? 'golden case base: agrees with PyTorch' : golden.detail
+  const detailOf = [tail(output, status === 0 ? 1 : 25), asked, compared].join('\n')
+  const tested = { ok: status === 0 && golden.ok, detail: detailOf }
+  const { found, toolkits } = cublasHeaders()
+  if (!tested.ok || !found)
+    return { ...tested, detail: `${tested.detail}\nno cublasLt.h here: compared with values.h alone` }
+  const folders = [path.join(root, 'native'), found, ...toolkits].flatMap((folder) => ['-I', folder])
+  const source = path.join(root, 'native', 'test', 'cublaslt', 'header.cc')
+  const compiled = await run('c++', ['-std=c++17', '-fsyntax-only', ...folders, source])
+  const detail = compiled.status === 0 ? `agrees with ${path.join(found, 'cublasLt.h')}` : tail(compiled.output, 20)
+  return { ok: compiled.status === 0, detail: `${tested.detail}\n${detail}` }
 }
 
 const planted = { found: [], missed: [], notRun: [] }
@@ -292,7 +336,23 @@ async function checkPlants() {
   return { ok: planted.missed.length === 0, detail: lines.join('\n') }
 }
 
+/** Tests of the addon with the emulated library in place of a GPU's: `device` is where their models go. */
+const inNode = (device, ...words) => [
+  ...['env', `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`, `ALIGNGPT_DEVICE=${device}`],
+  ...['npx', 'vitest', 'run', ...words.map((word) => (/^\d/.test(word) ? `ts/test/${word}.test.ts` : word))],
+]
+const throughNode = () => [
+  inNode('cpu', '-t', 'cuda|GPU', '10.ops', '13.device', '50.goldens'), // those that name the device themselves
+  inNode('cuda', '55.train'),
+]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
+/** Everything, and attention once more for each variable that chooses another kernel. */
+const everything = (name, seeds, ...more) => [
+  ...emulated(name, seeds, ...more),
+  ...['ALIGNGPT_DETERMINISTIC=0', 'ALIGNGPT_ATTENTION=wgmma'].flatMap((variable) =>
+    emulated(name, seeds, ...more, '--filter', 'attention_packed').map((command) => ['env', variable, ...command]),
+  ),
+]
 const rungs = [
   ['build', configure],
   [
@@ -305,10 +365,10 @@ const rungs = [
   ],
   [
     '2 emulation against the CPU, bytes moved',
-    () => all([...emulated('test_cuda', schedules), [program('test_traffic')]]),
+    () => all([...everything('test_cuda', schedules), [program('test_traffic')], ...throughNode()]),
   ],
-  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(emulated('test_cuda_asan', [0, 1000], '--small'))],
-  ['4 ThreadSanitizer', () => all(emulated('test_cuda_tsan', [0], '--small'))],
+  ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(everything('test_cuda_asan', [0, 1000], '--small'))],
+  ['4 ThreadSanitizer', () => all(everything('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],
   ['6 nvcc, budgets', checkNvcc],
   ['7 cublasLt constants', checkCublasLt],

@@ -48,16 +48,28 @@ if [ ! -f "$library" ]; then
   exit 1
 fi
 
+# cublasLt is looked for below this python too: PyTorch brings it along. The last line of the tests says what products ran on.
+export VIRTUAL_ENV=${VIRTUAL_ENV:-$(python3 -c 'import sys; print(sys.prefix)' 2>/dev/null)}
 step 'every op against the CPU' "$build/test_cuda" --library "$library"
+attention=("$build/test_cuda" --library "$library" --filter attention_packed)
+step 'attention, dQ with atomics' env ALIGNGPT_DETERMINISTIC=0 "${attention[@]}"
+if [ "$capability" = 90 ]; then step 'attention with wgmma' env ALIGNGPT_ATTENTION=wgmma timeout 300 "${attention[@]}"; fi
+step 'matrix products by our own kernels' env ALIGNGPT_GEMM=own "$build/test_cuda" --library "$library" --filter gemm
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck initcheck; do
-    step "compute-sanitizer $tool" timeout 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 "$build/test_cuda" --library "$library" --small
+    step "compute-sanitizer $tool" env ALIGNGPT_GEMM=own timeout 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 "$build/test_cuda" --library "$library" --small
   done
 else
   printf '\n=== compute-sanitizer: not run, it is not here\n'
 fi
 step 'benchmark' record "$build/bench_cuda" --library "$library" --context "$context"
+bench=("$build/bench_cuda" --library "$library" --filter attention)
+step 'benchmark, dQ with atomics' record env ALIGNGPT_DETERMINISTIC=0 "${bench[@]}" --context "$context,\"deterministic\":false"
+if [ "$capability" = 90 ]; then
+  step 'benchmark, wgmma' record env ALIGNGPT_ATTENTION=wgmma timeout 300 "${bench[@]}" --context "$context,\"attention\":\"wgmma\""
+fi
+step 'benchmark of our own matrix products' record env ALIGNGPT_GEMM=own "$build/bench_cuda" --library "$library" --filter gemm --context "$context"
 if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
   step 'PyTorch on the same device' record python3 scripts/bench/cuda_peer.py "$context"
 else

@@ -16,7 +16,7 @@ import { bucketLevels, type Levels, writeLevels } from '../ts/src/levels.js'
 import { native } from '../ts/src/native.js'
 import { clipScores } from '../ts/src/score.js'
 import { Tokenizer } from '../ts/src/tokenizer.js'
-import { finetune, pretrain } from '../ts/src/train.js'
+import { finetune, pretrain, type StepInfo } from '../ts/src/train.js'
 import {
   prepareData,
   type QuickstartData,
@@ -189,9 +189,18 @@ async function main(): Promise<void> {
     { llm: llmDir, clip: clipDir, levels: LEVELS, selectLayer: -1, selectFeature: 'cls_patch' },
     { seed: SEED },
   )
+  /** Prints the loss now and then, at the end also what the steps spent waiting for pictures. */
   const show = (steps: number) => {
     const m = meter(steps)
-    return (s: { step: number; loss: number }): void => m.onStep?.(s.step, s.loss)
+    let [waited, all] = [0, 0]
+    return (s: StepInfo): void => {
+      m.onStep?.(s.step, s.loss)
+      const took = s.tokens / s.tokensPerSecond
+      waited += s.waited * took
+      all += took
+      if (s.step === steps - 1)
+        console.log(`   waited for pictures: ${((100 * waited) / all).toFixed(1)} % of ${all.toFixed(1)} s`)
+    }
   }
   const first = await stage('pretrain', 'Phase 1, pre-training: projector and alignment vectors', () =>
     pretrain(model, data, {

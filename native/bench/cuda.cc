@@ -1,6 +1,7 @@
 // The kernels of the CUDA backend at the sizes of a 7B model, timed through its table:
 //   bench_cuda --library libaligngpt_cuda.so [--filter TEXT] [--context '"date":"...","commit":"..."']
-// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, and `context` as it was given. Rows with the
+// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, what matrix products run on (cublasLt where it
+// is; ALIGNGPT_GEMM=own and another run for the other side), and `context` as it was given. Rows with the
 // same name in scripts/bench/cuda_peer.py are PyTorch's. Without a library it says so and does nothing.
 #include <cmath>
 #include <cstdio>
@@ -21,7 +22,8 @@ struct Options {
 struct Gpu {
   const AgBackend& b;
   const Options& options;
-  std::string name;  // of the device
+  std::string name;      // of the device
+  std::string products;  // what they run on
   std::vector<void*> blocks = {};
 
   void* bytes(int64_t n) {
@@ -73,8 +75,9 @@ struct Gpu {
     const int times = once > 0.05 ? 2 : int(0.1 / once) + 1;
     double best = once;
     for (int round = 0; round < 5; round++) best = std::fmin(best, seconds(times));
-    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3, moved ? "GB/s" : "TFLOP/s",
-                work / best / (moved ? 1e9 : 1e12), name.c_str(), options.context.empty() ? "" : ",", options.context.c_str());
+    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"products\":\"%s\",\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3,
+                moved ? "GB/s" : "TFLOP/s", work / best / (moved ? 1e9 : 1e12), products.c_str(), name.c_str(), options.context.empty() ? "" : ",",
+                options.context.c_str());
     std::fflush(stdout);
   }
 };
@@ -143,6 +146,13 @@ void products(Gpu& g) {
     g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(n) * double(n) * double(n), false);
     g.release();
   }
+  const std::string row = "gemm bf16 gradient of a weight 4096x11008, 8192 rows, added in f32";
+  if (!g.wants(row)) return;
+  AgGemm a{};
+  a.m = a.lda = 4096, a.n = a.ldb = a.ldc = 11008, a.k = 8192;
+  a.a = g.bf16(a.m * a.k), a.b = g.bf16(a.n * a.k), a.c = g.bytes(a.m * a.n * 4), a.dt = AG_BF16, a.dt_c = AG_F32, a.trans_a = a.accumulate = 1;
+  g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(a.m) * double(a.n) * double(a.k), false);
+  g.release();
 }
 
 void attention(Gpu& g) {
@@ -164,6 +174,43 @@ void attention(Gpu& g) {
       g.row(row + " gradient", g.b.attention_grad, a, AG_K_ATTENTION_GRAD, 5 * product, false);
       g.release();
     }
+}
+
+// One token for each of 8 sequences against 4,096 keys, the pages in the order they were handed out.
+void decode(Gpu& g) {
+  constexpr int64_t batch = 8, heads = 32, dim = 128, keys = 4096, block = 16, pages = keys / block;
+  for (int64_t kv_heads : {32, 8}) {
+    const std::string row = ag::cat("attentionCached bf16 8x", keys, " d", dim, " ", heads, ":", kv_heads);
+    if (!g.wants(row)) continue;
+    std::vector<int32_t> offsets, table, lengths(batch, int32_t(keys));
+    for (int64_t s = 0; s <= batch; s++) offsets.push_back(int32_t(s));
+    for (int64_t s = 0; s < batch; s++)
+      for (int64_t i = 0; i < pages; i++) table.push_back(int32_t(i * batch + s));
+    auto index = [&](const std::vector<int32_t>& list) { return static_cast<const int32_t*>(g.copy(list)); };
+    const int64_t cache = batch * keys * kv_heads * dim;
+    AgAttentionCached a{};
+    a.q = g.bf16(batch * heads * dim), a.o = g.bf16(batch * heads * dim), a.ldq = a.ldo = heads * dim;
+    a.k_cache = g.bf16(cache), a.v_cache = g.bf16(cache), a.q_offsets = index(offsets), a.block_table = index(table), a.kv_len = index(lengths);
+    a.batch = a.q_tokens = batch, a.max_blocks = pages, a.block_size = block, a.heads = heads, a.kv_heads = kv_heads, a.dim = dim;
+    a.scale = 1 / std::sqrt(double(dim)), a.dt = AG_BF16;
+    g.row(row, g.b.attention_cached, a, AG_K_ATTENTION_CACHED, 4.0 * double(cache), true);
+    g.release();
+  }
+}
+
+// The gradient of a 7B model's embedding: 10,000 rows, all of different tokens, added to f32.
+void embedding(Gpu& g) {
+  constexpr int64_t n = 10000, cols = 4096, vocab = 32000;
+  if (!g.wants("embedding gradient")) return;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < n; i++) ids.push_back(int32_t(i * 7919 % vocab));
+  const AgGrad to{g.bytes(vocab * cols * 4), AG_F32, 1};
+  AgCtx ctx{};
+  const AgFill zero{to.p, AG_F32, vocab * cols, 0};
+  ag::check_status("fill", g.b.fill(&ctx, &zero), ctx);
+  const AgScatterAdd a{to, g.bf16(n * cols), static_cast<const int32_t*>(g.copy(ids)), n, cols, vocab, AG_BF16, 1};
+  g.row("embedding gradient bf16 10000x4096", g.b.scatter_add, a, AG_K_SCATTER_ADD, double(n) * cols * (2 + 8), true);
+  g.release();
 }
 
 // ViT-L/14-336 into a 7B model, 16 pictures with 32 words each, the gate deciding.
@@ -220,14 +267,17 @@ int main(int argc, char** argv) {
   }
   AgCapabilities c;
   backend->capabilities(&c);
-  Gpu g{*backend, o, c.device};
+  const std::string by = c.products;  // "cublasLt 13.1.1 from FILE", "own kernels: why"
+  Gpu g{*backend, o, c.device, by.substr(0, std::min(by.find(" from "), by.find(':')))};
   int failed = 0;
-  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, align_mix}) try {
+  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix}) try {
       rows(g);
     } catch (const ag::Error& e) {  // the other rows are worth having all the same
       std::printf("%s\n", e.what());
       g.release();
       failed = 1;
     }
+  backend->capabilities(&c);
+  std::printf("{\"products\":\"%s\"}\n", c.products);  // with their numbers
   return failed;
 }

@@ -97,6 +97,8 @@ void release(void*, void* p) {
   std::free(p);
 #endif
 }
+AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
+void free_host(void* p) { release(nullptr, p); }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   std::memmove(dst, src, size_t(bytes));
   return AG_OK;
@@ -186,6 +188,9 @@ const T* as(const void* p) {
   }
 
 AG_LEVEL_TABLE(portable)
+#ifdef AG_ARM64
+AG_LEVEL_TABLE(neon)
+#endif
 bool always() { return true; }
 #ifdef AG_X86
 AG_LEVEL_TABLE(avx2)
@@ -257,6 +262,9 @@ const Level kLevels[] = {
     {"avx512", has_avx512, table_avx512, workspace_avx512, true},
     {"avx2", has_avx2, table_avx2, workspace_avx2, true},
 #endif
+#ifdef AG_ARM64
+    {"neon", always, table_neon, workspace_neon, true},  // every 64-bit ARM has it
+#endif
     {"portable", always, table_portable, workspace_portable, true},
 };
 constexpr int kLevelCount = int(sizeof kLevels / sizeof *kLevels);
@@ -299,6 +307,8 @@ const AgBackend* table() {
     b.stream = stream;
     b.alloc = alloc;
     b.free = release;
+    b.alloc_host = alloc_host;
+    b.free_host = free_host;
     b.copy = copy;
     b.synchronize = synchronize;
     b.event_create = event_create;

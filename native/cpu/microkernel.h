@@ -15,9 +15,9 @@ constexpr int kMR = 14;
 #elif defined(AG_LEVEL_AVX2)
 template <class C>
 constexpr int kMR = 6;
-#elif defined(__aarch64__)
+#elif defined(AG_LEVEL_NEON)
 template <class C>
-constexpr int kMR = 8;
+constexpr int kMR = 12;  // 24 of the 32 registers hold sums
 #else
 template <class C>
 constexpr int kMR = 4;

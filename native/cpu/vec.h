@@ -14,6 +14,8 @@
 #include "pool.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(AG_LEVEL_NEON)
+#include <arm_neon.h>
 #endif
 
 // AG_BF16_DOT: an AVX-512 level whose instructions multiply bf16.
@@ -120,6 +122,8 @@ inline vf load(const bf16* p) {
   return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
 #elif defined(__x86_64__)
   return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(AG_LEVEL_NEON)
+  return (vf)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
   vh h;
   memcpy(&h, p, sizeof h);
@@ -206,6 +210,8 @@ inline vf vsqrt(vf x) {
   return (vf)_mm256_sqrt_ps((__m256)x);
 #elif defined(__x86_64__)
   return (vf)_mm_sqrt_ps((__m128)x);
+#elif defined(AG_LEVEL_NEON)
+  return (vf)vsqrtq_f32((float32x4_t)x);
 #else
   for (int i = 0; i < kWidth<float>; i++) x[i] = __builtin_sqrtf(x[i]);
   return x;

@@ -1,4 +1,4 @@
-// The activations and their slopes, for the elementwise kernels, the end of a matrix product and alignMix's gate.
+// The activations, for the elementwise kernels and for the end of a matrix product.
 #pragma once
 #include "gpu.h"
 
@@ -21,26 +21,9 @@ struct Activation {
   __device__ void operator()(const float (&x)[1], float (&y)[1]) const { y[0] = value(x[0]); }
 };
 
-template <AgUnaryOp op>
-struct ActivationGrad {
-  float alpha;
-  __device__ float slope(float x) const {
-    if constexpr (op == AG_GELU)
-      return (erff(x * 0.70710678118654752440f) + 1) * 0.5f + x * expf(-x * x * 0.5f) * 0.39894228040143267794f;
-    if constexpr (op == AG_GELU_TANH) {
-      const float c = 0.79788456080286535588f, t = tanhf((x + x * x * x * 0.044715f) * c);
-      return (t + 1) * 0.5f + x * 0.5f * (1 - t * t) * c * (1 + 3 * 0.044715f * x * x);
-    }
-    if constexpr (op == AG_QUICK_GELU || op == AG_SILU) {
-      const float k = op == AG_SILU ? 1.0f : 1.702f, s = sigmoid(x * k);
-      return s + x * s * (1 - s) * k;
-    }
-    if constexpr (op == AG_SCALE) return alpha;
-    if constexpr (op == AG_EXP) return expf(x);
-    return x * 0 + 1;  // a NaN stays
-  }
-  __device__ void operator()(const float (&x)[2], float (&dx)[1]) const { dx[0] = x[0] * slope(x[1]); }
-};
+__device__ __forceinline__ float gelu_slope(float x) {
+  return (erff(x * 0.70710678118654752440f) + 1) * 0.5f + x * expf(-x * x * 0.5f) * 0.39894228040143267794f;
+}
 
 // The one `op` names, where the choice cannot be a constant.
 __device__ __forceinline__ float activate(AgUnaryOp op, float x) {

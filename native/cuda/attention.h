@@ -26,7 +26,7 @@ __device__ __forceinline__ Span find_tile(const int32_t* offsets, int64_t batch,
   return {low, begin, n, tile < tiles ? (tiles - 1 - tile) * size : n};
 }
 
-// Online-softmax attention in f32 without tensor cores: packed sequences, or a paged cache, over all keys or over chunks of them.
+// Attention over packed sequences or a paged cache, over all keys or over chunks of them, which are put together afterwards.
 struct Scan {
   const void *q, *k, *v;
   void* o;
@@ -36,12 +36,36 @@ struct Scan {
   const int32_t *block_table, *kv_len;  // NULL: packed keys
   int64_t max_blocks, block_size;
   int64_t batch, q_tokens, heads, kv_heads, dim;
-  int64_t chunk, chunks;  // keys of a chunk; with several chunks, `part` receives them: [chunks, tokens, heads, dim + 2]
-  float* part;
+  int64_t chunks;  // of the keys of a sequence; several go through `part`
+  float* part;     // [chunks, q_tokens, heads, dim] sums, then [chunks, q_tokens, heads, 2]: largest score to base 2, weight of all
   float scale_log2;
-  int32_t causal;
+  int32_t causal, vector;  // vector: every row begins at a multiple of 16 bytes
 };
-AgStatus scan(AgCtx* ctx, const char* op, AgDtype dt, const Scan& a);
+AgStatus scan_f32(AgCtx* ctx, const char* op, const Scan& a);
+
+// Keys of a chunk when a sequence has nk, in whole tiles of the kernels.
+constexpr int64_t kKeyTile = 64;
+__device__ __forceinline__ int64_t chunk_size(int64_t nk, int64_t chunks) {
+  return max(div_up(div_up(nk, chunks), kKeyTile), int64_t(1)) * kKeyTile;
+}
+__device__ __forceinline__ int64_t cache_row(const Scan& a, int64_t s, int64_t key) {
+  const uint32_t block = uint32_t(key) / uint32_t(a.block_size), rest = uint32_t(key) % uint32_t(a.block_size);
+  return int64_t(a.block_table[s * a.max_blocks + block]) * a.block_size + rest;
+}
+struct Part {
+  float *sum, *stats;
+};
+// Of this block's chunk.
+__device__ __forceinline__ Part part_of(const Scan& a, int64_t token, int64_t head) {
+  const int64_t rows = a.q_tokens * a.heads, row = blockIdx.z * rows + token * a.heads + head;
+  return {a.part + row * a.dim, a.part + a.chunks * rows * a.dim + row * 2};
+}
+
+// attention_sm90.cu: attention in bf16 on the warpgroup products of capability 9.0, when ALIGNGPT_ATTENTION=wgmma (read once) and the
+// arguments are such that it can.
+bool attention_sm90_takes(const AgAttention* a);
+AgStatus attention_sm90(AgCtx* ctx, const AgAttention* a);
+
 AgStatus attention_grad_f32(AgCtx* ctx, const AgAttention* a, const float* delta);
 
 // The scale is positive: the largest score is then the largest scaled score, so that the kernels scale once, in the exponent.

@@ -1,6 +1,8 @@
 // The CUDA backend's table. Compiled twice: into libaligngpt_cuda.so, and with the emulation into the native tests.
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -12,6 +14,11 @@ AgStatus fail(AgCtx* ctx, AgStatus status, const char* format, ...) {
   std::vsnprintf(ctx->error, sizeof ctx->error, format, arguments);
   va_end(arguments);
   return status;
+}
+bool deterministic() {
+  static const char* const value = std::getenv("ALIGNGPT_DETERMINISTIC");
+  static const bool wanted = !value || std::strcmp(value, "0");
+  return wanted;
 }
 AgStatus bad_dtype(AgCtx* ctx, const char* op, AgDtype dt) {
   static const char* const names[] = {"f32", "bf16", "f64", "i32", "i64"};
@@ -38,6 +45,7 @@ int64_t workspace(AgKernel kernel, const void* a) {
     case AG_K_SUM: return sum_workspace(as<AgSum>(a));
     case AG_K_SUM_SQUARES: return sum_squares_workspace(as<AgSumSquares>(a));
     case AG_K_SCATTER_ADD: return scatter_add_workspace(as<AgScatterAdd>(a));
+    case AG_K_SCATTER_ROWS: return scatter_rows_workspace(as<AgScatterRows>(a));
     case AG_K_SAMPLE: return sample_workspace(as<AgSample>(a));
     case AG_K_CROSS_ENTROPY: return 0;
   }

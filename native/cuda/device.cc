@@ -7,13 +7,11 @@
 #include <cstring>
 #include <mutex>
 
+#include "cublas.h"
 #include "kernels.h"
 #include "probe.h"
 
 namespace gpu {
-
-void* stream_of(const AgCtx* ctx);
-
 namespace {
 
 DeviceInfo info;
@@ -57,6 +55,7 @@ void capabilities(AgCapabilities* c) {
   std::snprintf(c->device, sizeof c->device, "%.127s", properties.name);
   c->threads = info.processors;
   c->memory_bytes = int64_t(properties.totalGlobalMem);
+  std::snprintf(c->products, sizeof c->products, "%s", cublaslt_line().c_str());
 }
 
 // ---- memory -----------------------------------------------------------------------------------------
@@ -70,6 +69,14 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
 }
 void release(void*, void* p) {
   if (cudaFree(p) != cudaSuccess) cudaGetLastError();
+}
+
+AgStatus alloc_host(int64_t bytes, void** out) {
+  AgCtx ctx{};
+  return answer(&ctx, "alloc_host", cudaMallocHost(out, bytes > 0 ? size_t(bytes) : 1));
+}
+void free_host(void* p) {
+  if (cudaFreeHost(p) != cudaSuccess) cudaGetLastError();
 }
 
 // ---- copies -----------------------------------------------------------------------------------------
@@ -176,7 +183,8 @@ AgStatus event_wait(AgCtx* ctx, void* event) {
 void event_destroy(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
 
 AgStatus graph_begin(AgCtx* ctx) {
-  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeThreadLocal));
+  // relaxed: memory that is needed meanwhile may be allocated
+  return answer(ctx, "graph", cudaStreamBeginCapture(own_stream(ctx), cudaStreamCaptureModeRelaxed));
 }
 AgStatus graph_end(AgCtx* ctx, void** out) {
   cudaGraph_t graph = nullptr;
@@ -212,6 +220,8 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.stream = stream;
   b.alloc = alloc;
   b.free = release;
+  b.alloc_host = alloc_host;
+  b.free_host = free_host;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;
@@ -222,7 +232,7 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.graph_end = graph_end;
   b.graph_launch = graph_launch;
   b.graph_destroy = graph_destroy;
-  return true;
+  return cublaslt_open(b, message, message_bytes);
 }
 
 }  // namespace gpu

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cublas.h"
 #include "kernels.h"
 #include "shim.h"
 
@@ -27,6 +28,7 @@ void capabilities(AgCapabilities* c) {
   std::snprintf(c->level, sizeof c->level, "emulated");
   std::snprintf(c->device, sizeof c->device, "emulation on the host");
   c->threads = gpu::device().processors;
+  std::snprintf(c->products, sizeof c->products, "%s", gpu::cublaslt_line().c_str());
 }
 // Of exactly this size: AddressSanitizer sees an access behind it.
 AgStatus alloc(void*, int64_t bytes, void** out) {
@@ -35,6 +37,7 @@ AgStatus alloc(void*, int64_t bytes, void** out) {
   return AG_OK;
 }
 void release(void*, void* p) { std::free(p); }
+AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
 void* stream(AgStream) { return nullptr; }
 AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
@@ -77,11 +80,15 @@ const DeviceInfo& device() {
   return info;
 }
 
-bool open_services(AgBackend& b, char*, int64_t) {
+void* stream_of(const AgCtx* ctx) { return ctx->stream; }
+
+bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.capabilities = capabilities;
   b.stream = stream;
   b.alloc = alloc;
   b.free = release;
+  b.alloc_host = alloc_host;
+  b.free_host = std::free;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;
@@ -92,7 +99,8 @@ bool open_services(AgBackend& b, char*, int64_t) {
   b.graph_end = graph_end;
   b.graph_launch = graph_launch;
   b.graph_destroy = graph_destroy;
-  return true;
+  // Only what somebody names: the real one would take this memory for a device's. Its products run at once, in a graph too.
+  return !std::getenv("ALIGNGPT_CUBLASLT") || cublaslt_open(b, message, message_bytes);
 }
 
 }  // namespace gpu

@@ -1,7 +1,9 @@
-// Matrix product. Three kernels: tiles on the tensor cores (bf16), tiles with f32 arithmetic (f32), and a few rows against a Linear's
-// weight, which is as fast as the weight can be read. Where tiles would not fill the device the sum over k is cut into parts,
-// whose number depends on the shape and the device; they are added in order.
+// Matrix product. By cublasLt where it is (cublas.h), else by three kernels of our own: tiles on the tensor cores (bf16), tiles with f32
+// arithmetic (f32), and a few rows against a Linear's weight, which is as fast as the weight can be read and never goes to cublasLt. Where
+// tiles would not fill the device the sum over k is cut into parts, whose number depends on the shape and the device; they are added
+// in order.
 #include "activation.h"
+#include "cublas.h"
 
 namespace gpu {
 namespace {
@@ -303,12 +305,15 @@ int64_t gemm_dot_parts(const AgGemm* g) {
   return tiles ? div_up(g->n, kTileN) : 0;
 }
 
-AgStatus gemm(AgCtx* ctx, const AgGemm* g) { return gemm_with_dots(ctx, g, {}); }
-AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
+AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
   if (g->dt > AG_BF16) return bad_dtype(ctx, "gemm", g->dt);
   if (g->dt_c > AG_BF16 || (g->dt == AG_F32 && g->dt_c == AG_BF16)) return bad_dtype(ctx, "gemm", g->dt_c);
   if (!g->b) return fail(ctx, AG_INVALID, "[gemm] b: expected the matrix itself, got a packed one, which this backend does not make");
   if (g->m == 0 || g->n == 0) return AG_OK;
+  const AgStatus elsewhere = is_few(g) ? AG_UNSUPPORTED : cublaslt_gemm(ctx, g);
+  return elsewhere == AG_UNSUPPORTED ? gemm_with_dots(ctx, g, {}) : elsewhere;
+}
+AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
   const int64_t parts = parts_of(g);
   const int32_t in = g->dt == AG_BF16, out = g->dt_c == AG_BF16;
   Product p{g->a, g->b, g->bias, g->lda, g->ldb, g->ldc, g->m, g->n, g->k, {g->c, out, g->accumulate}, g->pre, g->c_rows, g->act, in, out,

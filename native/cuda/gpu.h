@@ -2,7 +2,8 @@
 // the emulation on the host (shim.h), launching, and the small pieces all kernels share.
 //
 // Rules for kernels: shared memory is the dynamic one (SMEM); a collective is reached by whole warps and __syncthreads by whole
-// blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics.
+// blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics, but for those of
+// attention_grad.cu that are asked for (deterministic()).
 #pragma once
 #include "kernels.h"
 
@@ -65,7 +66,6 @@ namespace gpu {
 // ---- launching --------------------------------------------------------------------------------------
 // Enqueues the kernel; an empty grid is nothing to do. Read what it needs from `args`: they are copied at this moment.
 #if defined(__CUDACC__)
-void* stream_of(const AgCtx* ctx);
 template <class... P, class... A>
 AgStatus launch(AgCtx* ctx, const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
   if (!grid.x || !grid.y || !grid.z) return AG_OK;

@@ -12,6 +12,7 @@ struct DeviceInfo {
   int architecture = 0;  // 90 for 9.0
 };
 const DeviceInfo& device();  // valid once the backend has been opened
+bool deterministic();        // not with ALIGNGPT_DETERMINISTIC=0, which is read once: then sums may depend on timing where that is faster
 
 // Each writes ctx->error and returns the status.
 AgStatus fail(AgCtx* ctx, AgStatus status, const char* format, ...) __attribute__((format(printf, 3, 4)));
@@ -39,6 +40,7 @@ AgStatus scatter_add(AgCtx*, const AgScatterAdd*);
 int64_t col_sum_workspace(const AgColSum*);
 int64_t sum_workspace(const AgSum*);
 int64_t sum_squares_workspace(const AgSumSquares*);
+int64_t scatter_rows_workspace(const AgScatterRows*);
 int64_t scatter_add_workspace(const AgScatterAdd*);
 
 AgStatus norm(AgCtx*, const AgNorm*);
@@ -60,7 +62,8 @@ AgStatus pack(AgCtx*, const AgPack*);
 int64_t pack_bytes(const AgPack*);
 int64_t gemm_workspace(const AgGemm*);
 // Dot products of the rows of a product with vectors, taken while the rows are in registers: the sum over t of parts[t * m + i] is
-// that of row i, as it was stored, with with[i / group]. t counts to gemm_dot_parts(), which is 0 where this cannot be had.
+// that of row i, as it was stored, with with[i / group]. t counts to gemm_dot_parts(), which is 0 where this cannot be had. Without
+// `with` it is the product by our own kernels.
 struct RowDots {
   const float* with;  // [.., n]
   int64_t group;
@@ -82,6 +85,7 @@ int64_t align_mix_workspace(const AgAlignMix*);
 int64_t align_mix_grad_workspace(const AgAlignMix*);
 
 // ---- services: device.cc on a GPU, emulated.cc on the host ------------------------------------------
+void* stream_of(const AgCtx* ctx);  // the one its work goes to
 // Fills in part (a) of the table; false and a line in `message` when there is no device to use.
 bool open_services(AgBackend& table, char* message, int64_t message_bytes);
 

@@ -54,6 +54,26 @@ AgStatus map(AgCtx* ctx, const char* op, const Arrays<T, I, O>& a, int64_t n, co
 
 // ---- activations ------------------------------------------------------------------------------------
 template <AgUnaryOp op>
+struct ActivationGrad {
+  float alpha;
+  __device__ float slope(float x) const {
+    if constexpr (op == AG_GELU) return gelu_slope(x);
+    if constexpr (op == AG_GELU_TANH) {
+      const float c = 0.79788456080286535588f, t = tanhf((x + x * x * x * 0.044715f) * c);
+      return (t + 1) * 0.5f + x * 0.5f * (1 - t * t) * c * (1 + 3 * 0.044715f * x * x);
+    }
+    if constexpr (op == AG_QUICK_GELU || op == AG_SILU) {
+      const float k = op == AG_SILU ? 1.0f : 1.702f, s = sigmoid(x * k);
+      return s + x * s * (1 - s) * k;
+    }
+    if constexpr (op == AG_SCALE) return alpha;
+    if constexpr (op == AG_EXP) return expf(x);
+    return x * 0 + 1;  // a NaN stays
+  }
+  __device__ void operator()(const float (&x)[2], float (&dx)[1]) const { dx[0] = x[0] * slope(x[1]); }
+};
+
+template <AgUnaryOp op>
 struct OpTag {
   static constexpr AgUnaryOp value = op;
 };

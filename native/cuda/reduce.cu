@@ -1,5 +1,7 @@
 // Sums in a fixed order, and rows by index.
-#include "gpu.h"
+#include <utility>
+
+#include "rows.h"
 
 namespace gpu {
 namespace {
@@ -129,24 +131,78 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(U* dst, const U* src, 
   }
 }
 
-// Whether any thread of the block has seen something; `flag` is a word of shared memory that nobody else uses.
-__device__ __forceinline__ bool any_of_block(bool seen, int* flag) {
-  if (threadIdx.x == 0) *flag = 0;
-  __syncthreads();
-  if (__any_sync(~0u, seen) && threadIdx.x % 32 == 0) atomicOr(flag, 1);
-  __syncthreads();
-  return *flag != 0;
+// Where key i goes when its run of sorted keys is merged with the run beside it; runs are `run` long, the last ones shorter.
+__device__ __forceinline__ int64_t merged_place(const uint64_t* keys, int64_t i, int64_t run, int64_t n) {
+  const int64_t both = i / (2 * run) * (2 * run);
+  const bool second = i - both >= run;
+  const int64_t first = second ? both : min(both + run, n), end = second ? both + run : min(both + 2 * run, n);
+  int64_t low = first, high = end;
+  while (low < high) {
+    const int64_t mid = (low + high) / 2;
+    if (keys[mid] < keys[i])
+      low = mid + 1;
+    else
+      high = mid;
+  }
+  return i + (low - first) - (second ? run : 0);
 }
 
-// One block for each source row; of equal indices only the last one writes.
-template <class U>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(U* dst, const U* src, const int32_t* index, int64_t n, int64_t units) {
+constexpr int64_t kRun = 1024;  // keys a block sorts in shared memory
+__global__ void __launch_bounds__(kThreads) sort_runs(uint64_t* keys, const int32_t* index, int64_t n) {
   SMEM(raw);
-  const int64_t i = blockIdx.x;
-  const int32_t row = index[i];
-  bool later = false;
-  for (int64_t j = i + 1 + threadIdx.x; j < n; j += kThreads) later = later || index[j] == row;
-  if (any_of_block(later, reinterpret_cast<int*>(raw))) return;
+  uint64_t *from = reinterpret_cast<uint64_t*>(raw), *to = from + kRun;
+  const int64_t begin = int64_t(blockIdx.x) * kRun, count = min(kRun, n - begin);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) from[i] = uint64_t(uint32_t(index[begin + i])) << 32 | uint64_t(begin + i);
+  __syncthreads();
+  for (int64_t run = 1; run < count; run *= 2) {
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) to[merged_place(from, i, run, count)] = from[i];
+    __syncthreads();
+    uint64_t* other = from;
+    from = to;
+    to = other;
+  }
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) keys[begin + i] = from[i];
+}
+__global__ void __launch_bounds__(kThreads) merge_runs(uint64_t* to, const uint64_t* from, int64_t run, int64_t n) {
+  for (int64_t i = grid_thread(); i < n; i += grid_threads()) to[merged_place(from, i, run, n)] = from[i];
+}
+
+}  // namespace
+
+int64_t sort_workspace(int64_t n) { return 2 * n * int64_t(sizeof(uint64_t)); }
+AgStatus sort_rows(AgCtx* ctx, const char* op, const int32_t* index, int64_t n, const uint64_t** keys) {
+  uint64_t *from = static_cast<uint64_t*>(ctx->workspace), *to = from + n;
+  AgStatus status = launch(ctx, op, sort_runs, dim3(unsigned(div_up(n, kRun))), kThreads, 2 * kRun * sizeof(uint64_t), from, index, n);
+  for (int64_t run = kRun; status == AG_OK && run < n; run *= 2) {
+    status = launch(ctx, op, merge_runs, grid_for(n, kThreads), kThreads, 0, to, from, run, n);
+    std::swap(from, to);
+  }
+  *keys = from;
+  return status;
+}
+
+namespace {
+
+// One block for each sorted row; of equal indices only the last one writes.
+template <class U>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(U* dst, const U* src, const uint64_t* keys, int64_t n, int64_t units) {
+  const int64_t at = blockIdx.x;
+  const int64_t row = key_row(keys[at]), i = key_source(keys[at]);
+  if (at + 1 < n && key_row(keys[at + 1]) == row) return;
+  for (int64_t u = threadIdx.x; u < units; u += kThreads) dst[row * units + u] = src[i * units + u];
+}
+
+// The same without a sort for at most kThreads rows, as a step of decoding has them: each thread looks at one index.
+template <class U>
+__global__ void __launch_bounds__(kThreads) scatter_few(U* dst, const U* src, const int32_t* index, int64_t n, int64_t units) {
+  SMEM(raw);
+  int* later = reinterpret_cast<int*>(raw);
+  const int64_t i = blockIdx.x, row = index[i];
+  if (threadIdx.x == 0) *later = 0;
+  __syncthreads();
+  if (int64_t(threadIdx.x) > i && threadIdx.x < n && index[threadIdx.x] == row) atomicOr(later, 1);
+  __syncthreads();
+  if (*later) return;
   for (int64_t u = threadIdx.x; u < units; u += kThreads) dst[row * units + u] = src[i * units + u];
 }
 
@@ -160,37 +216,31 @@ AgStatus with_unit(const void* dst, const void* src, int64_t bytes, const F& f) 
 }
 int64_t size_of(AgDtype dt) { return dt == AG_BF16 ? 2 : dt == AG_F64 || dt == AG_I64 ? 8 : 4; }
 
-// One block for each source row and tile of columns. The first of equal indices sums them all, in order: it looks through
-// the indices behind it, kThreads at a time, and writes down the matches.
+// One block for each sorted row and tile of columns. The first of equal indices sums them all, in order, kAhead rows in flight.
+constexpr int kAddThreads = 128, kAhead = 4;
 template <int W, class S, class D>
-__global__ void __launch_bounds__(kThreads)
-    scatter_add_kernel(D* dst, const S* src, const int32_t* index, int64_t n, int64_t cols, float scale, bool accumulate) {
-  SMEM(raw);
-  int* flag = reinterpret_cast<int*>(raw);
-  uint32_t* matches = reinterpret_cast<uint32_t*>(raw) + 1;  // a bit for each index of the chunk
-  const int64_t i = blockIdx.x, c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * W;
-  const int32_t row = index[i];
-  bool earlier = row < 0;
-  for (int64_t j = threadIdx.x; j < i; j += kThreads) earlier = earlier || index[j] == row;
-  if (any_of_block(earlier, flag)) return;
-  const bool mine = c < cols;
+__global__ void __launch_bounds__(kAddThreads)
+    scatter_add_kernel(D* dst, const S* src, const uint64_t* keys, int64_t n, int64_t cols, float scale, bool accumulate) {
+  const int64_t at = blockIdx.x, row = key_row(keys[at]), c = (int64_t(blockIdx.y) * kAddThreads + threadIdx.x) * W;
+  if (row < 0 || c >= cols || (at && key_row(keys[at - 1]) == row)) return;
   float sum[W] = {};
-  if (mine && accumulate) load_lanes<W>(sum, dst + row * cols + c);
-  for (int64_t chunk = i; chunk < n; chunk += kThreads) {
-    const int64_t j = chunk + threadIdx.x;
-    const uint32_t vote = __ballot_sync(~0u, j < n && index[j] == row);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) matches[threadIdx.x / 32] = vote;
-    __syncthreads();
-    for (int w = 0; mine && w < kWarps; w++)
-      for (uint32_t left = matches[w]; left; left &= left - 1) {
-        float v[W];
-        load_lanes<W>(v, src + (chunk + w * 32 + __ffs(int(left)) - 1) * cols + c);
+  if (accumulate) load_lanes<W>(sum, dst + row * cols + c);
+  for (int64_t first = at; first < n && key_row(keys[first]) == row; first += kAhead) {
+    float v[kAhead][W];
+    bool equal[kAhead];
 #pragma unroll
-        for (int k = 0; k < W; k++) sum[k] += v[k] * scale;
-      }
+    for (int j = 0; j < kAhead; j++) {
+      const int64_t last = min(first + j, n - 1);
+      equal[j] = first + j < n && key_row(keys[last]) == row;
+      if (equal[j]) load_lanes<W>(v[j], src + key_source(keys[last]) * cols + c);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; j++)
+#pragma unroll
+      for (int k = 0; k < W; k++)
+        if (equal[j]) sum[k] += v[j][k] * scale;
   }
-  if (mine) store_lanes<W>(dst + row * cols + c, sum);
+  store_lanes<W>(dst + row * cols + c, sum);
 }
 
 template <class S, class D>
@@ -199,15 +249,15 @@ AgStatus scatter_add_of(AgCtx* ctx, const AgScatterAdd* a) {
     const AgFill zero{a->dst.p, a->dst.dt, a->dst_rows * a->cols, 0.0};
     if (AgStatus status = fill(ctx, &zero)) return status;
   }
-  const bool vector = a->cols % 4 == 0 && aligned16(a->src) && aligned16(a->dst.p);
-  auto run = [&](auto width) {
+  const uint64_t* keys = nullptr;
+  if (AgStatus status = sort_rows(ctx, "scatter_add", a->index, a->n, &keys)) return status;
+  const bool vector = a->cols % Pack<S>::n == 0 && aligned16(a->src) && aligned16(a->dst.p);
+  return with_width<S>(vector, [&](auto width) {
     constexpr int W = decltype(width)::value;
-    const dim3 grid(unsigned(a->n), unsigned(div_up(a->cols, kThreads * W)));
-    return launch(ctx, "scatter_add", scatter_add_kernel<W, S, D>, grid, kThreads, (1 + kWarps) * sizeof(int),
-                  static_cast<D*>(a->dst.p), static_cast<const S*>(a->src), a->index, a->n, a->cols, float(a->scale),
-                  a->dst.accumulate != 0);
-  };
-  return vector ? run(Width<4>()) : run(Width<1>());
+    const dim3 grid(unsigned(a->n), unsigned(div_up(a->cols, kAddThreads * W)));
+    return launch(ctx, "scatter_add", scatter_add_kernel<W, S, D>, grid, kAddThreads, 0, static_cast<D*>(a->dst.p),
+                  static_cast<const S*>(a->src), keys, a->n, a->cols, float(a->scale), a->dst.accumulate != 0);
+  });
 }
 
 }  // namespace
@@ -281,16 +331,24 @@ AgStatus gather_rows(AgCtx* ctx, const AgGatherRows* a) {
   });
 }
 
+int64_t scatter_rows_workspace(const AgScatterRows* a) { return a->n <= kThreads ? 0 : sort_workspace(a->n); }
 AgStatus scatter_rows(AgCtx* ctx, const AgScatterRows* a) {
   const int64_t bytes = a->cols * size_of(a->dt);
+  const uint64_t* keys = nullptr;
+  if (a->n > kThreads)
+    if (AgStatus status = sort_rows(ctx, "scatter_rows", a->index, a->n, &keys)) return status;
   return with_unit(a->dst, a->src, bytes, [&](auto tag) {
     typedef typename decltype(tag)::type U;
-    return launch(ctx, "scatter_rows", scatter_kernel<U>, dim3(unsigned(a->n)), kThreads, sizeof(int), static_cast<U*>(a->dst),
-                  static_cast<const U*>(a->src), a->index, a->n, bytes / int64_t(sizeof(U)));
+    const dim3 grid(unsigned(a->n));
+    const int64_t units = bytes / int64_t(sizeof(U));
+    U* dst = static_cast<U*>(a->dst);
+    const U* src = static_cast<const U*>(a->src);
+    if (keys) return launch(ctx, "scatter_rows", scatter_kernel<U>, grid, kThreads, 0, dst, src, keys, a->n, units);
+    return launch(ctx, "scatter_rows", scatter_few<U>, grid, kThreads, sizeof(int), dst, src, a->index, a->n, units);
   });
 }
 
-int64_t scatter_add_workspace(const AgScatterAdd*) { return 0; }
+int64_t scatter_add_workspace(const AgScatterAdd* a) { return a->dst.p ? sort_workspace(a->n) : 0; }
 AgStatus scatter_add(AgCtx* ctx, const AgScatterAdd* a) {
   if (!a->dst.p) return AG_OK;
   return with_float(ctx, "scatter_add", a->dt, [&](auto src) {

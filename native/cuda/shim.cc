@@ -78,7 +78,7 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kGreedy = 1000;
-enum State { kReady, kAtBarrier, kInCollective, kLeft };
+enum State { kReady, kAtBarrier, kInCollective, kPolling, kLeft };
 
 struct Fiber {
   void* sp = nullptr;
@@ -155,7 +155,7 @@ void start(Fiber& f, int number) {
 }
 
 bool resume(Fiber& f) {
-  bool ready = f.state == kReady || (f.state == kAtBarrier && b.round > f.waits_for) ||
+  bool ready = f.state == kReady || f.state == kPolling || (f.state == kAtBarrier && b.round > f.waits_for) ||
                (f.state == kInCollective && warp_of(f).round > f.waits_for);
   if (!ready) return false;
   f.state = kReady;
@@ -163,7 +163,7 @@ bool resume(Fiber& f) {
   here.thread = f.index;
   __tsan_switch_to_fiber(f.sanitizer, 1);
   ag_shim_switch(&b.host_sp, f.sp);
-  return true;
+  return f.state != kPolling;  // it looked, and nothing had happened
 }
 
 // One round over all threads; false when none could go on.
@@ -213,7 +213,7 @@ void run_block() {
   while (b.alive) {
     if (sweep(order)) continue;
     for (Fiber& f : b.fibers)
-      if (f.state == kAtBarrier || f.state == kInCollective) b.running = &f;
+      if (f.state == kAtBarrier || f.state == kInCollective || f.state == kPolling) b.running = &f;
     die("deadlock: not all threads reach the same barrier or collective");
   }
   __tsan_acquire(&b.ended);
@@ -278,6 +278,44 @@ void wait_warp() {
   __tsan_release(sync);
   collective("bar.warp", ~0u, nullptr, 0, nullptr, 0, [](const Words*, Words*, const void*) {}, nullptr);
   __tsan_acquire(sync);
+}
+
+namespace {
+struct Barrier {  // arrivals of each phase, those and the bytes the running phase waits for, its parity
+  uint16_t arrivals, due;
+  int32_t bytes : 31;
+  uint32_t parity : 1;
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t), "an mbarrier has 8 bytes");
+void barrier_change(uint64_t* barrier, int arrivals, int bytes) {
+  __tsan_release(barrier);
+  Barrier x;
+  std::memcpy(&x, barrier, sizeof x);
+  if (x.due < arrivals) die("mbarrier: more arrivals than it was made for");
+  x.due = uint16_t(x.due - arrivals);
+  x.bytes += bytes;
+  if (x.due == 0 && x.bytes == 0) {
+    x.due = x.arrivals;
+    x.parity ^= 1;
+  }
+  std::memcpy(barrier, &x, sizeof x);
+}
+}  // namespace
+void barrier_init(uint64_t* barrier, int arrivals) {
+  const Barrier x{uint16_t(arrivals), uint16_t(arrivals), 0, 0};
+  std::memcpy(barrier, &x, sizeof x);
+}
+void barrier_arrive(uint64_t* barrier, int bytes) { barrier_change(barrier, 1, bytes); }
+void barrier_bytes(uint64_t* barrier, int bytes) { barrier_change(barrier, 0, -bytes); }
+void barrier_wait(uint64_t* barrier, int parity) {
+  for (;;) {
+    Barrier x;
+    std::memcpy(&x, barrier, sizeof x);
+    if (int(x.parity) != parity) break;
+    b.running->state = kPolling;
+    pause();
+  }
+  __tsan_acquire(barrier);
 }
 
 void collective(const char* what, unsigned mask, const void* in, int in_words, void* out, int out_words, Exchange exchange,

@@ -69,6 +69,12 @@ typedef void (*Exchange)(const Words* in, Words* out, const void* argument);
 void collective(const char* what, unsigned mask, const void* in, int in_words, void* out, int out_words, Exchange exchange,
                 const void* argument);
 
+// A barrier in shared memory (mbarrier), in the 8 bytes it has on a device. Bytes of an arrival are still to come in its phase.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int bytes);
+void barrier_bytes(uint64_t* barrier, int bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+
 struct Copy {
   void* to;
   const void* from;  // NULL: zeros
@@ -181,8 +187,24 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 inline int atomicOr(int* p, int bits) {  // fibers take turns, and ThreadSanitizer is told that it is one step
   return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
+}
+inline float atomicAdd(float* p, float x) {
+  uint32_t was = __atomic_load_n(reinterpret_cast<uint32_t*>(p), __ATOMIC_RELAXED), now;
+  do now = __float_as_uint(__uint_as_float(was) + x);
+  while (!__atomic_compare_exchange_n(reinterpret_cast<uint32_t*>(p), &was, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return __uint_as_float(was);
 }
 template <class T>
 T __ldg(const T* p) {
@@ -195,16 +217,6 @@ inline float __expf(float x) { return expf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline uint32_t __float_as_uint(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-inline float __uint_as_float(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
 
 // ---- what gpu.h writes in PTX -----------------------------------------------------------------------
 inline uint32_t pack_bf16(float low, float high) { return shim::narrow(low) | uint32_t(shim::narrow(high)) << 16; }

@@ -63,8 +63,9 @@ static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
   a.gb0 = in.gate[1].data();
   a.gw1 = in.gate[2].data();
   a.gb1 = in.gate[3].data();
-  a.gate_ids = host_i32(ids);
-  a.gate_offsets = host_i32(offsets);
+  a.gate_ids = device_i32(ids, in.x.device());
+  a.gate_offsets = device_i32(offsets, in.x.device());
+  a.gate_entries = ids.numel();
   a.global = in.global ? 1.0 : 0.0;
 }
 
@@ -91,15 +92,17 @@ static AgAlignMix check_args(const AlignMixIn& in) {
   want_shape(op, "alignRows", in.align_rows, Shape{a.images});
   want_dtype(op, "embed", in.embed, a.dt);
   want_dtype(op, "table", in.table, a.dt);
-  want_same_device(op, {&in.x, &in.embed, &in.table, &in.tokens, &in.image_rows, &in.align_rows});
+  want_same_device(op, {&in.x, &in.embed, &in.table});
   if (in.weight) {
     want_shape(op, "weight", *in.weight, Shape{a.hidden, a.features});
     want_dtype(op, "weight", *in.weight, a.dt);
+    want_same_device(op, {&in.x, &*in.weight});
     a.w = in.weight->data();
     a.w_packed = in.weight->packed(in.weight->shape[0], in.weight->shape[1], true);
     if (in.bias) {
       want_shape(op, "bias", *in.bias, Shape{a.hidden});
       want_dtype(op, "bias", *in.bias, a.dt);
+      want_same_device(op, {&in.x, &*in.bias});
       a.b = in.bias->data();
     }
   } else {
@@ -111,14 +114,14 @@ static AgAlignMix check_args(const AlignMixIn& in) {
     const Tensor& levels = given("levels", in.levels);
     want_shape(op, "levels", levels, Shape{a.images});
     want_index(op, "levels", levels, 0, a.levels);
-    a.level = host_i32(levels);
+    a.level = device_i32(levels, in.x.device());
   }
   a.x = in.x.data();
   a.embed = in.embed.data();
   a.table = in.table.data();
-  a.token = host_i32(in.tokens);
-  a.image_row = host_i32(in.image_rows);
-  a.align_row = host_i32(in.align_rows);
+  a.token = device_i32(in.tokens, in.x.device());
+  a.image_row = device_i32(in.image_rows, in.x.device());
+  a.align_row = device_i32(in.align_rows, in.x.device());
   return a;
 }
 
@@ -156,6 +159,7 @@ std::vector<Tensor> align_mix(const AlignMixIn& in) {
     const Tensor& c = given("coefficients", in.coefficients);
     want_shape(op, "coefficients", c, coef.shape);
     want_dtype(op, "coefficients", c, acc);
+    want_same_device(op, {&in.x, &c});
     copy(coef, c);
   }
   a.out = out.data();

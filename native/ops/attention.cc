@@ -17,7 +17,7 @@ static void rotate(Device* device, Tensor& y, const Tensor& x, const Tensor& pos
   AgRope a{};
   a.y = y.data();
   a.x = x.data();
-  a.position = host_i32(position);
+  a.position = device_i32(position, device);
   a.cos = cos.data();
   a.sin = sin.data();
   a.tokens = x.shape[0];
@@ -39,7 +39,7 @@ Tensor rope(const Tensor& x, const Tensor& position, const Tensor& cos, const Te
   for (const Tensor* t : {&cos, &sin}) want_dtype("rope", "cos and sin", *t, acc_dtype(x.dt));
   want_shape("rope", "position", position, Shape{x.shape[0]});
   want_index("rope", "position", position, 0, cos.shape[0]);
-  want_same_device("rope", {&x, &position, &cos, &sin});
+  want_same_device("rope", {&x, &cos, &sin});
   Tensor y = empty_like(x), sp = position.detached(), sc = cos.detached(), ss = sin.detached();
   rotate(x.device(), y, x, position, cos, sin, heads, dim, 1.0);
   record("rope", {&y}, {x}, [=](Grads& grads) {
@@ -70,7 +70,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   int64_t batch = want_offsets(op, "qOffsets", q_offsets, q.shape[0]);
   int64_t batch_k = want_offsets(op, "kOffsets", k_offsets, k.shape[0]);
   check(batch == batch_k, "ERR_SHAPE", "[attention] kOffsets: expected ", batch + 1, " offsets, got ", batch_k + 1);
-  want_same_device(op, {&q, &k, &v, &q_offsets, &k_offsets});
+  want_same_device(op, {&q, &k, &v});
   AgDtype acc = acc_dtype(q.dt);
   Tensor o = empty_like(q), lse = empty(q.device(), Shape{q.shape[0], heads}, acc);
   AgAttention a{};
@@ -81,8 +81,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.lse = lse.data();
   a.ldq = a.ldo = heads * dim;
   a.ldk = a.ldv = kv_heads * dim;
-  a.q_offsets = host_i32(q_offsets);
-  a.k_offsets = host_i32(k_offsets);
+  a.q_offsets = device_i32(q_offsets, q.device());
+  a.k_offsets = device_i32(k_offsets, q.device());
   a.batch = batch;
   a.heads = heads;
   a.kv_heads = kv_heads;
@@ -105,8 +105,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     g.v = sv.data();
     g.o = so.data();
     g.lse = lse.data();
-    g.q_offsets = host_i32(oq);
-    g.k_offsets = host_i32(ok);
+    g.q_offsets = device_i32(oq, d_o.device());
+    g.k_offsets = device_i32(ok, d_o.device());
     g.d_o = d_o.data();
     g.dq = dq.data();
     g.dk = dk.data();

@@ -24,20 +24,30 @@ void want_same_device(const char* op, std::initializer_list<const Tensor*> tenso
   for (const Tensor* t : tensors) {
     if (!t || !t->defined()) continue;
     if (!first) first = t->device();
-    check(t->device() == first, "ERR_DEVICE", "[", op, "] tensors on one device expected, got two");
+    check(t->device() == first, "ERR_DEVICE", "[", op, "] tensors: expected all on ", device_name(first), ", got one on ",
+          device_name(t->device()));
   }
 }
 const int32_t* host_i32(const Tensor& t) { return t.as<const int32_t>(); }
 
-void want_index(const char* op, const char* what, const Tensor& t, int64_t low, int64_t high) {
+const int32_t* device_i32(const Tensor& t, Device* device) {
+  if (device == t.device()) return host_i32(t);
+  return reinterpret_cast<const int32_t*>(static_cast<const char*>(mirror_of(t.storage, device)) + t.offset);
+}
+
+void want_i32(const char* op, const char* what, const Tensor& t) {
   want_dtype(op, what, t, AG_I32);
+  check(t.device() == &cpu(), "ERR_DEVICE", "[", op, "] ", what, ": expected indices on the cpu, got them on ", device_name(t.device()));
+}
+void want_index(const char* op, const char* what, const Tensor& t, int64_t low, int64_t high) {
+  want_i32(op, what, t);
   const int32_t* p = host_i32(t);
   for (int64_t i = 0, n = t.numel(); i < n; i++)
     check(p[i] >= low && p[i] < high, "ERR_RANGE", "[", op, "] ", what, "[", i, "]: expected ", low, "..", high - 1,
           ", got ", p[i]);
 }
 int64_t want_offsets(const char* op, const char* what, const Tensor& t, int64_t total) {
-  want_dtype(op, what, t, AG_I32);
+  want_i32(op, what, t);
   want_rank(op, what, t, 1);
   int64_t n = t.numel();
   check(n >= 1, "ERR_SHAPE", "[", op, "] ", what, ": expected at least one offset, got none");
@@ -72,6 +82,23 @@ Tensor cast(const Tensor& x, const std::string& dtype) {
   if (recording({&x})) {
     check(is_float(dt), "ERR_DTYPE", "[cast] a tensor with a gradient: expected a float dtype, got ", dtype_name(dt));
     record("cast", {&y}, {x}, [from](Grads& g) { g.add(0, g.out().dt == from ? g.out() : cast_raw(g.out(), from)); });
+  }
+  return y;
+}
+
+static Tensor to_raw(const Tensor& x, Device* device) {
+  Tensor y = empty(device, x.shape, x.dt);
+  Device* other = device == &cpu() ? x.device() : device;  // the CPU knows nothing of another device's memory
+  copy_bytes(other, y.data(), x.data(), x.bytes());
+  if (device == &cpu()) synchronize(other);
+  return y;
+}
+
+Tensor to(const Tensor& x, Device* device) {
+  Device* from = x.device();
+  Tensor y = device == from ? x.detached() : to_raw(x, device);
+  if (recording({&x})) {
+    record("to", {&y}, {x}, [from](Grads& g) { g.add(0, g.out().device() == from ? g.out() : to_raw(g.out(), from)); });
   }
   return y;
 }
@@ -170,19 +197,18 @@ Tensor concat(const std::vector<Tensor>& xs, int64_t dim) {
 static Tensor gather_op(const char* op, const Tensor& x, const Tensor& index) {
   check(x.shape.rank >= 1, "ERR_SHAPE", "[", op, "] expected rank >= 1, got ", x.shape);
   want_rank(op, "index", index, 1);
-  want_same_device(op, {&x, &index});
   want_index(op, "index", index, 0, x.shape.d[0]);
   Shape shape = x.shape;
   int64_t n = index.numel(), rows = x.shape.d[0], cols = 1;
   for (int i = 1; i < x.shape.rank; i++) cols *= x.shape.d[i];
   shape.d[0] = n;
   Tensor y = empty(x.device(), Shape(std::vector<int64_t>(shape.d, shape.d + shape.rank)), x.dt);
-  run(op, x.device(), table(x).gather_rows, AgGatherRows{y.data(), x.data(), host_i32(index), n, cols, rows, x.dt});
+  run(op, x.device(), table(x).gather_rows, AgGatherRows{y.data(), x.data(), device_i32(index, x.device()), n, cols, rows, x.dt});
   Tensor saved = index.detached();
   record(op, {&y}, {x}, [=](Grads& g) {
     const Tensor& dy = g.out();
     run(op, dy.device(), table(dy).scatter_add,
-        AgScatterAdd{g.slot(0), dy.data(), host_i32(saved), n, cols, rows, dy.dt, 1.0}, AG_K_SCATTER_ADD);
+        AgScatterAdd{g.slot(0), dy.data(), device_i32(saved, dy.device()), n, cols, rows, dy.dt, 1.0}, AG_K_SCATTER_ADD);
   });
   return y;
 }

@@ -15,9 +15,10 @@ void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot) {
   want_shape(op, "rows", rows, Shape{slot.numel(), cache.shape[2]});
   int64_t places = cache.shape[0] * cache.shape[1];
   want_index(op, "slot", slot, 0, places);
-  want_same_device(op, {&cache, &rows, &slot});
+  want_same_device(op, {&cache, &rows});
   run(op, cache.device(), table(cache).scatter_rows,
-      AgScatterRows{cache.data(), rows.data(), host_i32(slot), slot.numel(), cache.shape[2], places, cache.dt});
+      AgScatterRows{cache.data(), rows.data(), device_i32(slot, cache.device()), slot.numel(), cache.shape[2], places, cache.dt},
+      AG_K_SCATTER_ROWS);
 }
 
 static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Tensor& blocks, const Tensor& len, int64_t batch) {
@@ -26,7 +27,7 @@ static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Ten
   want_shape(op, "blockTable", blocks, Shape{batch, blocks.shape[1]});
   want_shape(op, "kvLen", len, Shape{batch});
   want_index(op, "kvLen", len, 0, blocks.shape[1] * cache.shape[1] + 1);
-  want_dtype(op, "blockTable", blocks, AG_I32);
+  want_i32(op, "blockTable", blocks);
   for (int64_t s = 0; s < batch; s++) {  // only the blocks a sequence really uses have to exist
     int64_t n = host_i32(q_offsets)[s + 1] - host_i32(q_offsets)[s], keys = host_i32(len)[s];
     check(keys >= n, "ERR_RANGE", "[attentionCached] kvLen[", s, "]: expected at least its ", n, " queries, got ", keys);
@@ -51,7 +52,7 @@ Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   want_dtype(op, "vCache", v_cache, q.dt);
   int64_t batch = want_offsets(op, "qOffsets", q_offsets, q.shape[0]);
   check_blocks(k_cache, q_offsets, block_table, kv_len, batch);
-  want_same_device(op, {&q, &k_cache, &v_cache, &q_offsets, &block_table, &kv_len});
+  want_same_device(op, {&q, &k_cache, &v_cache});
   Tensor o = empty_like(q);
   AgAttentionCached a{};
   a.q = q.data();
@@ -59,9 +60,9 @@ Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   a.k_cache = k_cache.data();
   a.v_cache = v_cache.data();
   a.o = o.data();
-  a.q_offsets = host_i32(q_offsets);
-  a.block_table = host_i32(block_table);
-  a.kv_len = host_i32(kv_len);
+  a.q_offsets = device_i32(q_offsets, q.device());
+  a.block_table = device_i32(block_table, q.device());
+  a.kv_len = device_i32(kv_len, q.device());
   a.batch = batch;
   a.q_tokens = q.shape[0];
   a.max_blocks = block_table.shape[1];

@@ -94,23 +94,23 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
   want_index(op, "targets", targets, 0, V);
   check(denominator > 0, "ERR_ARGUMENT", "[lmHeadLoss] denominator: expected > 0, got ", denominator);
   check(chunk > 0, "ERR_ARGUMENT", "[lmHeadLoss] chunk: expected > 0, got ", chunk);
-  want_same_device(op, {&hidden, &weight, &rows, &targets});
+  want_same_device(op, {&hidden, &weight});
   Device* device = hidden.device();
   AgDtype dt = hidden.dt, acc = acc_dtype(dt);
   Tensor rows_RH = empty(device, Shape{R, H}, dt), nll = empty(device, Shape{R}, acc);
-  run(op, device, table(hidden).gather_rows, AgGatherRows{rows_RH.data(), hidden.data(), host_i32(rows), R, H, T, dt});
+  run(op, device, table(hidden).gather_rows, AgGatherRows{rows_RH.data(), hidden.data(), device_i32(rows, device), R, H, T, dt});
   HeadGrads want;
   bool rec = recording({&hidden, &weight});
   if (rec && wants_grad(hidden)) want.d_rows = empty_like(rows_RH);
   if (rec && wants_grad(weight)) want.d_weight = R ? empty(device, weight.shape, acc) : zeros(device, weight.shape, acc);
-  if (R) head_chunks(rows_RH, weight, host_i32(targets), 1.0 / denominator, chunk, nll, want);
+  if (R) head_chunks(rows_RH, weight, device_i32(targets, device), 1.0 / denominator, chunk, nll, want);
   Tensor loss = sum_rows(nll, 1.0 / denominator), saved_rows = rows.detached();
   record(op, {&loss}, {hidden, weight}, [=](Grads& grads) {
     Tensor by = grads.out();
     if (grads.needs(0)) {
       Tensor d = scaled(want.d_rows, as_dtype(by, dt));
       run("lmHeadLoss", device, table(d).scatter_add,
-          AgScatterAdd{grads.slot(0), d.data(), host_i32(saved_rows), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
+          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows, device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
     }
     if (grads.needs(1)) {  // through col_sum of one "row": scales and lands in the slot, whatever its dtype
       const Tensor& d = want.d_weight;
@@ -143,7 +143,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {
   want_index("crossEntropy", "targets", targets, 0, logits.shape[1]);
   Tensor nll = empty(logits.device(), Shape{n}, acc_dtype(logits.dt));
   Tensor d = recording({&logits}) ? empty_like(logits) : Tensor();
-  xent(logits, host_i32(targets), nll, d.defined() ? &d : nullptr, 1.0 / double(n));
+  xent(logits, device_i32(targets, logits.device()), nll, d.defined() ? &d : nullptr, 1.0 / double(n));
   Tensor loss = sum_rows(nll, 1.0 / double(n));
   record("crossEntropy", {&loss}, {logits}, [d](Grads& g) { g.add(0, scaled(d, as_dtype(g.out(), d.dt))); });
   return loss;
@@ -161,10 +161,8 @@ Tensor contrastive_loss(const Tensor& image, const Tensor& text, const Tensor& l
   check(log_scale.numel() == 1, "ERR_SHAPE", "[contrastiveLoss] logScale: expected one element, got ", log_scale.shape);
   check(image.shape[0] > 0, "ERR_SHAPE", "[contrastiveLoss] image: expected at least one row, got ", image.shape);
   int64_t n = image.shape[0];
-  Tensor targets = empty(image.device(), Shape{n}, AG_I32);
-  std::vector<int32_t> diagonal(n);
-  for (int64_t i = 0; i < n; i++) diagonal[i] = int32_t(i);
-  copy_bytes(image.device(), targets.data(), diagonal.data(), n * 4);
+  Tensor targets = empty(&cpu(), Shape{n}, AG_I32);
+  for (int64_t i = 0; i < n; i++) targets.as<int32_t>()[i] = int32_t(i);
   Tensor factor = unary(log_scale, "exp");
   Tensor rows = mul(matmul(image, text, false, true), factor), cols = mul(matmul(text, image, false, true), factor);
   return scale(add(cross_entropy(rows, targets), cross_entropy(cols, targets)), 0.5);

@@ -1,6 +1,10 @@
 // Cases of attention, its gradient and attention against the paged cache (cuda_test.h). Rows longer than the heads need and an
-// address that is not aligned take the paths without 16-byte accesses; queries outnumber keys, sequences are empty.
+// address that is not aligned take the paths without 16-byte accesses; queries outnumber keys, sequences are empty. What they test
+// besides is chosen by the backend's own variables: ALIGNGPT_DETERMINISTIC=0 for dQ with atomics, ALIGNGPT_ATTENTION=wgmma for the forward
+// of capability 9.0.
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include "cuda_test.h"
 
@@ -25,6 +29,12 @@ struct Shape {
 // The columns between the rows' ends belong to nobody: they keep what they hold.
 Buffer& rows(Test& t, const char* name, int64_t n, int64_t shift) { return t.in_place(name, t.dt, n).shifted(shift); }
 
+// Whether the backend, which reads the same variable, adds up dQ in any order.
+bool atomics() {
+  const char* value = std::getenv("ALIGNGPT_DETERMINISTIC");
+  return value && !std::strcmp(value, "0");
+}
+
 void attend(Test& t, const Shape& s) {
   const std::vector<int32_t> qo = offsets_of(s.nq), ko = offsets_of(s.nk);
   const int64_t nq = qo.back(), nk = ko.back(), ldq = s.heads * s.dim + s.gap, ldk = s.kv_heads * s.dim + s.gap;
@@ -47,7 +57,7 @@ void attend(Test& t, const Shape& s) {
   for (int64_t i = 0; i < saved.n; i++) saved.set(i, o.cpu(i));
   for (int64_t i = 0; i < saved_lse.n; i++) saved_lse.set(i, lse.cpu(i));
   o.role = lse.role = Buffer::kInput;
-  Buffer &dq = rows(t, "dq", nq * ldq, s.shift), &dk = rows(t, "dk", nk * ldk, s.shift), &dv = rows(t, "dv", nk * ldk, s.shift);
+  Buffer &dq = rows(t, "dq", nq * ldq, s.shift).varies(atomics() && t.dt == AG_BF16), &dk = rows(t, "dk", nk * ldk, s.shift), &dv = rows(t, "dv", nk * ldk, s.shift);
   t.run(
       label, &AgBackend::attention_grad,
       [&] {
@@ -70,6 +80,9 @@ void test_attention(Test& t) {
   attend(t, {{65}, {64}, 1, 1, 96, true, 0, 0});
   attend(t, {{64, 3}, {71, 66}, 2, 1, 128, true, 0, 0});
   attend(t, {{9}, {35}, 2, 2, 128, false, 1, 0});
+  attend(t, {{70, 3}, {0, 5}, 2, 1, 64, true, 8, 0});        // no keys at all
+  attend(t, {{5, 150}, {600, 160}, 1, 1, 64, false, 0, 0});  // more tiles than stages, several times over
+  attend(t, {{130, 4}, {525, 300}, 2, 1, 128, true, 8, 0});
   AgAttention a{};
   a.dim = 256, a.scale = 1, a.dt = t.dt;
   t.refuse("head dim 256", &AgBackend::attention, a, AG_UNSUPPORTED);
@@ -81,7 +94,8 @@ void decode(Test& t, const Lengths& nq, const Lengths& kv_len, int64_t heads, in
   const std::vector<int32_t> qo = offsets_of(nq);
   const int64_t batch = int64_t(nq.size()), ldq = heads * dim + gap, pages = batch * max_blocks, cache = pages * block * kv_heads * dim;
   std::vector<int32_t> table;
-  for (int64_t i = 0; i < pages; i++) table.push_back(int32_t(pages - 1 - i));
+  for (int64_t i = 0; i < pages; i++)  // what lies behind a sequence's keys is no page
+    table.push_back(i % max_blocks * block < kv_len[size_t(i / max_blocks)] ? int32_t(pages - 1 - i) : 1 << 28);
   char label[96];
   std::snprintf(label, sizeof label, "%lld:%lld dim %lld queries %d keys up to %lld", (long long)heads, (long long)kv_heads,
                 (long long)dim, qo.back(), (long long)(max_blocks * block));
@@ -106,6 +120,11 @@ void test_attention_cached(Test& t) {
   decode(t, {1, 2}, {300, 40}, 4, 2, 20, 16, 19, 4);  // several chunks, some without a key
   if (small()) return;
   decode(t, {3, 0, 35}, {3, 0, 50}, 8, 1, 64, 7, 8, 0);
+  decode(t, {1, 1}, {129, 500}, 8, 1, 128, 16, 32, 8);  // a group of heads shares its keys
+  decode(t, {1, 1, 1}, {64, 65, 1}, 1, 1, 96, 32, 4, 0);
+  decode(t, {40}, {300}, 2, 2, 80, 16, 20, 0);  // more queries than the warps share
+  decode(t, {70, 20}, {70, 90}, 2, 1, 128, 16, 8, 8);
+  decode(t, {17}, {40}, 1, 1, 37, 8, 5, 1);
   decode(t, {2, 9}, {1, 140}, 2, 2, 128, 16, 24, 0);  // a query without keys
 }
 

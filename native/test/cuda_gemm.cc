@@ -48,7 +48,9 @@ void product(Test& t, const Shape& s, bool trans_a, bool trans_b, const End& end
   t.clear();
 }
 
-void gemm(Test& t) {
+}  // namespace
+
+void every_product(Test& t) {
   const Shape every[] = {{1, 1, 1, 0, 0}, {3, 9, 70, 0, 0}, {8, 24, 520, 0, 0}, {9, 17, 5, 3, 1}, {40, 24, 96, 8, 0}, {130, 72, 40, 0, 0}};
   const Shape wide[] = {{72, 136, 64, 0, 0}, {24, 40, 1040, 0, 0}, {17, 3, 600, 0, 0}};  // the last two: parts of k
   for (int way = 0; way < 4; way++) {
@@ -62,6 +64,8 @@ void gemm(Test& t) {
   product(t, {5, 4, 0, 0, 0}, false, true, kEnds[1]);
   product(t, {20, 4, 0, 0, 0}, false, false, kEnds[0]);
 }
+namespace {
+
 void refusals(Test& t) {
   if (t.dt != AG_F32) return;
   AgGemm g{};
@@ -73,7 +77,7 @@ void refusals(Test& t) {
   t.refuse("no b", &AgBackend::gemm, g, AG_INVALID);
 }
 
-Registered a("gemm", gemm), b("gemm_refusals", refusals);
+Registered a("gemm", every_product), b("gemm_refusals", refusals);
 
 }  // namespace
 }  // namespace cuda_test

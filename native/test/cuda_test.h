@@ -2,7 +2,7 @@
 // the CPU, on the device, and on the device again, each time from the same bytes, and compares every output:
 //   - device with CPU: NMSE <= 1e-7 (f32) or 1e-4 (bf16), no element far off, NaN and infinity where the CPU has them;
 //     integers and buffers marked exact() byte for byte
-//   - device with itself: the same bytes
+//   - device with itself: the same bytes, unless they may vary
 //   - the guards before and after every output, and behind the scratch
 // Cases live in native/test/cuda*.cc; a Registered object puts them into the one program, which runs with the emulation or,
 // with --library, on a GPU.
@@ -22,6 +22,7 @@ bool small();  // --small: each case in its cheapest form that still takes every
 double uniform(double lo = -1, double hi = 1);  // the case's own random numbers
 int64_t below(int64_t n);
 size_t size_of(AgDtype dt);
+void ran(size_t entry);  // an entry of the contract, as its offset in the table
 
 struct Buffer {
   enum Role { kInput, kOutput, kInPlace };
@@ -32,6 +33,7 @@ struct Buffer {
   std::vector<uint8_t> host;        // what a run begins with
   std::vector<uint8_t> results[3];  // CPU, device, device again
   bool is_exact = false, is_bits = false;  // bits: no numbers; the case compares them itself
+  bool may_vary = false;                   // two runs need not give the same bytes
   int64_t skip = 0;    // elements before it: an address that is not aligned
   void* at = nullptr;  // on the side that runs
 
@@ -44,6 +46,7 @@ struct Buffer {
   size_t bytes() const { return size_t(n) * size_of(dt); }
   double number(const std::vector<uint8_t>& from, int64_t i) const;
   Buffer& exact() { return is_exact = true, *this; }
+  Buffer& varies(bool may) { return may_vary = may, *this; }
   Buffer& shifted(int64_t elements) { return skip = elements, *this; }
 };
 
@@ -68,6 +71,7 @@ class Test {
   // `kernel` of 0..: the op takes scratch (AgKernel).
   template <class Args, class Make>
   void run(const char* label, AgStatus (*AgBackend::*op)(AgCtx*, const Args*), const Make& make, int kernel = -1) {
+    ran(size_t(reinterpret_cast<const char*>(&(device.*op)) - reinterpret_cast<const char*>(&device)));
     for (int side = 0; side < 3; side++) {
       const AgBackend& b = side ? device : cpu;
       upload(b);
@@ -101,6 +105,8 @@ class Test {
   std::vector<void*> memory_;  // of the run in progress, one for each buffer
   int64_t scratch_bytes_ = 0;
 };
+
+void every_product(Test&);  // the case gemm
 
 struct Registered {
   Registered(const char* name, void (*body)(Test&));

@@ -968,7 +968,7 @@ const Test kTests[] = {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const char* level : {"portable", "avx2", "avx512", "avx512bf16", "amx"}) {
+  for (const char* level : {"portable", "neon", "avx2", "avx512", "avx512bf16", "amx"}) {
     const char* asked = std::getenv("ALIGNGPT_CPU_LEVEL");  // amx is for those who name it
     const AgBackend* b = std::strcmp(level, "amx") || (asked && !std::strcmp(asked, level)) ? ag_cpu_level(level) : nullptr;
     if (!b) {

@@ -51,9 +51,16 @@ int main(int argc, char** argv) {
   want(!ag::cuda(&why) && contains(why, "/nowhere/else.so"), "chosen by the environment", why);
   if (argc < 2) return failed || (std::printf("FAIL expected a library as the argument\n"), 1);
   setenv("ALIGNGPT_CUDA_LIBRARY", argv[1], 1);
+  setenv("ALIGNGPT_CUBLASLT", "/nowhere/lt.so", 1);
+  setenv("ALIGNGPT_GEMM", "cublaslt", 1);
+  want(!ag::cuda(&why) && contains(why, "ALIGNGPT_GEMM: expected cublasLt") && contains(why, "/nowhere/lt.so"), "cublasLt demanded", why);
+  unsetenv("ALIGNGPT_GEMM");
   ag::Device* device = ag::cuda(&why);
   want(device && device == ag::cuda(&why), "emulated library", why);
   if (!device) return 1;
+  AgCapabilities caps;
+  device->backend->capabilities(&caps);
+  want(contains(caps.products, "own kernels: ALIGNGPT_CUBLASLT=/nowhere/lt.so"), "what products run on", caps.products);
   const int64_t rows = 3, cols = 5;
   ag::Tensor x = ag::zeros(device, ag::Shape{rows, cols}, AG_F32);
   std::vector<float> host(size_t(rows * cols), 1);

@@ -84,6 +84,8 @@ std::vector<Level> levels() {
   const char* asked = std::getenv("ALIGNGPT_CPU_LEVEL");  // amx is for those who name it
   if (asked && std::strcmp(asked, "amx") == 0 && ag_cpu_level("amx")) all.push_back(LEVEL(amx, true));
 #endif
+#elif defined(__aarch64__)
+  all.push_back(LEVEL(neon, false));
 #endif
   return all;
 }

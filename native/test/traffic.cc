@@ -65,7 +65,16 @@ void __tsan_write4(void* p) { note(p, 4, kWritten); }
 void __tsan_write8(void* p) { note(p, 8, kWritten); }
 void __tsan_write16(void* p) { note(p, 16, kWritten); }
 void __tsan_write_range(void* p, size_t n) { note(p, n, kWritten); }
+// Other kernels' and the host's; alignMix has none, so they are not counted. One thread runs.
+char __tsan_atomic8_load(const volatile char* p, int) { return *p; }
+int __tsan_atomic32_load(const volatile int* p, int) { return *p; }
 int __tsan_atomic32_fetch_or(volatile int* p, int bits, int) { return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
+int __tsan_atomic32_compare_exchange_strong(volatile int* p, int* expected, int x, int, int) {
+  return __atomic_compare_exchange_n(p, expected, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+long __tsan_atomic64_load(const volatile long* p, int) { return *p; }
+void __tsan_atomic64_store(volatile long* p, long x, int) { *p = x; }
+long __tsan_atomic64_fetch_add(volatile long* p, long by, int) { return __atomic_fetch_add(p, by, __ATOMIC_RELAXED); }
 }
 
 namespace {
@@ -114,6 +123,7 @@ AgAlignMix arguments(AgDtype dt, int64_t images, int64_t patches, int64_t featur
   for (int64_t m = 0; m <= images; m++) offsets[m] = int32_t(m * words);
   for (int64_t m = 0; m < images; m++) align_row[m] = int32_t(m * sample), image_row[m] = int32_t(m * sample + 1);
   a.token = token, a.image_row = image_row, a.align_row = align_row, a.gate_ids = ids, a.gate_offsets = offsets;
+  a.gate_entries = a.vocab;
   a.out = buffer<T>("out", a.tokens * hidden), a.mean = buffer<float>("mean", images * hidden);
   a.dots = buffer<float>("dots", images * patches), a.gate_pre = buffer<float>("gate_pre", images * gate);
   a.logits = buffer<float>("logits", images * (levels - 1));

@@ -99,6 +99,19 @@ def attention():
             CONTEXT.pop("backend", None)
 
 
+def decode():
+    """Against a cache without pages."""
+    for kv_heads in (32, 8):
+        q, k, v = bf16(8, 32, 1, 128), bf16(8, kv_heads, 4096, 128), bf16(8, kv_heads, 4096, 128)
+        attend = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads < 32)
+        row(f"attentionCached bf16 8x4096 d128 32:{kv_heads}", 4 * k.numel(), True, attend)
+
+
+def embedding():
+    ids, rows, to = torch.arange(10000, device="cuda") * 7919 % 32000, bf16(10000, 4096), torch.zeros(32000, 4096, device="cuda")
+    row("embedding gradient bf16 10000x4096", 10000 * 4096 * 10, True, lambda: to.index_add_(0, ids, rows.float()))
+
+
 def align_mix():
     """The unfused projector layer, gate, mix and splice."""
     images, patches, width, words = 16, 576, 4096, 32
@@ -126,7 +139,7 @@ def align_mix():
     CONTEXT.pop("backend", None)
 
 
-for part in (copies, norms, optimizer, loss, products, attention, align_mix):
+for part in (copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix):
     try:
         part()
     except (RuntimeError, torch.OutOfMemoryError) as error:

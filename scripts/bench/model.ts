@@ -1,7 +1,7 @@
 /** The model of the step rows (39 M parameters by default) as a checkpoint both sides read, its batch and our step. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { AlignGPT, initSource } from '../../ts/src/aligngpt.js'
+import { AlignGPT, initSource, type Placement } from '../../ts/src/aligngpt.js'
 import { type PackedBatch, packBatch } from '../../ts/src/batch.js'
 import { saveTokenizer, trainBpe } from '../../ts/src/bpe.js'
 import { CLIPModel } from '../../ts/src/clip.js'
@@ -44,13 +44,15 @@ export const RATE = 1e-3
 
 const json = (file: string, value: unknown): void => fs.writeFileSync(file, JSON.stringify(value, null, 2))
 
-function saveWeights(folder: string, modules: readonly [string, Module][]): void {
+const F32: Placement = { dtype: 'f32' }
+
+function saveWeights(folder: string, modules: readonly [string, Module][], { dtype }: Placement): void {
   const named = modules.flatMap(([prefix, m]) => [...m.namedParameters(prefix)])
   writeSafetensors(
     path.join(folder, 'model.safetensors'),
     named.map(([name, t]) => ({
       name,
-      dtype: 'F32',
+      dtype: dtype === 'bf16' ? 'BF16' : 'F32',
       shape: t.shape,
       write: (file: string, offset: number) => native.writeFile(t.h, file, offset),
     })),
@@ -58,7 +60,7 @@ function saveWeights(folder: string, modules: readonly [string, Module][]): void
   for (const [, m] of modules) m.dispose()
 }
 
-function writeClip(folder: string, s: Size): void {
+function writeClip(folder: string, s: Size, place: Placement): void {
   const { hidden, inter, layers, heads } = s.vision
   const tower = { hidden_size: hidden, intermediate_size: inter, num_attention_heads: heads, hidden_act: 'quick_gelu' }
   const pictures = { num_hidden_layers: layers, image_size: s.image, patch_size: s.patch }
@@ -71,10 +73,10 @@ function writeClip(folder: string, s: Size): void {
     text_config: { ...tower, ...texts },
   })
   json(path.join(folder, 'preprocessor_config.json'), { size: s.image, crop_size: s.image })
-  saveWeights(folder, [['', new CLIPModel(initSource(1, 'f32'), readClipConfig(folder))]])
+  saveWeights(folder, [['', new CLIPModel(initSource(1, place), readClipConfig(folder))]], place)
 }
 
-function writeLlama(folder: string, s: Size): void {
+function writeLlama(folder: string, s: Size, place: Placement): void {
   saveTokenizer(trainBpe(['a few words, for the tokenizer is not used here'], { vocabSize: 300 }), folder)
   json(path.join(folder, 'config.json'), {
     model_type: 'llama',
@@ -91,12 +93,21 @@ function writeLlama(folder: string, s: Size): void {
     bos_token_id: 1,
     eos_token_id: 2,
   })
-  const source = initSource(2, 'f32')
+  const source = initSource(2, place)
   const init = { kind: 'normal', std: 0.02 } as const
-  saveWeights(folder, [
+  const modules: [string, Module][] = [
     ['model.', new LlamaModel(source.at('model'), readLlamaConfig(folder))],
     ['lm_head.', new Linear(source.at('lm_head'), s.hidden, s.vocab, { bias: false, init })],
-  ])
+  ]
+  saveWeights(folder, modules, place)
+}
+
+/** Writes a language model and a CLIP with random weights, as AlignGPT.create wants them. @returns their folders */
+export function writeParts(temp: string, name: string, s: Size, place = F32): { llm: string; clip: string } {
+  const [llm, clip] = [path.join(temp, `${name}-llm`), path.join(temp, `${name}-clip`)]
+  writeLlama(llm, s, place)
+  writeClip(clip, s, place)
+  return { llm, clip }
 }
 
 /** Writes an AlignGPT checkpoint with random weights; both sides load it. @returns its folder */
@@ -104,10 +115,7 @@ export async function writeModel(temp: string, s: Size = STEP_SIZE): Promise<str
   const name = `model-${s.layers}-${s.hidden}-${s.vocab}`
   const folder = path.join(temp, name)
   if (fs.existsSync(path.join(folder, 'model.safetensors'))) return folder
-  const [llm, clip] = [path.join(temp, `${name}-llm`), path.join(temp, `${name}-clip`)]
-  writeLlama(llm, s)
-  writeClip(clip, s)
-  const model = await AlignGPT.create({ llm, clip, levels: LEVELS }, { seed: 3 })
+  const model = await AlignGPT.create({ ...writeParts(temp, name, s), levels: LEVELS }, { seed: 3 })
   await model.save(folder)
   model.dispose()
   return folder
@@ -150,10 +158,12 @@ export class TrainStep {
   readonly batch: PackedBatch
   readonly #optimizer: AdamW
 
-  private constructor(
+  /** @param recompute layers run again on the way back instead of keeping their activations */
+  constructor(
     readonly model: AlignGPT,
     private readonly phase: 1 | 2,
     lengths: readonly number[],
+    private readonly recompute = false,
   ) {
     this.batch = makeBatch(model, lengths)
     // the peer's bf16 variant keeps everything in bf16
@@ -164,7 +174,7 @@ export class TrainStep {
   }
   run(): void {
     const { mix } = this.phase === 1 ? PRETRAIN : FINETUNE
-    const { loss } = this.model.lossAndGradients(this.batch, mix)
+    const { loss } = this.model.lossAndGradients(this.batch, mix, { recompute: this.recompute })
     this.losses.push(loss)
     this.#optimizer.update(RATE, null)
   }

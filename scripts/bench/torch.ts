@@ -12,9 +12,9 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
+import { complain, integer } from '../../ts/src/commands/options.js'
 import { AlignGPTError } from '../../ts/src/errors.js'
 import { native } from '../../ts/src/native.js'
-import { fail, integer } from '../cli.js'
 import { freshGroups } from './fresh.js'
 import { kernelGroups } from './kernels.js'
 import { BUSY, type Context, type Group, type Row } from './measure.js'
@@ -181,4 +181,7 @@ const command = new Command('bench:torch')
   .option('--threads <n>', 'of each side', integer, 2)
   .option('--filter <rows>', 'beginning of row names, several with commas')
 
-await main(command.parse().opts()).catch(fail)
+await main(command.parse().opts()).catch((e) => {
+  complain(e)
+  process.exit(1)
+})

@@ -1,8 +1,8 @@
 /** Small SVG charts as text. Colours are CSS variables of the page, so they follow light and dark mode. */
 
-/** Text that can stand anywhere in HTML; control characters and changes of direction become spaces. */
-export const escapeHtml = (text: string): string =>
-  text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`).replace(/(?!\n)[\p{Cc}\u202a-\u202e\u2066-\u2069]/gu, ' ')
+import { escapeHtml } from '../../ts/src/html.js'
+
+export { escapeHtml }
 
 /** A few round numbers that cover a range. */
 export function ticks(low: number, high: number, wanted = 4): number[] {

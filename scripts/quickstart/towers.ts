@@ -16,7 +16,7 @@ import {
   type RgbImage,
 } from '../../ts/src/image.js'
 import { LlamaModel, RopeTable } from '../../ts/src/llama.js'
-import { native } from '../../ts/src/native.js'
+import { native, resolveDevice } from '../../ts/src/native.js'
 import type { Module } from '../../ts/src/nn.js'
 import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/ops.js'
 import { AdamW, cosineRate, type Parameter } from '../../ts/src/optim.js'
@@ -193,7 +193,8 @@ export async function trainClip(
 ): Promise<Curve> {
   const config = parseClipConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
   const tokenizer = Tokenizer.load(folder)
-  const model = new CLIPModel(initSource(o.seed, 'f32'), config)
+  const place = { dtype: 'f32', device: resolveDevice() } as const
+  const model = new CLIPModel(initSource(o.seed, place), config)
   const parameters = parametersOf(model)
   const texts = pairs.map((p) => p.captions.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH)))
   const categories = CATEGORIES.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH))
@@ -204,7 +205,7 @@ export async function trainClip(
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(chosen.length * plane)
     for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
-    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side]))
+    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side], 'f32', place.device))
     const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
     const loss = contrastiveLoss(image, text, model.logit_scale)
     const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
@@ -253,7 +254,8 @@ export async function trainLlama(
 ): Promise<Curve> {
   const config = parseLlamaConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
   const tokenizer = Tokenizer.load(folder)
-  const source = initSource(o.seed, 'f32')
+  const place = { dtype: 'f32', device: resolveDevice() } as const
+  const source = initSource(o.seed, place)
   const model = new LlamaModel(source.at('model'), config)
   const words = model.embed_tokens.weight
   const parameters = [...model.namedParameters('model.')].map(([name, t]) => ({ name, tensor: t }))
@@ -262,7 +264,7 @@ export async function trainLlama(
     ...texts.map((text) => encodePieces([{ text, loss: true }], tokenizer)),
     ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer)),
   ]
-  const rope = new RopeTable(config, 'f32')
+  const rope = new RopeTable(config, place.dtype, place.device)
   const settings = { ...o, weightDecay: 0.05, beta2: 0.95 }
   const curve = await descend(parameters, samples.length, settings, (chosen) => {
     const batch = Array.from(chosen, (i) => samples[i])

@@ -26,7 +26,7 @@ import {
   generate,
 } from './generate.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
-import { native } from './native.js'
+import { type Device, native, resolveDevice } from './native.js'
 import { initialize, Linear, Module, Source } from './nn.js'
 import { type AlignMixArgs, type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
 import { openCheckpoint, type TensorEntry, type TensorToWrite, writeSafetensors } from './safetensors.js'
@@ -43,7 +43,8 @@ export type Mix =
   | { mode: 'fixed'; coefficients: readonly number[] }
 
 export interface LoadOptions {
-  device?: 'auto' | 'cpu'
+  /** default auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one, else the CPU */
+  device?: 'auto' | Device
   /** of the weights and activations; default f32 */
   dtype?: Dtype
   /** of new parts */
@@ -65,10 +66,16 @@ export interface CreateOptions {
   pretrained?: string
 }
 
+/** Of a model's weights and activations. */
+export interface Placement {
+  dtype: Dtype
+  device?: Device
+}
+
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
 const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
 
-function readTensor(e: TensorEntry, shape: number[], dtype: Dtype): Tensor {
+function readTensor(e: TensorEntry, shape: number[], { dtype, device }: Placement): Tensor {
   if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
     throw new AlignGPTError(
       'ERR_SHAPE',
@@ -79,7 +86,7 @@ function readTensor(e: TensorEntry, shape: number[], dtype: Dtype): Tensor {
       'ERR_DTYPE',
       `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
     )
-  const t = new Tensor(native.empty(shape, dtype)).persist()
+  const t = new Tensor(native.empty(shape, dtype, device)).persist()
   try {
     native.readFile(t.h, e.path, e.offset, fileDtype[e.dtype as keyof typeof fileDtype])
   } catch (error) {
@@ -90,7 +97,7 @@ function readTensor(e: TensorEntry, shape: number[], dtype: Dtype): Tensor {
 }
 
 /** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
-export function checkpointSource(where: string, dtype: Dtype, rename = (name: string): string => name): Source {
+export function checkpointSource(where: string, place: Placement, rename = (name: string): string => name): Source {
   const entries = openCheckpoint(where)
   return new Source(
     (name, shape) => {
@@ -100,18 +107,18 @@ export function checkpointSource(where: string, dtype: Dtype, rename = (name: st
           'ERR_WEIGHTS',
           `[checkpoint] ${where}: '${rename(name)}': expected a tensor [${shape}], got none`,
         )
-      return readTensor(e, shape, dtype)
+      return readTensor(e, shape, place)
     },
     (name) => entries.has(rename(name)),
   )
 }
 /** Fresh parameters. */
-export function initSource(seed: number, dtype: Dtype): Source {
-  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype))
+export function initSource(seed: number, { dtype, device }: Placement): Source {
+  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
 }
 
 /** What a pre-training left (names with or without `model.`), fresh parameters for the rest: the gate. */
-function pretrainedSource(file: string, seed: number, dtype: Dtype): Source {
+function pretrainedSource(file: string, seed: number, place: Placement): Source {
   const entries = openCheckpoint(file)
   const found = (name: string) => entries.get(name) ?? entries.get(`model.${name}`)
   if (!found('align_indicators.indicator_embs') && ![...entries.keys()].some((n) => n.includes('mm_projector.')))
@@ -121,7 +128,7 @@ function pretrainedSource(file: string, seed: number, dtype: Dtype): Source {
     )
   return new Source((name, shape, init) => {
     const e = found(name)
-    return e ? readTensor(e, shape, dtype) : initialize(name, shape, init, seed, dtype)
+    return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
   })
 }
 
@@ -158,18 +165,11 @@ interface Parts {
   levels: number
 }
 
-function checkOptions(o: LoadOptions): { dtype: Dtype; seed: number } {
-  if ((o.device as string) === 'cuda')
-    throw new AlignGPTError(
-      'ERR_DEVICE',
-      '[AlignGPT] device: expected auto or cpu, got cuda: models cannot be placed on a GPU yet (docs/cuda.md)',
-    )
-  if (o.device !== undefined && o.device !== 'auto' && o.device !== 'cpu')
-    throw new AlignGPTError('ERR_DEVICE', `[AlignGPT] device: expected auto or cpu, got ${o.device}`)
+function checkOptions(o: LoadOptions): Required<Placement> & { seed: number } {
   const dtype = o.dtype ?? 'f32'
   if (dtype !== 'f32' && dtype !== 'bf16' && dtype !== 'f64')
     throw new AlignGPTError('ERR_DTYPE', `[AlignGPT] dtype: expected f32, bf16 or f64, got ${dtype}`)
-  return { dtype, seed: o.seed ?? 0 }
+  return { dtype, device: resolveDevice(o.device, dtype), seed: o.seed ?? 0 }
 }
 
 /** Everything a forward pass produces on its way; the goldens look at all of it. */
@@ -189,14 +189,17 @@ export class AlignGPT extends Module {
   readonly #parts: Parts
   readonly #rope: RopeTable
   readonly dtype: Dtype
+  /** where the weights are and the work is done */
+  readonly device: Device
 
-  private constructor(from: Sources, parts: Parts, dtype: Dtype) {
+  private constructor(from: Sources, parts: Parts, { dtype, device }: Required<Placement>) {
     const { llm, vision, projector, align } = from
     super()
     const { config, clip, levels } = parts
     this.dtype = dtype
+    this.device = device
     this.#parts = parts
-    this.#rope = new RopeTable(config.llm, dtype)
+    this.#rope = new RopeTable(config.llm, dtype, device)
     this.model = new LlamaModel(llm.at('model'), config.llm)
     if (!config.llm.tie_word_embeddings || llm.holds('lm_head.weight'))
       this.lm_head = new Linear(llm.at('lm_head'), config.llm.hidden_size, config.llm.vocab_size, {
@@ -219,7 +222,7 @@ export class AlignGPT extends Module {
 
   /** A new AlignGPT from a LLaMA and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
   static async create(o: CreateOptions, load: LoadOptions = {}): Promise<AlignGPT> {
-    const { dtype, seed } = checkOptions(load)
+    const { seed, ...place } = checkOptions(load)
     const clip = readClipConfig(o.clip)
     const levels = o.levels ?? 8
     if (!Number.isInteger(levels) || levels < 2)
@@ -242,9 +245,9 @@ export class AlignGPT extends Module {
       levels,
     }
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
-    const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, dtype) : initSource(seed, dtype)
-    const vision = checkpointSource(o.clip, dtype, toClip)
-    return new AlignGPT({ llm: checkpointSource(o.llm, dtype), vision, projector: fresh, align: fresh }, parts, dtype)
+    const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
+    const vision = checkpointSource(o.clip, place, toClip)
+    return new AlignGPT({ llm: checkpointSource(o.llm, place), vision, projector: fresh, align: fresh }, parts, place)
   }
 
   /**
@@ -252,7 +255,7 @@ export class AlignGPT extends Module {
    * @param o.clip folder of the vision tower's settings where the config's path does not lead there
    */
   static async load(dir: string, o: LoadOptions & { clip?: string } = {}): Promise<AlignGPT> {
-    const { dtype, seed } = checkOptions(o)
+    const { seed, ...place } = checkOptions(o)
     const config = readAlignGPTConfig(dir)
     const candidates = [o.clip, config.visionTowerPath, path.join(dir, 'vision_tower')]
     const clipDir = candidates.find((d): d is string => !!d && fs.existsSync(path.join(d, 'config.json')))
@@ -265,7 +268,7 @@ export class AlignGPT extends Module {
     const entries = openCheckpoint(dir)
     const table = entries.get('align_indicators.indicator_embs')
     const levels = table?.shape[0] ?? config.n_indicators ?? 8
-    const source = checkpointSource(dir, dtype)
+    const source = checkpointSource(dir, place)
     const parts: Parts = {
       config,
       clip,
@@ -277,10 +280,10 @@ export class AlignGPT extends Module {
     }
     const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
     const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
-    const vision = ownVision ? source : checkpointSource(clipDir, dtype, toClip)
+    const vision = ownVision ? source : checkpointSource(clipDir, place, toClip)
     // a LLaVA has a projector but no table: alignment starts fresh there
-    const align = table ? source : initSource(seed, dtype)
-    return new AlignGPT({ llm: source, vision, projector: source, align }, parts, dtype)
+    const align = table ? source : initSource(seed, place)
+    return new AlignGPT({ llm: source, vision, projector: source, align }, parts, place)
   }
 
   get config(): AlignGPTConfig {
@@ -311,7 +314,7 @@ export class AlignGPT extends Module {
 
   /** The whole CLIP this model's vision tower came from, for scoring pairs. The caller disposes it. */
   loadClip(): CLIPModel {
-    return loadClip(this.#parts.clipDir, { dtype: this.dtype })
+    return loadClip(this.#parts.clipDir, { dtype: this.dtype, device: this.device })
   }
   get clipDir(): string {
     return this.#parts.clipDir
@@ -323,7 +326,7 @@ export class AlignGPT extends Module {
     const { config } = this.#parts
     const images = b.imageRows.length
     const seen = (): Tensor => {
-      const pixels = tensor(b.pixels, [images, 3, b.imageSize, b.imageSize])
+      const pixels = tensor(b.pixels, [images, 3, b.imageSize, b.imageSize], 'f32', this.device)
       const vision = this.vision_tower.vision_tower.vision_model
       const input = this.dtype === 'f32' ? pixels : cast(pixels, this.dtype)
       const withClass = config.mm_vision_select_feature === 'cls_patch'
@@ -363,7 +366,7 @@ export class AlignGPT extends Module {
         )
       const rows = Array.from({ length: images }, () => mix.coefficients).flat()
       const acc = this.dtype === 'f64' ? 'f64' : 'f32'
-      return { mode: 'fixed', coefficients: tensor(Float64Array.from(rows), [images, this.levels], acc) }
+      return { mode: 'fixed', coefficients: tensor(Float64Array.from(rows), [images, this.levels], acc, this.device) }
     }
     return {
       mode: 'gate',
@@ -374,10 +377,14 @@ export class AlignGPT extends Module {
     }
   }
 
+  /** Rotary tables that cover positions 0..length-1. */
+  rotary(length: number): { cos: Tensor; sin: Tensor } {
+    return this.#rope.get(length)
+  }
   /** Offsets, positions and rotary tables of a packed batch. */
   packing(b: { offsets: Int32Array; positions: Int32Array }): Packing {
     const longest = b.positions.reduce((n, p) => Math.max(n, p + 1), 1)
-    return { offsets: tensor(b.offsets), positions: tensor(b.positions), ...this.#rope.get(longest) }
+    return { offsets: tensor(b.offsets), positions: tensor(b.positions), ...this.rotary(longest) }
   }
 
   /** inputs_embeds [T, H] -> last hidden state after the final norm [T, H]. */
@@ -519,6 +526,6 @@ function copyFiles(from: string, to: string, names: string[]): void {
 
 /** Loads both towers of a CLIP folder. */
 export function loadClip(dir: string, o: LoadOptions = {}): CLIPModel {
-  const { dtype } = checkOptions(o)
-  return new CLIPModel(checkpointSource(dir, dtype), readClipConfig(dir), dtype)
+  const place = checkOptions(o)
+  return new CLIPModel(checkpointSource(dir, place), readClipConfig(dir), place.dtype)
 }

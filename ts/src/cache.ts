@@ -1,7 +1,7 @@
 /** The paged key/value cache of a batch of sequences while they are being generated. */
 import { native } from './native.js'
 import { type AttentionOptions, attention } from './ops.js'
-import { type Dtype, Tensor, tensor, zeros } from './tensor.js'
+import { type Device, type Dtype, Indices, Tensor, tensor, zeros } from './tensor.js'
 
 const BLOCK = 32
 
@@ -11,15 +11,15 @@ export class Cache {
   readonly #lengths: number[]
   readonly #perSequence: number
   readonly #blockTable: Tensor
-  #slots: Tensor | undefined
-  #kvLen: Tensor | undefined
+  readonly #slots = new Indices()
+  readonly #kvLen = new Indices()
   #fresh = true
 
   /** @param maxLength longest any sequence may become */
-  constructor(layers: number, sequences: number, maxLength: number, width: number, dtype: Dtype) {
+  constructor(layers: number, sequences: number, maxLength: number, width: number, dtype: Dtype, device: Device) {
     this.#perSequence = Math.max(1, Math.ceil(maxLength / BLOCK))
     const blocks = sequences * this.#perSequence
-    const make = (): Tensor => zeros([blocks, BLOCK, width], dtype).persist()
+    const make = (): Tensor => zeros([blocks, BLOCK, width], dtype, device).persist()
     this.#k = Array.from({ length: layers }, make)
     this.#v = Array.from({ length: layers }, make)
     this.#lengths = Array.from({ length: sequences }, () => 0)
@@ -39,16 +39,15 @@ export class Cache {
       }
       this.#lengths[s] += n
     }
-    this.#slots = tensor(Int32Array.from(slots))
-    this.#kvLen = tensor(Int32Array.from(this.#lengths))
+    this.#slots.set(slots)
+    this.#kvLen.set(this.#lengths)
     return positions
   }
 
   /** Stores this layer's new keys and values and attends to all there are. */
   attention(layer: number, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, o: AttentionOptions): Tensor {
-    if (!this.#slots || !this.#kvLen) throw new Error('extend() comes before attention()')
-    native.cacheWrite(this.#k[layer].h, k.h, this.#slots.h)
-    native.cacheWrite(this.#v[layer].h, v.h, this.#slots.h)
+    native.cacheWrite(this.#k[layer].h, k.h, this.#slots.tensor.h)
+    native.cacheWrite(this.#v[layer].h, v.h, this.#slots.tensor.h)
     if (this.#fresh) return attention(q, k, v, offsets, offsets, o) // nothing older to look at
     const scale = o.scale ?? 1 / Math.sqrt(q.shape[1] / o.heads)
     return new Tensor(
@@ -58,7 +57,7 @@ export class Cache {
         this.#v[layer].h,
         offsets.h,
         this.#blockTable.h,
-        this.#kvLen.h,
+        this.#kvLen.tensor.h,
         o.heads,
         o.kvHeads,
         scale,
@@ -67,6 +66,6 @@ export class Cache {
   }
 
   dispose(): void {
-    for (const t of [...this.#k, ...this.#v, this.#blockTable]) t.dispose()
+    for (const t of [...this.#k, ...this.#v, this.#blockTable, this.#slots, this.#kvLen]) t.dispose()
   }
 }

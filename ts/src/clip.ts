@@ -2,7 +2,7 @@
 import type { ClipConfig, ClipTextConfig, ClipVisionConfig } from './config.js'
 import { activationOf, Embedding, type Init, LayerNorm, Linear, Module, type Source } from './nn.js'
 import { type Activation, add, attention, embedding, gather, l2Normalize, patchEmbedding, reshape } from './ops.js'
-import { type Dtype, scope, type Tensor, tensor } from './tensor.js'
+import { type Device, type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 interface TowerConfig {
   hidden_size: number
@@ -250,6 +250,9 @@ export class CLIPModel extends Module {
       bias: false,
       init: normal(text.hidden_size ** -0.5),
     })
+  }
+  get device(): Device {
+    return this.logit_scale.device
   }
   /** pixels [M, 3, S, S] -> unit rows [M, projection] */
   imageEmbeds(pixels: Tensor): Tensor {

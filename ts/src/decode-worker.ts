@@ -1,6 +1,5 @@
 /** Worker thread of loader.ts: prepares pictures and writes them into shared memory. */
-import { parentPort, workerData } from 'node:worker_threads'
-import sharp from 'sharp'
+import type { MessagePort } from 'node:worker_threads'
 import { PictureCache, type PictureTask, preparePicture } from './image.js'
 
 /** Memory shared between the loader and its workers; slot k, picture i. */
@@ -46,10 +45,9 @@ async function handle(shared: SharedSlots, slot: number, i: number, task: Pictur
   Atomics.notify(done, slot)
 }
 
-// The loader imports this file too, maybe inside a worker of somebody else.
-if (parentPort && workerData?.decodeSlots) {
-  const port = parentPort
-  const shared = workerData.decodeSlots as SharedSlots
+/** The thread's work. The loader imports this file too, and has no need of sharp. */
+export async function work({ decodeSlots: shared }: { decodeSlots: SharedSlots }, port: MessagePort): Promise<void> {
+  const { default: sharp } = await import('sharp')
   // Several workers share the threads that decode; each decodes one picture with one thread and caches nothing.
   sharp.concurrency(1)
   sharp.cache(false)

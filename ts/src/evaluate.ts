@@ -3,7 +3,7 @@ import type { AlignGPT, Mix } from './aligngpt.js'
 import type { Dataset } from './data.js'
 import { AlignGPTError } from './errors.js'
 import { generateBatch, loadPixels, packWithPixels } from './generate.js'
-import { resolveImage } from './image.js'
+import { readPicture, resolveImage } from './pictures.js'
 import { buildSample, type Sample, type Style, type Turn } from './prompt.js'
 import { permutation } from './rng.js'
 import { noGrad, scope } from './tensor.js'
@@ -217,7 +217,7 @@ export async function evaluateLoss(
     const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
     const options = { style: o.style ?? 'vicuna_v1', patches: model.patches } as const
     const samples = records.map((r) => buildSample(r, model.tokenizer, options))
-    const load = (name: string): Promise<Float32Array> => loadPixels(model, resolveImage(data.images as string, name))
+    const load = (name: string): Promise<Float32Array> => loadPixels(model, readPicture(data.picture(name)))
     const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))
     const batch = packWithPixels(model, samples, pixels)
     sum += scope(() => noGrad(() => model.loss(batch, o.mix ?? { mode: 'gate' }, 1).loss.item()))

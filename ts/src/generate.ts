@@ -8,7 +8,7 @@ import { native } from './native.js'
 import { cast, embedding, gather, linear } from './ops.js'
 import { buildPrompt, type Sample, type Style, type Turn } from './prompt.js'
 import { Rng } from './rng.js'
-import { noGrad, scope, type Tensor, tensor } from './tensor.js'
+import { Graph, Indices, noGrad, scope, type Tensor, tensor } from './tensor.js'
 
 export interface Sampling {
   /** 0: always the most likely token (default) */
@@ -56,11 +56,23 @@ export interface Generated {
   finish: 'end' | 'length'
 }
 
+/** On a GPU a step can be launched as one graph: no measurement has shown yet that it helps, so it is asked for. */
+const wantsGraphs = (model: AlignGPT): boolean => model.device === 'cuda' && process.env.ALIGNGPT_CUDA_GRAPHS === '1'
+
 /** A batch of sequences being continued. Frees its cache on `dispose`. */
 export class Decoding {
   readonly #cache: Cache
   /** f32 [B, V]: scores of the next token of each sequence */
   #logits: Tensor
+  readonly #ids = new Indices()
+  readonly #positions = new Indices()
+  readonly #offsets = new Indices()
+  readonly #rows = new Indices()
+  /** cover every position there will be; of its own, for the model's may be replaced */
+  readonly #rotary: { cos: Tensor; sin: Tensor }
+  /** which sequences went on in the last step */
+  #going = ''
+  #graph: Graph<Tensor> | undefined
   /** [M][N] weights of the alignment vectors of the pictures */
   readonly alpha: number[][]
 
@@ -74,7 +86,10 @@ export class Decoding {
     const sequences = batch.offsets.length - 1
     const counts = Array.from({ length: sequences }, (_, s) => batch.offsets[s + 1] - batch.offsets[s])
     const width = c.num_key_value_heads * c.head_dim
-    this.#cache = new Cache(c.num_hidden_layers, sequences, Math.max(...counts) + maxNewTokens, width, model.dtype)
+    const longest = Math.max(...counts) + maxNewTokens
+    const { cos, sin } = model.rotary(longest)
+    this.#rotary = { cos: cos.detach().persist(), sin: sin.detach().persist() }
+    this.#cache = new Cache(c.num_hidden_layers, sequences, longest, width, model.dtype, model.device)
     const { logits, coefficients } = scope(() =>
       noGrad(() => {
         this.#cache.extend(counts)
@@ -109,28 +124,48 @@ export class Decoding {
 
   /** Appends one token to each sequence that goes on (null: finished); `logits` are the new ones afterwards. */
   push(ids: readonly (number | null)[]): void {
-    const live = ids.flatMap((id, s) => (id === null ? [] : [{ id, s }]))
     const counts = ids.map((id) => Number(id !== null))
-    const offsets = new Int32Array(ids.length + 1)
-    for (const [s, n] of counts.entries()) offsets[s + 1] = offsets[s] + n
-    const next = scope(() =>
-      noGrad(() => {
-        const positions = Int32Array.from(this.#cache.extend(counts))
-        const x = embedding(tensor(Int32Array.from(live, (l) => l.id)), this.model.model.embed_tokens.weight)
-        const hidden = this.model.hidden(x, { ...this.model.packing({ offsets, positions }), cache: this.#cache })
-        // finished sequences keep a row, so that rows stay sequences
-        let row = -1
-        const rows = counts.map((n) => Math.max(n ? ++row : row, 0))
-        return this.#head(gather(hidden, tensor(Int32Array.from(rows))))
-      }),
-    )
+    const offsets = [0]
+    for (const n of counts) offsets.push(offsets[offsets.length - 1] + n)
+    this.#ids.set(ids.filter((id) => id !== null))
+    this.#offsets.set(offsets)
+    this.#positions.set(this.#cache.extend(counts))
+    // finished sequences keep a row, so that rows stay sequences
+    this.#rows.set(offsets.slice(1).map((end) => Math.max(end - 1, 0)))
+    const before = this.#going
+    this.#going = counts.join()
+    if (this.#graph && before === this.#going) {
+      this.#graph.launch()
+      return
+    }
     this.#logits.dispose()
-    this.#logits = next.persist()
+    this.#graph?.dispose()
+    this.#graph = undefined
+    if (wantsGraphs(this.model) && before === this.#going) {
+      this.#graph = new Graph(this.model.device, () => this.#next()) // the step before warmed everything up
+      this.#logits = this.#graph.result
+      this.#graph.launch()
+    } else {
+      this.#logits = this.#next()
+    }
+  }
+
+  /** Scores after the tokens in #ids. */
+  #next(): Tensor {
+    const packing = { offsets: this.#offsets.tensor, positions: this.#positions.tensor, ...this.#rotary }
+    return scope(() =>
+      noGrad(() => {
+        const x = embedding(this.#ids.tensor, this.model.model.embed_tokens.weight)
+        const hidden = this.model.hidden(x, { ...packing, cache: this.#cache })
+        return this.#head(gather(hidden, this.#rows.tensor))
+      }),
+    ).persist()
   }
 
   dispose(): void {
-    this.#cache.dispose()
-    this.#logits.dispose()
+    this.#graph?.dispose()
+    for (const t of [this.#cache, this.#logits, this.#ids, this.#positions, this.#offsets, this.#rows]) t.dispose()
+    for (const t of [this.#rotary.cos, this.#rotary.sin]) t.dispose()
   }
 }
 

@@ -3,10 +3,9 @@
  * optional padding to a square, bicubic resize in Pillow's fixed point, centre crop, normalisation.
  * EXIF orientation and colour profiles are ignored, as Pillow's Image.open does.
  */
-import fs from 'node:fs'
-import path from 'node:path'
 import type { PreprocessorConfig } from './config.js'
 import { AlignGPTError, mismatch } from './errors.js'
+import { MAX_BYTES, type PictureSource, readFilePart, readPicture } from './pictures.js'
 import { Rng } from './rng.js'
 
 /** 8-bit RGB picture, rows from the top: data [height, width, 3]. */
@@ -34,51 +33,11 @@ export type Preprocess = Pick<PreprocessorConfig, 'size' | 'crop' | 'mean' | 'st
 export const MAX_PIXELS = 50_000_000
 // The resize needs memory in proportion to the longer side, whatever the shorter one is.
 const MAX_SIDE = 1 << 20
-const MAX_BYTES = 256 * 1024 * 1024
 // What Pillow reads as a bitmap too. Above all no SVG or PDF: they are programs that draw.
 const FORMATS = new Set(['jpeg', 'png', 'webp', 'gif', 'tiff', 'heif', 'avif'])
 
 const bad = (what: string, expected: string, got: string, cause?: unknown): AlignGPTError =>
   mismatch('ERR_IMAGE', 'image', what, expected, got, cause)
-
-/**
- * The real path of a picture of a data set. It must lie inside the image root also after symbolic links are followed.
- * @param name path relative to the root, as in the data
- * @throws AlignGPTError ERR_IMAGE: `..`, a link or an absolute path that leads outside, a missing file
- */
-export function resolveImage(root: string, name: string): string {
-  if (name.includes('\0') || name.split(/[\\/]/).includes('..'))
-    throw bad(name, 'a path without ..', JSON.stringify(name))
-  let base: string
-  let real: string
-  try {
-    base = fs.realpathSync(root)
-    real = fs.realpathSync(path.resolve(base, name))
-  } catch (e) {
-    throw bad(path.join(root, name), 'a file', (e as NodeJS.ErrnoException).code ?? String(e), e)
-  }
-  if (!real.startsWith(base.endsWith(path.sep) ? base : base + path.sep))
-    throw bad(name, `a file inside the image folder ${root}`, 'one outside it')
-  return real
-}
-
-function readLimited(file: string, maxBytes: number): Buffer {
-  let fd: number
-  try {
-    // Without O_NONBLOCK a named pipe would block here for ever.
-    fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK)
-  } catch (e) {
-    throw bad(file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
-  }
-  try {
-    const info = fs.fstatSync(fd)
-    if (!info.isFile()) throw bad(file, 'a regular file', 'something else')
-    if (info.size > maxBytes) throw bad(file, `at most ${maxBytes} bytes`, `${info.size}`)
-    return fs.readFileSync(fd)
-  } finally {
-    fs.closeSync(fd)
-  }
-}
 
 /** Expands 1 to 4 interleaved channels to RGB; grey is repeated, alpha is set apart. */
 function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8Array; alpha?: Uint8Array } {
@@ -98,6 +57,23 @@ function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8
   return { data, alpha }
 }
 
+/** Opens a picture and checks what its header says. @throws AlignGPTError ERR_IMAGE */
+async function openPicture(bytes: Uint8Array, name: string, maxPixels: number) {
+  // Imported with the first picture: it takes longer than everything else of this package.
+  const { default: sharp } = await import('sharp')
+  const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
+  const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
+  if (!format || !FORMATS.has(format)) throw bad(name, [...FORMATS].join(' '), format ?? 'an unknown format')
+  if (!width || !height || width * height > maxPixels)
+    throw bad(name, `at most ${maxPixels} pixels`, `${width} x ${height}`)
+  if (Math.max(width, height) > MAX_SIDE) throw bad(name, `sides up to ${MAX_SIDE}`, `${width} x ${height}`)
+  return { width, height, decoder: () => sharp(bytes, open) }
+}
+
+/** Any failure as an error about the picture `name`. */
+const asImageError = (e: unknown, name: string): AlignGPTError =>
+  e instanceof AlignGPTError ? e : bad(name, 'a picture that can be decoded', (e as Error).message.split('\n')[0], e)
+
 /**
  * Decodes a picture to RGB: alpha is dropped, not blended; grey and palette become RGB; 16 bits become 8 (high byte);
  * of an animation the first frame is taken.
@@ -112,38 +88,56 @@ export async function decodeImage(
 ): Promise<RgbImage> {
   const name = options.name ?? (typeof input === 'string' ? input : 'picture')
   const { maxPixels = MAX_PIXELS, maxBytes = MAX_BYTES } = options
-  const bytes = typeof input === 'string' ? readLimited(input, maxBytes) : input
+  const bytes = typeof input === 'string' ? readFilePart(input, { maxBytes }) : input
   if (bytes.byteLength > maxBytes) throw bad(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
   if (bytes.byteLength === 0) throw bad(name, 'a picture', 'an empty file')
-  // Imported with the first picture: it takes longer than everything else of this package.
-  const { default: sharp } = await import('sharp')
   try {
-    const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
-    const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
-    if (!format || !FORMATS.has(format)) throw bad(name, [...FORMATS].join(' '), format ?? 'an unknown format')
-    if (!width || !height || width * height > maxPixels)
-      throw bad(name, `at most ${maxPixels} pixels`, `${width} x ${height}`)
-    if (Math.max(width, height) > MAX_SIDE) throw bad(name, `sides up to ${MAX_SIDE}`, `${width} x ${height}`)
-    const { data, info } = await sharp(bytes, open)
-      .toColourspace('srgb')
-      .raw({ depth: 'uchar' })
-      .toBuffer({ resolveWithObject: true })
+    const { decoder } = await openPicture(bytes, name, maxPixels)
+    const raw = decoder().toColourspace('srgb').raw({ depth: 'uchar' })
+    const { data, info } = await raw.toBuffer({ resolveWithObject: true })
     if (info.channels > 4 || data.length !== info.width * info.height * info.channels)
       throw bad(name, '1 to 4 channels', `${info.channels}`)
     return { ...toRgb(data, info.channels, options.alpha === true), width: info.width, height: info.height }
   } catch (e) {
-    if (e instanceof AlignGPTError) throw e
-    throw bad(name, 'a picture that can be decoded', (e as Error).message.split('\n')[0], e)
+    throw asImageError(e, name)
   }
 }
 
-/** Decodes a picture of a data set; see resolveImage and decodeImage. */
-export function loadImage(
-  root: string,
-  name: string,
+/** Decodes a picture of a data set; see readPicture and decodeImage. */
+export async function loadImage(
+  source: PictureSource,
   options: ImageLimits & { alpha?: boolean } = {},
 ): Promise<RgbImage> {
-  return decodeImage(resolveImage(root, name), { ...options, name })
+  const { maxBytes } = options
+  return decodeImage(readPicture(source, { maxBytes }), { ...options, name: source.name })
+}
+
+// Holds the header of nearly every picture, behind colour profiles and EXIF too.
+const HEAD = 128 * 1024
+
+/**
+ * Side lengths of a picture from its header; pixels are not decoded and mostly not read.
+ * @throws AlignGPTError ERR_IMAGE as decodeImage does, but for damage behind the header
+ */
+export async function imageHeader(
+  source: PictureSource,
+  { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS }: ImageLimits = {},
+): Promise<{ width: number; height: number }> {
+  const { name } = source
+  const look = async (bytes: Uint8Array): Promise<{ width: number; height: number }> => {
+    if (bytes.length === 0) throw bad(name, 'a picture', 'an empty file')
+    const { width, height } = await openPicture(bytes, name, maxPixels)
+    return { width, height }
+  }
+  const head = readPicture(source, { maxBytes, head: HEAD })
+  try {
+    // A header that does not fit into its usual room is looked for in the whole file.
+    return await look(head).catch((e) =>
+      head.length < HEAD ? Promise.reject(e) : look(readPicture(source, { maxBytes })),
+    )
+  } catch (e) {
+    throw asImageError(e, name)
+  }
 }
 
 /** Colour of the padding: the mean, truncated to 8 bits, (122, 116, 104) for CLIP. */
@@ -437,11 +431,11 @@ export class PictureCache {
   readonly #kept = new Map<string, RgbImage>()
   /** @param room bytes */
   constructor(private room = 64 * 2 ** 20) {}
-  async load(root: string, name: string, options: ImageLimits & { alpha?: boolean }): Promise<RgbImage> {
-    const key = JSON.stringify([root, name, options])
+  async load(source: PictureSource, options: ImageLimits & { alpha?: boolean }): Promise<RgbImage> {
+    const key = JSON.stringify([source, options])
     const known = this.#kept.get(key)
     if (known) return known
-    const image = await loadImage(root, name, options)
+    const image = await loadImage(source, options)
     const bytes = image.data.length + (image.alpha?.length ?? 0)
     if (bytes > this.room) return image
     this.room -= bytes
@@ -455,9 +449,9 @@ export class PictureCache {
  * @returns uint8 [crop, crop, 3]
  */
 export async function preparePicture(task: PictureTask, cache?: PictureCache): Promise<Uint8Array> {
-  const { root, name, preprocess, augmentation } = task
+  const { source, preprocess, augmentation } = task
   const options = { ...task.limits, alpha: augmentation !== null }
-  const image = await (cache ? cache.load(root, name, options) : loadImage(root, name, options))
+  const image = await (cache ? cache.load(source, options) : loadImage(source, options))
   if (!augmentation) return preprocessImage(image, preprocess)
   const [seed, stream] = augmentation
   return preprocessImage(augment(image, new Rng(seed, stream)), preprocess)
@@ -465,8 +459,7 @@ export async function preparePicture(task: PictureTask, cache?: PictureCache): P
 
 /** Everything needed to prepare a picture, in plain values that can be sent to a worker. */
 export interface PictureTask {
-  root: string
-  name: string
+  source: PictureSource
   preprocess: Preprocess
   /** null, or seed and stream of the random numbers */
   augmentation: [number, number] | null

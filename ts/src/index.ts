@@ -1,7 +1,9 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
 export { AlignGPT, type CreateOptions, type LoadOptions, loadClip, type Mix } from './aligngpt.js'
 export { saveTokenizer, trainBpe, trainClipBpe } from './bpe.js'
-export { type Dataset, type Dropped, loadDataset } from './data.js'
+export { type CheckOptions, type CheckReport, checkDataset, type Finding, PROBLEMS, type ProblemKind } from './check.js'
+export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from './checkpoint.js'
+export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data.js'
 export { AlignGPTError } from './errors.js'
 export {
   type Answer,
@@ -20,6 +22,7 @@ export {
   generateBatch,
   type Sampling,
 } from './generate.js'
+export type { OutlierOptions } from './guard.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'
 export type { DataRecord, Style, Turn } from './prompt.js'

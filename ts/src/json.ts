@@ -2,6 +2,7 @@
  * JSON with positions: where a text stops being JSON and what was expected there, and where the members of an object lie
  * in it. JSON.parse gives neither, and it hides duplicate keys.
  */
+import { isUtf8 } from 'node:buffer'
 import { randomBytes } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
@@ -166,11 +167,8 @@ export function parseJson(text: string, file: string, code: string, base = 0): u
 
 /** Decodes UTF-8 and refuses what is none. `base` is the byte offset of `bytes` in the file. */
 export function decodeUtf8(bytes: Uint8Array, file: string, code: string, base = 0): string {
-  try {
-    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
-  } catch (e) {
-    throw mismatch(code, 'json', `${file}: text from byte ${base} on`, 'UTF-8', 'invalid bytes', e)
-  }
+  if (!isUtf8(bytes)) throw mismatch(code, 'json', `${file}: text from byte ${base} on`, 'UTF-8', 'invalid bytes')
+  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString('utf8')
 }
 
 /** Reads and parses a JSON file. @throws AlignGPTError with `code` that names the file */
@@ -221,7 +219,12 @@ export function writeAll(fd: number, data: Uint8Array, position: number): void {
   }
 }
 
+/** Writes a text atomically. */
+export function writeAtomicText(file: string, text: string): void {
+  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(text), 0))
+}
+
 /** Writes a value as indented JSON, atomically. */
 export function writeJsonFile(file: string, value: unknown): void {
-  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(`${JSON.stringify(value, null, 2)}\n`), 0))
+  writeAtomicText(file, `${JSON.stringify(value, null, 2)}\n`)
 }

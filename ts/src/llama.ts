@@ -4,7 +4,7 @@ import type { Cache } from './cache.js'
 import type { LlamaConfig } from './config.js'
 import { Embedding, Linear, Module, RMSNorm, type Source } from './nn.js'
 import { add, attention, rope, siluMulLinear } from './ops.js'
-import { type Dtype, scope, type Tensor, tensor } from './tensor.js'
+import { type Device, type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 /** What the layers need to know about the packed batch. */
 export interface Packing {
@@ -49,6 +49,7 @@ export class RopeTable {
   constructor(
     config: LlamaConfig,
     private readonly dtype: Dtype,
+    private readonly device: Device,
   ) {
     this.#frequencies = ropeFrequencies(config)
   }
@@ -66,8 +67,8 @@ export class RopeTable {
           sin[p * half + i] = Math.sin(p * this.#frequencies[i])
         }
       const acc = this.dtype === 'f64' ? 'f64' : 'f32'
-      this.#cos = tensor(cos, [this.#length, half], acc).persist()
-      this.#sin = tensor(sin, [this.#length, half], acc).persist()
+      this.#cos = tensor(cos, [this.#length, half], acc, this.device).persist()
+      this.#sin = tensor(sin, [this.#length, half], acc, this.device).persist()
     }
     return { cos: this.#cos, sin: this.#sin }
   }

@@ -3,11 +3,9 @@
  * be taken without the event loop; with 0 workers the same is done inline. What comes out is a pure function of
  * (data, options, step): neither the number of workers nor timing changes it.
  */
-import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { pathToFileURL } from 'node:url'
-import { Worker } from 'node:worker_threads'
+import type { Worker } from 'node:worker_threads'
 import { type PackedBatch, packBatch } from './batch.js'
 import type { Dataset, Dropped } from './data.js'
 import { BAD, ERROR_BYTES, PENDING, type SharedSlots, type WorkerMessage } from './decode-worker.js'
@@ -21,6 +19,7 @@ import {
   preparePicture,
 } from './image.js'
 import { buildSample, type Sample, type SampleOptions } from './prompt.js'
+import { startThread } from './thread.js'
 import type { Tokenizer } from './tokenizer.js'
 
 export interface LoaderOptions extends SampleOptions {
@@ -83,45 +82,6 @@ interface Job {
 
 type Plan = Pick<Job, 'step' | 'epoch' | 'micro' | 'microCount' | 'indices'>
 
-// A worker starts from the compiled file or, in development and tests, from TypeScript: then through tsx, which node does
-// not have to be started with.
-const BOOT = `
-const { workerData } = require('node:worker_threads')
-const failed = (e) => {
-  const ready = new Int32Array(workerData.decodeSlots.ready)
-  Atomics.store(ready, 0, -1)
-  Atomics.notify(ready, 0)
-  throw e
-}
-const load = async () => {
-  if (workerData.tsx) (await import(workerData.tsx)).register()
-  await import(workerData.url)
-}
-load().catch(failed)
-`
-
-function startWorker(slots: SharedSlots): Worker {
-  const typescript = import.meta.url.endsWith('.ts')
-  const url = new URL(typescript ? './decode-worker.ts' : './decode-worker.js', import.meta.url).href
-  let tsx: string | null = null
-  if (typescript) {
-    // tsx's ESM entry by its path: the one CommonJS resolution finds cannot register hooks from here
-    const require = createRequire(import.meta.url)
-    const file = require.resolve('tsx/package.json')
-    const { exports } = require(file) as { exports: { './esm/api': { import: { default: string } } } }
-    tsx = new URL(exports['./esm/api'].import.default, pathToFileURL(file)).href
-  }
-  const worker = new Worker(BOOT, {
-    eval: true,
-    workerData: { decodeSlots: slots, url, tsx },
-    execArgv: [],
-    stdout: false,
-    stderr: false,
-  })
-  worker.unref()
-  return worker
-}
-
 /** Fixed set of threads with their shared memory. */
 class Pool {
   readonly slots: SharedSlots
@@ -140,7 +100,8 @@ class Pool {
       pictureBytes,
     }
     for (let i = 0; i < count; i++) {
-      const w = startWorker(this.slots)
+      const w = startThread('decode-worker', { decodeSlots: this.slots, ready: this.slots.ready })
+      w.unref()
       w.on('error', (e) => {
         this.failure ??= e
       })
@@ -247,6 +208,8 @@ export class Loader {
   private readonly table: Float32Array
   private readonly pool: Pool | null
   private readonly slotCount: number
+  /** seconds spent waiting for pictures so far */
+  waited = 0
   private scheduled = 0
   private closed = false
   private busy = false
@@ -328,8 +291,7 @@ export class Loader {
       if (image === null) continue
       const augmentation: PictureTask['augmentation'] = augment ? [seed, augmentStream(p.epoch, index)] : null
       tasks.push({
-        root: this.dataset.images as string,
-        name: image,
+        source: this.dataset.picture(image),
         preprocess: plain(preprocess),
         augmentation,
         limits,
@@ -392,11 +354,14 @@ export class Loader {
     const { pool } = this
     // The next one starts before this one is waited for, so that workers are never without work.
     this.fill()
+    const from = performance.now()
     if (!pool) {
       const results = await (job.inline as Promise<(Uint8Array | Error)[]>)
+      this.waited += (performance.now() - from) / 1000
       return this.finish(job, (i) => results[i])
     }
     await pool.wait(job.slot, job.pictures, this.timeoutMs)
+    this.waited += (performance.now() - from) / 1000
     return this.finish(job, (i) => pool.result(job.slot, i))
   }
 
@@ -408,7 +373,9 @@ export class Loader {
     const job = this.take()
     if (!job) return null
     this.fill()
+    const from = performance.now()
     pool.waitSync(job.slot, job.pictures, this.timeoutMs)
+    this.waited += (performance.now() - from) / 1000
     return this.finish(job, (i) => pool.result(job.slot, i))
   }
 

@@ -2,10 +2,12 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { AlignGPTError } from './errors.js'
+import { packageRoot } from './package.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
+/** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
+export type Device = 'cpu' | 'cuda'
 export type TensorData = Float32Array | Float64Array | Int32Array | BigInt64Array
 type H = number
 
@@ -39,6 +41,8 @@ export interface Capabilities {
   threads: number
   /** 0: unknown */
   memoryBytes: number
+  /** what matrix products run on and why, in words; empty: nothing to say */
+  products: string
 }
 
 /** The lists have an entry for each parameter. */
@@ -65,22 +69,40 @@ export interface NativeAdamW {
   seed: number
 }
 
+/** Where a device can be named, the default is the CPU. */
 export interface Native {
-  tensor(data: TensorData, shape: number[], dtype: Dtype): H
+  tensor(data: TensorData, shape: number[], dtype: Dtype, device?: Device): H
   write(t: H, data: TensorData): void
   read(t: H): TensorData
-  zeros(shape: number[], dtype: Dtype): H
-  empty(shape: number[], dtype: Dtype): H
+  zeros(shape: number[], dtype: Dtype, device?: Device): H
+  empty(shape: number[], dtype: Dtype, device?: Device): H
   shape(t: H): number[]
   dtype(t: H): Dtype
+  device(t: H): Device
   readFile(t: H, path: string, offset: number, dtype: string): void
   writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void
   persist(t: H): void
   dispose(t: H): void
   isLive(t: H): boolean
+  /** what this thread enqueues on the device until graphEnd is kept and not done; the number is for the others */
+  graphBegin(device: Device): number
+  graphEnd(graph: number): void
+  graphLaunch(graph: number): void
+  graphDispose(graph: number): void
   requiresGrad(t: H, on: boolean): void
   wantsGrad(t: H): boolean
   detach(t: H): H
@@ -89,18 +111,19 @@ export interface Native {
   grad(t: H): H | null
   setGrad(t: H, buffer: H | null): void
   zeroGrad(ts: H[]): void
-  /** spent inside kernels by this process so far */
-  kernelSeconds(): number
-  memory(): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
-  resetPeak(): void
-  trim(): void
-  failAfter(allocations: number): void
+  /** spent inside kernels by this process so far; on a GPU, in launching them */
+  kernelSeconds(device?: Device): number
+  memory(device?: Device): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
+  resetPeak(device?: Device): void
+  trim(device?: Device): void
+  failAfter(allocations: number, device?: Device): void
   capabilities(): Capabilities
   /** the GPU's, or a line that says why there is none to use */
   probeCuda(): Capabilities | string
   threads(): number
   setThreads(n: number): void
   cast(x: H, dtype: Dtype): H
+  to(x: H, device: Device): H
   reshape(x: H, shape: number[]): H
   slice(x: H, dim: number, start: number, end: number): H
   concat(xs: H[], dim: number): H
@@ -160,28 +183,59 @@ export interface Native {
   sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
 }
 
-/** The package's root folder: the nearest one above this file that has a package.json. */
-function packageRoot(): string {
-  let dir = path.dirname(fileURLToPath(import.meta.url))
-  while (!existsSync(path.join(dir, 'package.json')) && path.dirname(dir) !== dir) dir = path.dirname(dir)
-  return dir
+/** The machine in the words in which binaries differ. */
+function platform(): string {
+  const name = `${process.platform}-${process.arch}`
+  if (process.platform !== 'linux') return name
+  const { header } = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } }
+  return `${name} with ${header.glibcVersionRuntime ? `glibc ${header.glibcVersionRuntime}` : 'musl'}`
 }
 
-function load(): Native {
+/**
+ * The binary built here from source, where there is one, else the one that came with the package. The first that is there
+ * has to load: another one in its place could be an older one.
+ */
+function load(): { file: string; core: Native } {
   const root = packageRoot()
-  const candidates = [
-    path.join(root, 'build', 'Release', 'aligngpt.node'),
-    path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node'),
-  ]
-  const found = candidates.find((file) => existsSync(file))
-  if (!found) {
-    throw new AlignGPTError(
-      'ERR_NATIVE',
-      `[native] no binary for ${process.platform}-${process.arch}, expected one of ${candidates.join(', ')}; ` +
-        'build it from source with: npm run build:native (needs a C++17 compiler, make and cmake >= 3.20)',
-    )
+  const built = path.join(root, 'build', 'Release', 'aligngpt.node')
+  const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
+  const file = [built, prebuilt].find((candidate) => existsSync(candidate))
+  let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
+  try {
+    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
+  } catch (e) {
+    const { code, message } = e as { code?: string; message: string }
+    if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
+    problem = message.split('\n')[0]
   }
-  return createRequire(import.meta.url)(found) as Native
+  const script = JSON.stringify(path.join(root, 'scripts', 'build-native.mjs'))
+  throw new AlignGPTError(
+    'ERR_NATIVE',
+    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: node ${script} ` +
+      '(needs a C++17 compiler, make or ninja, cmake >= 3.20 and the npm registry)',
+  )
 }
 
-export const native: Native = load()
+const { file, core } = load()
+/** The native core's file. */
+export const nativeFile = file
+export const native: Native = core
+
+/**
+ * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,
+ * else the CPU.
+ * @throws ERR_DEVICE when the named device is not there; the message says what is missing
+ */
+export function resolveDevice(wanted: 'auto' | Device = 'auto', dtype: Dtype = 'f32'): Device {
+  const chosen = process.env.ALIGNGPT_DEVICE
+  const name = wanted === 'auto' && chosen ? chosen : wanted
+  if (name === 'cpu') return name
+  if (name !== 'cuda' && name !== 'auto')
+    throw new AlignGPTError('ERR_DEVICE', `[device] expected auto, cpu or cuda, got ${name}`)
+  const found = native.probeCuda()
+  const problem =
+    typeof found === 'string' ? found : dtype === 'f64' ? '[device] cuda: expected dtype f32 or bf16, got f64' : null
+  if (!problem) return 'cuda'
+  if (name === 'cuda') throw new AlignGPTError('ERR_DEVICE', problem)
+  return 'cpu'
+}

@@ -1,8 +1,8 @@
 /** Modules: a tree of objects whose property names are the Hugging Face parameter names. */
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
-import { type Activation, layerNorm, linear, rmsNorm } from './ops.js'
-import { type Dtype, Tensor } from './tensor.js'
+import { type Activation, cast, layerNorm, linear, rmsNorm, to } from './ops.js'
+import { type Device, type Dtype, scope, Tensor } from './tensor.js'
 
 /** How a new parameter is filled; `seed` and the parameter's name decide the values. */
 export type Init =
@@ -43,17 +43,23 @@ function streamOf(name: string, seed: number): number {
   return 4294967296 * (2097151 & b) + (a >>> 0)
 }
 
-/** A persistent tensor filled as `init` says. Initialised in f32 and then rounded, so every dtype starts equal. */
-export function initialize(name: string, shape: number[], init: Init, seed: number, dtype: Dtype): Tensor {
-  const t = new Tensor(native.zeros(shape, 'f32'))
-  const stream = streamOf(name, seed)
-  if (init.kind === 'constant') native.fill(t.h, init.value)
-  else if (init.kind === 'uniform') native.random(t.h, 'uniform', -init.bound, init.bound, stream, 0)
-  else native.random(t.h, 'normal', 0, init.std, stream, 0)
-  if (dtype === 'f32') return t.persist()
-  const rounded = new Tensor(native.cast(t.h, dtype)).persist()
-  t.dispose()
-  return rounded
+/** A persistent tensor filled as `init` says. Initialised in f32 on the CPU, so every dtype and device starts equal. */
+export function initialize(
+  name: string,
+  shape: number[],
+  init: Init,
+  seed: number,
+  dtype: Dtype,
+  device: Device = 'cpu',
+): Tensor {
+  return scope(() => {
+    const t = new Tensor(native.zeros(shape, 'f32'))
+    const stream = streamOf(name, seed)
+    if (init.kind === 'constant') native.fill(t.h, init.value)
+    else if (init.kind === 'uniform') native.random(t.h, 'uniform', -init.bound, init.bound, stream, 0)
+    else native.random(t.h, 'normal', 0, init.std, stream, 0)
+    return to(cast(t, dtype), device).persist()
+  })
 }
 
 export abstract class Module {

@@ -3,7 +3,7 @@
  * Shapes: B batch, T tokens, D/H width, V vocabulary, P patches, M images, N alignment levels.
  */
 import { native } from './native.js'
-import { type Dtype, Tensor } from './tensor.js'
+import { type Device, type Dtype, Tensor } from './tensor.js'
 
 export type Activation = 'none' | 'gelu' | 'gelu_tanh' | 'quick_gelu' | 'silu'
 
@@ -11,6 +11,8 @@ const wrap = (h: number): Tensor => new Tensor(h)
 const handle = (t: Tensor | null | undefined): number | null => t?.h ?? null
 
 export const cast = (x: Tensor, dtype: Dtype): Tensor => wrap(native.cast(x.h, dtype))
+/** The same values on another device. */
+export const to = (x: Tensor, device: Device): Tensor => wrap(native.to(x.h, device))
 /** The same elements in another shape. */
 export const reshape = (x: Tensor, shape: readonly number[]): Tensor => wrap(native.reshape(x.h, [...shape]))
 /** x[..., start:end, ...] along `dim`; a view when everything before `dim` has one element. */

@@ -1,8 +1,9 @@
 /** AdamW over flat buckets, and the learning-rate schedule. */
+import type { StateTensor } from './checkpoint.js'
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
-import { reshape, slice } from './ops.js'
-import { type Dtype, noGrad, scope, Tensor, zeros } from './tensor.js'
+import { cast, reshape, slice, to } from './ops.js'
+import { type Device, type Dtype, noGrad, scope, type Tensor, zeros } from './tensor.js'
 
 /** Parameters that are not decayed, by name, as the Hugging Face trainer decides it: biases and norms. */
 const NO_DECAY = /bias|layernorm|layer_norm|layrnorm|(?:^|\.)norm(?:$|\.)/
@@ -23,11 +24,15 @@ export interface Parameter {
 export type OptimizerState = 'full' | 'compact'
 
 /** Pieces of a flat buffer for each dtype, in the shapes of the parameters. */
-function bucket(parameters: readonly Parameter[], dtypes: readonly Dtype[]): { flats: Tensor[]; views: Tensor[] } {
+function bucket(
+  parameters: readonly Parameter[],
+  dtypes: readonly Dtype[],
+  device: Device,
+): { flats: Tensor[]; views: Tensor[] } {
   const views = new Array<Tensor>(parameters.length)
   const flats = [...new Set(dtypes)].map((dtype) => {
     const mine = parameters.map((_, i) => i).filter((i) => dtypes[i] === dtype)
-    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype).persist()
+    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype, device).persist()
     let at = 0
     for (const i of mine) {
       const { numel, shape } = parameters[i].tensor
@@ -48,6 +53,11 @@ export interface AdamWOptions {
   state?: OptimizerState
   /** of the stochastic rounding of the compact state */
   seed?: number
+  /**
+   * moments and masters of parameters on a GPU stay in main memory and the CPU updates them, while gradients and weights travel
+   * (ZeRO-Offload, Ren et al. 2021); for models whose state does not fit
+   */
+  offload?: boolean
 }
 
 /** AdamW (Loshchilov & Hutter 2019) with PyTorch's arithmetic; bf16 parameters are updated in f32 (OptimizerState). */
@@ -70,12 +80,14 @@ export class AdamW {
     this.#parameters = parameters
     const compact = parameters.map((p) => o.state === 'compact' && p.tensor.dtype === 'bf16')
     const dtypes = compact.map((c) => (c ? 'bf16' : 'f32'))
-    this.#gradients = noGrad(() => bucket(parameters, dtypes))
-    this.#moments = noGrad(() => [bucket(parameters, dtypes), bucket(parameters, dtypes)])
+    const { device } = parameters[0].tensor
+    const home = o.offload ? 'cpu' : device
+    this.#gradients = noGrad(() => bucket(parameters, dtypes, device))
+    this.#moments = noGrad(() => [bucket(parameters, dtypes, home), bucket(parameters, dtypes, home)])
     this.#masters = noGrad(() =>
       parameters.map(({ tensor: p }, i) => {
         if (p.dtype !== 'bf16') return null
-        return (compact[i] ? zeros(p.shape, 'bf16') : new Tensor(native.cast(p.h, 'f32'))).persist()
+        return scope(() => (compact[i] ? zeros(p.shape, 'bf16', home) : to(cast(p, 'f32'), home)).persist())
       }),
     )
     for (const [i, { tensor: p }] of parameters.entries()) {
@@ -84,8 +96,30 @@ export class AdamW {
     }
   }
 
+  /** Updates made so far. */
   get step(): number {
     return this.#step
+  }
+
+  /** What a run must keep besides the weights to go on: moments, and what bf16 weights do not hold. */
+  state(): StateTensor[] {
+    return this.#parameters.flatMap(({ name, tensor }, i) => {
+      const [m, v] = this.#moments.map((b) => b.views[i])
+      const list: StateTensor[] = [
+        { file: 'optimizer', name: `exp_avg.${name}`, tensor: m },
+        { file: 'optimizer', name: `exp_avg_sq.${name}`, tensor: v },
+      ]
+      const master = this.#masters[i]
+      if (master?.dtype === tensor.dtype)
+        list.push({ file: 'optimizer', name: `master_low.${name}`, tensor: master, stored: 'U16' })
+      else if (master) list.push({ file: 'optimizer', name: `master.${name}`, tensor: master })
+      return list
+    })
+  }
+
+  /** Goes on after `step` updates; the tensors of `state` are filled by the caller. */
+  resume(step: number): void {
+    this.#step = step
   }
 
   /** Norm over all gradients; not finite when any element is not. */

@@ -28,9 +28,11 @@ export interface PlanOptions {
   recompute?: boolean
   /** default full */
   optimizerState?: OptimizerState
+  /** moments and masters in main memory, for a model on a GPU */
+  offloadOptimizer?: boolean
 }
 
-/** Bytes. `peak` is the most that is in use at once. */
+/** Bytes. `peak` is the most that is in use at once on the model's device, `host` what the optimizer keeps in main memory besides. */
 export interface MemoryPlan {
   parameters: number
   trainable: number
@@ -44,6 +46,9 @@ export interface MemoryPlan {
   /** what the most demanding moment needs besides all that: the loss, the last layer's backward, or CLIP */
   transient: number
   peak: number
+  host: number
+  /** main memory a checkpoint takes while it is being written; for a model on the CPU it comes on top of `peak` */
+  snapshot: number
 }
 
 /** As the native allocator rounds (native/tensor.cc). */
@@ -102,7 +107,7 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
 }
 
 /** Weights and what the optimizer keeps beside them. */
-function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations' | 'transient' | 'peak'> {
+function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host'> {
   const shapes = parameterShapes(m)
   const learns =
     o.phase === 'pretrain' ? (['projector', 'table'] as const) : (['language', 'projector', 'gate'] as const)
@@ -110,13 +115,17 @@ function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations
   const all = Object.values(shapes).flat()
   const compact = o.dtype === 'bf16' && o.optimizerState === 'compact'
   const flat = rounded(sum(trained) * (compact ? 2 : 4))
+  const [size, kept] = [o.dtype === 'bf16' ? 2 : 4, compact ? 2 : 4]
+  const masters = o.dtype === 'bf16' ? tensors(kept, ...trained) : 0
+  const saved = [...new Set([...learns, 'projector', 'table', 'gate'] as const)].flatMap((k) => shapes[k])
   return {
     parameters: sum(all),
     trainable: sum(trained),
-    weights: tensors(o.dtype === 'bf16' ? 2 : 4, ...all),
+    weights: tensors(size, ...all),
     gradients: flat,
     moments: 2 * flat,
-    masters: o.dtype === 'bf16' ? tensors(compact ? 2 : 4, ...trained) : 0,
+    masters,
+    snapshot: tensors(size, ...saved) + 2 * tensors(kept, ...trained) + masters,
   }
 }
 
@@ -182,8 +191,10 @@ export function plan(m: PlanModel, o: PlanOptions): MemoryPlan {
     layerTransient(llm, rows, size) + again,
     visionTransient(v, images, size) - activations,
   )
-  const peak = state.weights + state.gradients + state.moments + state.masters + activations + transient
-  return { ...state, activations, transient, peak }
+  const kept = state.moments + state.masters
+  const host = o.offloadOptimizer ? kept : 0
+  const peak = state.weights + state.gradients + (kept - host) + activations + transient
+  return { ...state, activations, transient, peak, host }
 }
 
 /** The most samples at once whose step stays below `bytes`; 0 when not even one does. */

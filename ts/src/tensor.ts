@@ -3,9 +3,9 @@
  * collector: what is made inside `scope()` is freed at its end, except what it returns.
  */
 import { AlignGPTError } from './errors.js'
-import { type Dtype, native, type TensorData } from './native.js'
+import { type Device, type Dtype, native, type TensorData } from './native.js'
 
-export type { Dtype, TensorData } from './native.js'
+export type { Device, Dtype, TensorData } from './native.js'
 
 export class Tensor {
   #shape: readonly number[] | undefined
@@ -20,6 +20,9 @@ export class Tensor {
   get dtype(): Dtype {
     this.#dtype ??= native.dtype(this.h)
     return this.#dtype
+  }
+  get device(): Device {
+    return native.device(this.h)
   }
   get numel(): number {
     return this.shape.reduce((n, d) => n * d, 1)
@@ -105,6 +108,55 @@ export function noGrad<T>(fn: () => T): T {
   }
 }
 
+/**
+ * Work on a device that is recorded once and launched as often as wanted (CUDA graphs): one launch in place of hundreds. It reads and
+ * writes the same memory each time: inputs must be persistent tensors, indices may be written to between launches, and nothing
+ * in `fn` may read a value. @throws ERR_UNSUPPORTED on the CPU
+ */
+export class Graph<T> {
+  /** what `fn` returned; its tensors have values after a launch */
+  readonly result: T
+  readonly #number: number
+  constructor(device: Device, fn: () => T) {
+    this.#number = native.graphBegin(device)
+    try {
+      this.result = fn()
+      native.graphEnd(this.#number)
+    } catch (e) {
+      native.graphDispose(this.#number)
+      throw e
+    }
+  }
+  launch(): void {
+    native.graphLaunch(this.#number)
+  }
+  dispose(): void {
+    native.graphDispose(this.#number)
+  }
+}
+
+/** A list of i32 indices that changes while its tensor stays, as long as its length does. */
+export class Indices {
+  #tensor: Tensor | undefined
+  set(values: readonly number[]): Tensor {
+    const list = Int32Array.from(values)
+    if (this.#tensor?.numel === list.length) this.#tensor.write(list)
+    else {
+      this.dispose()
+      this.#tensor = tensor(list).persist()
+    }
+    return this.#tensor
+  }
+  get tensor(): Tensor {
+    if (!this.#tensor) throw new AlignGPTError('ERR_ARGUMENT', '[Indices] tensor: expected set() before it')
+    return this.#tensor
+  }
+  dispose(): void {
+    this.#tensor?.dispose()
+    this.#tensor = undefined
+  }
+}
+
 /** Goes back from `root`; `seed` is its gradient (default 1, for a single element). */
 export function backward(root: Tensor, seed?: Tensor): void {
   native.backward(root.h, seed?.h ?? null)
@@ -113,8 +165,14 @@ export function backward(root: Tensor, seed?: Tensor): void {
 /**
  * A tensor with the given values.
  * @param dtype default: that of the data (Float32Array f32, Float64Array f64, Int32Array i32, BigInt64Array i64; numbers f32)
+ * @param device indices, offsets and ids stay on the CPU, where ops check them
  */
-export function tensor(data: TensorData | readonly number[], shape?: readonly number[], dtype?: Dtype): Tensor {
+export function tensor(
+  data: TensorData | readonly number[],
+  shape?: readonly number[],
+  dtype?: Dtype,
+  device: Device = 'cpu',
+): Tensor {
   const plain = Array.isArray(data)
   const values = plain
     ? dtype === 'i32'
@@ -131,14 +189,14 @@ export function tensor(data: TensorData | readonly number[], shape?: readonly nu
         : values instanceof Int32Array
           ? 'i32'
           : 'i64'
-  return new Tensor(native.tensor(values, [...(shape ?? [values.length])], dtype ?? natural))
+  return new Tensor(native.tensor(values, [...(shape ?? [values.length])], dtype ?? natural, device))
 }
 
-export function zeros(shape: readonly number[], dtype: Dtype = 'f32'): Tensor {
-  return new Tensor(native.zeros([...shape], dtype))
+export function zeros(shape: readonly number[], dtype: Dtype = 'f32', device: Device = 'cpu'): Tensor {
+  return new Tensor(native.zeros([...shape], dtype, device))
 }
 
-/** Bytes held by the native core in this process, and live handles of this thread. */
-export function memory(): ReturnType<typeof native.memory> {
-  return native.memory()
+/** Bytes held by the native core on a device in this process, and live handles of this thread. */
+export function memory(device: Device = 'cpu'): ReturnType<typeof native.memory> {
+  return native.memory(device)
 }

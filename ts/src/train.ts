@@ -1,18 +1,25 @@
 /** One training loop for both phases. */
 import fs from 'node:fs'
 import path from 'node:path'
-import type { SingleBar } from 'cli-progress'
+import { setImmediate as turn } from 'node:timers/promises'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
-import type { Dataset, Dropped } from './data.js'
+import { type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
+import type { Dataset, DatasetState, Dropped } from './data.js'
+import { fingerprint } from './disk.js'
 import { AlignGPTError } from './errors.js'
+import { describeRecords, dumpStep, type OutlierOptions, type OutlierState, Outliers } from './guard.js'
+import { writeAtomicText } from './json.js'
 import { type Loader, openLoader } from './loader.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, trainable } from './phases.js'
+import { Bar } from './progress.js'
+import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
+import { Saver } from './saver.js'
 
 export interface TrainOptions {
-  /** folder for the model, log.jsonl and state.json; without one nothing is written */
+  /** folder for the model, log.jsonl, state.json and checkpoints; without one nothing is written */
   out?: string
   /** samples of a step (the phase's: 256 in pre-training, 128 in instruction tuning) */
   batch?: number
@@ -30,6 +37,8 @@ export interface TrainOptions {
   clipGradNorm?: number | null
   /** full: 18 bytes for each trained bf16 parameter (default); compact: 10 */
   optimizerState?: OptimizerState
+  /** the optimizer's state of a model on a GPU stays in main memory, and the CPU updates it (AdamWOptions.offload) */
+  offloadOptimizer?: boolean
   seed?: number
   /** run layers again on the way back instead of keeping their activations */
   recompute?: boolean
@@ -47,7 +56,19 @@ export interface TrainOptions {
   maxBad?: number
   /** how the alignment vector is made, instead of the phase's way (the paper's ablations) */
   mix?: Mix
+  /** a checkpoint after so many steps, or a time ('90s', '10m', '2h'); default '30m'. null: only when the run is stopped */
+  saveEvery?: number | string | null
+  /** newest checkpoints that stay, at least 2 (default) */
+  keep?: number
+  /** an interval longer than the run is no mistake */
+  allowLongInterval?: boolean
+  /** goes on from the newest checkpoint of `out` (true; from the beginning when it has none) or of another run's folder, bit for bit */
+  resume?: boolean | string
+  /** leaves out the update of steps whose loss or gradient norm is far above those before (default: never) */
+  skipOutliers?: boolean | OutlierOptions
   onStep?: (step: StepInfo) => void
+  /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
+  onMessage?: (text: string) => void
   /** a bar on the terminal; default: when standard error is one */
   progress?: boolean
   signal?: AbortSignal
@@ -64,18 +85,28 @@ export interface StepInfo {
   tokens: number
   tokensPerSecond: number
   samplesPerSecond: number
+  /** share of the step's time spent waiting for pictures to be decoded, 0 to 1 */
+  waited: number
   /** mean weight of each row of the alignment table over the step's pictures */
   coefficients: number[]
+  /** an outlier: the weights stayed as they were */
+  skipped: boolean
 }
 
 export interface TrainResult {
+  /** done, those before a resume included */
   steps: number
+  /** steps that were there already */
+  resumed: number
+  /** of the steps since */
   loss: number[]
   seconds: number
   /** records that could not be used, each named once */
   bad: Dropped[]
   /** records that do not fit into the longest sequence */
   skipped: Dropped[]
+  /** steps without an update (skipOutliers) */
+  outliers: number
   aborted: boolean
 }
 
@@ -97,6 +128,8 @@ function checkOptions(o: TrainOptions, data: Dataset): void {
   for (const key of ['lr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
     if (o[key] !== undefined && !(Number.isFinite(o[key]) && o[key] >= 0))
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected a number >= 0, got ${o[key]}`)
+  if (o.keep !== undefined && !(Number.isInteger(o.keep) && o.keep >= 2))
+    throw new AlignGPTError('ERR_ARGUMENT', `[train] keep: expected an integer >= 2, got ${o.keep}`)
   if (data.length === 0) throw new AlignGPTError('ERR_DATA', `[train] ${data.file}: expected records, got none`)
 }
 
@@ -110,152 +143,333 @@ async function nextStep(loader: Loader): Promise<PackedBatch[]> {
   }
 }
 
-/** Forward and backward of one step's micro-batches. */
-function accumulate(
+/** Forward and backward of one step's micro-batches; others get their turn in between. */
+async function accumulate(
   model: AlignGPT,
   batches: PackedBatch[],
   mix: Mix,
   o: TrainOptions,
-): { loss: number; coefficients: number[] } {
+): Promise<{ loss: number; losses: number[]; coefficients: number[] }> {
   const labelled = batches.filter((b) => b.lossRows.length > 0)
   const total = labelled.reduce((n, b) => n + b.lossRows.length, 0)
   const images = labelled.reduce((n, b) => n + b.imageRows.length, 0)
   const coefficients = new Array<number>(model.levels).fill(0)
-  let loss = 0
+  const losses: number[] = []
   for (const b of labelled) {
+    if (losses.length) await turn()
     const denominator = o.lossNorm === 'micro' ? labelled.length * b.lossRows.length : total
     const result = model.lossAndGradients(b, mix, { denominator, recompute: o.recompute })
-    loss += result.loss
+    losses.push(result.loss)
     for (const [l, c] of result.coefficients.entries())
       coefficients[l] += images ? (c * b.imageRows.length) / images : 0
   }
-  return { loss, coefficients }
+  return { loss: losses.reduce((a, b) => a + b, 0), losses, coefficients }
 }
 
 class Log {
-  #bar: SingleBar | undefined
+  #bar: Bar | undefined
+  #broken = false
   private constructor(
     private readonly phase: Phase,
     private readonly file: string | undefined,
+    private readonly tell: (text: string) => void,
   ) {}
-  static async open(phase: Phase, o: TrainOptions, steps: number): Promise<Log> {
-    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'))
+
+  /** @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes */
+  static async open(phase: Phase, o: Resolved, start: number): Promise<Log> {
+    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'), o.onMessage)
     if (o.out && log.file) {
       fs.mkdirSync(o.out, { recursive: true })
-      fs.writeFileSync(log.file, '')
+      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start) : '')
     }
-    if (o.progress ?? process.stderr.isTTY) {
-      const { SingleBar } = await import('cli-progress') // where nobody looks it need not be loaded
-      const format = `${phase.name} [{bar}] {value}/{total} loss {loss} {rate} tokens/s, {eta_formatted} left`
-      log.#bar = new SingleBar({ format, stream: process.stderr, hideCursor: true })
-      log.#bar.start(steps, 0, { loss: '-', rate: '-' })
-    }
+    if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase.name, o.steps, start)
     return log
   }
   step(s: StepInfo): void {
     if (this.file)
-      fs.appendFileSync(
-        this.file,
-        `${JSON.stringify({ phase: this.phase.name, ...s, time: new Date().toISOString() })}\n`,
-      )
-    this.#bar?.update(s.step + 1, { loss: s.loss.toFixed(4), rate: s.tokensPerSecond.toFixed(0) })
+      this.#append(this.file, JSON.stringify({ phase: this.phase.name, ...s, time: new Date().toISOString() }))
+    this.#bar?.step(s)
+  }
+  /** A full disk is no reason to stop training. */
+  #append(file: string, line: string): void {
+    try {
+      fs.appendFileSync(file, `${this.#broken ? '\n' : ''}${line}\n`)
+      this.#broken = false
+    } catch (e) {
+      if (!this.#broken) this.tell(`${file}: ${(e as Error).message}; training goes on`)
+      this.#broken = true
+    }
   }
   end(): void {
-    this.#bar?.stop()
+    this.#bar?.end()
   }
 }
 
-/** Options that go to the loader as they are. */
-function pick({ groupByLength, gateText, maxBad, augment, workers }: TrainOptions) {
-  return { groupByLength, gateText, maxBad, augment, workers }
+/** The lines of a log that are whole and of steps before `start`. */
+function linesBefore(file: string, start: number): string {
+  const before = (line: string): boolean => {
+    try {
+      return JSON.parse(line).step < start
+    } catch {
+      return false
+    }
+  }
+  return fs
+    .readFileSync(file, 'utf8')
+    .split('\n')
+    .filter(before)
+    .map((line) => `${line}\n`)
+    .join('')
+}
+
+/** Options with what they are when not given. */
+type Resolved = TrainOptions & {
+  batch: number
+  microBatch: number
+  lr: number
+  steps: number
+  warmupRatio: number
+  clipGradNorm: number | null
+  seed: number
+  mix: Mix
+  onMessage: (text: string) => void
+}
+
+function resolve(o: TrainOptions, data: Dataset, phase: Phase): Resolved {
+  const batch = Math.min(o.batch ?? phase.batch, data.length)
+  return {
+    ...o,
+    batch,
+    microBatch: Math.min(o.microBatch ?? 16, batch),
+    lr: o.lr ?? phase.lr,
+    steps: o.steps ?? Math.ceil(data.length / batch) * (o.epochs ?? 1),
+    warmupRatio: o.warmupRatio ?? 0.03,
+    clipGradNorm: o.clipGradNorm === undefined ? 1 : o.clipGradNorm,
+    seed: o.seed ?? 0,
+    mix: o.mix ?? phase.mix,
+    onMessage: o.onMessage ?? ((text) => console.error(text)),
+  }
+}
+
+/** What the numbers of a run depend on, besides its start. */
+function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved): Record<string, unknown> {
+  const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
+  return {
+    phase: phase.name,
+    dtype: model.dtype,
+    ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
+    weightDecay: o.weightDecay ?? 0,
+    optimizerState: o.optimizerState ?? 'full',
+    offloadOptimizer: o.offloadOptimizer ?? false,
+    lossNorm: o.lossNorm ?? 'batch',
+    gateText: o.gateText ?? 'all',
+    groupByLength: o.groupByLength ?? false,
+    augment: o.augment ?? false,
+    skipOutliers: o.skipOutliers ?? false,
+    data: { records: data.length, ...fingerprint(data.file) },
+  }
+}
+
+/** What a checkpoint holds besides tensors. The order of the data and all random numbers are computed from seed and step. */
+interface RunState {
+  optimizerStep: number
+  random: { generator: 'philox4x32-10'; seed: number; step: number }
+  position: { epoch: number; step: number }
+  dropped: DatasetState
+  outliers: OutlierState | null
+}
+
+/** One training run. */
+class Run {
+  readonly optimizer: AdamW
+  readonly outliers: Outliers | null
+  readonly result: TrainResult
+  private loader!: Loader
+  private log!: Log
+  private saver: Saver | null = null
+  private schedule!: Schedule
+  /** what every checkpoint of the run says */
+  private origin!: Pick<Manifest, 'config' | 'maker'>
+  private done = 0
+
+  constructor(
+    readonly model: AlignGPT,
+    readonly data: Dataset,
+    readonly phase: Phase,
+    readonly o: Resolved,
+  ) {
+    const { weightDecay, optimizerState: state, offloadOptimizer: offload, seed, skipOutliers } = o
+    this.outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
+    this.schedule = new Schedule(
+      o.saveEvery === undefined ? '30m' : o.saveEvery,
+      o.steps,
+      !!o.saveEvery && !o.allowLongInterval,
+    )
+    this.optimizer = new AdamW(trainable(model, phase), { weightDecay, state, offload, seed })
+    this.result = { steps: 0, resumed: 0, loss: [], seconds: 0, bad: [], skipped: [], outliers: 0, aborted: false }
+  }
+
+  private tensors(): StateTensor[] {
+    return savedTensors(this.model, this.phase, this.optimizer)
+  }
+
+  async open(): Promise<void> {
+    const { model, data, phase, o } = this
+    if (o.out || o.resume) {
+      this.origin = { config: settings(model, data, phase, o), maker: maker(model.device) }
+      const found = findResume(o, this.origin, o.onMessage)
+      if (found) this.restore(found.folder, found.manifest)
+    }
+    if (o.out) this.saver = new Saver(checkpointFolder(o.out), o.keep ?? 2, o.onMessage)
+    this.result.resumed = this.done
+    const { groupByLength, gateText, maxBad, augment, workers, batch, seed, steps } = o
+    this.loader = await openLoader(data, {
+      tokenizer: model.tokenizer,
+      preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
+      style: phase.style,
+      patches: model.patches,
+      maxLength: model.config.tokenizer_model_max_length,
+      micro: o.microBatch,
+      // All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile.
+      ahead: Math.max(2, Math.ceil(batch / o.microBatch)),
+      ...{ groupByLength, gateText, maxBad, augment, workers, batch, seed, steps },
+      startStep: this.done,
+    })
+    this.log = await Log.open(phase, o, this.done)
+  }
+
+  private restore(folder: string, { step, state }: Manifest): void {
+    const { optimizerStep, dropped, outliers } = state as unknown as RunState
+    readCheckpoint(folder, this.tensors())
+    this.optimizer.resume(optimizerStep)
+    this.data.restore(dropped)
+    if (outliers) this.outliers?.restore(outliers)
+    this.done = step
+  }
+
+  /** Steps until the end or the signal. */
+  async go(): Promise<void> {
+    const { o } = this
+    for (const start = this.done; this.done < o.steps && !o.signal?.aborted; ) {
+      const info = await this.step()
+      this.done++
+      this.result.loss.push(info.loss)
+      this.log.step(info)
+      o.onStep?.(info)
+      if (this.done === start + 2) this.schedule.measured(info.tokens / info.tokensPerSecond)
+      if (this.done < o.steps && this.schedule.due(this.done)) await this.save()
+      this.saver?.check()
+      await turn() // signals and decoding get their turn
+    }
+    const stopped = this.done < o.steps && this.done > this.result.resumed
+    if (stopped && this.saver?.last !== this.done) await this.save()
+    await this.saver?.settled()
+  }
+
+  private async step(): Promise<StepInfo> {
+    const { model, o, done: step } = this
+    const from = performance.now()
+    const waitedBefore = this.loader.waited
+    const batches = await nextStep(this.loader)
+    const lr = cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: o.warmupRatio })
+    const { loss, losses, coefficients } = await accumulate(model, batches, o.mix, o)
+    const { gradNorm, skipped } = this.update(loss, lr, batches, losses)
+    const seconds = (performance.now() - from) / 1000
+    const tokens = batches.reduce((n, b) => n + b.tokens.length, 0)
+    const samples = batches.reduce((n, b) => n + b.ids.length, 0)
+    const waited = (this.loader.waited - waitedBefore) / seconds
+    const rates = { tokensPerSecond: tokens / seconds, samplesPerSecond: samples / seconds, waited }
+    return { step, steps: o.steps, loss, lr, gradNorm, tokens, ...rates, coefficients, skipped }
+  }
+
+  /** The optimizer step. @throws ERR_NOT_FINITE naming the records and their pictures, with the weights as they were */
+  private update(
+    loss: number,
+    lr: number,
+    batches: PackedBatch[],
+    losses: number[],
+  ): { gradNorm: number; skipped: boolean } {
+    const { optimizer, outliers, o } = this
+    try {
+      if (!Number.isFinite(loss))
+        throw new AlignGPTError('ERR_NOT_FINITE', `[train] loss: expected a finite number, got ${loss}`)
+      const norm = outliers ? optimizer.gradientNorm() : 0
+      if (outliers && Number.isFinite(norm) && outliers.isOutlier(loss, norm)) {
+        optimizer.zeroGrad()
+        return { gradNorm: norm, skipped: true }
+      }
+      return { gradNorm: optimizer.update(lr, o.clipGradNorm), skipped: false }
+    } catch (e) {
+      if (!(e instanceof AlignGPTError) || e.code !== 'ERR_NOT_FINITE') {
+        optimizer.zeroGrad()
+        throw e
+      }
+      const culprits = batches.filter((b) => b.lossRows.length > 0).filter((_, i) => !Number.isFinite(losses[i]))
+      const records = describeRecords(culprits.length ? culprits : batches)
+      const dump = this.dump({ step: this.done, loss, lr, losses: losses.map(String) }, batches)
+      optimizer.zeroGrad()
+      const message = `${e.message}; weights unchanged, records of the step: ${records}${dump}`
+      throw new AlignGPTError(e.code, message, { cause: e })
+    }
+  }
+
+  /** Where the step can be looked at, for the message. */
+  private dump(numbers: Record<string, unknown>, batches: PackedBatch[]): string {
+    if (!this.o.out) return ''
+    const folder = path.join(this.o.out, 'dumps', `step-${this.done}`)
+    try {
+      dumpStep(folder, numbers, batches, trainable(this.model, this.phase))
+      return `; to look at: ${folder}`
+    } catch (e) {
+      return `; it could not be written to ${folder}: ${(e as Error).message}`
+    }
+  }
+
+  private async save(): Promise<void> {
+    const { data, o, done: step, optimizer, outliers, origin } = this
+    const perEpoch = data.stepsPerEpoch(o.batch)
+    const state: RunState = {
+      optimizerStep: optimizer.step,
+      random: { generator: 'philox4x32-10', seed: o.seed, step },
+      position: { epoch: Math.floor(step / perEpoch), step: step % perEpoch },
+      dropped: data.state,
+      outliers: outliers?.state ?? null,
+    }
+    await this.saver?.save({ step, ...origin, state: { ...state } }, this.tensors())
+  }
+
+  async close(): Promise<void> {
+    this.log?.end()
+    await this.loader?.close()
+    await this.saver?.close()
+    this.optimizer.dispose()
+    native.trim(this.model.device) // what lay idle between the steps
+  }
+
+  /** The result, and the model in `out`. */
+  async finish(seconds: number): Promise<TrainResult> {
+    const { result, done, o, data, phase } = this
+    const { bad, skipped } = data.state
+    Object.assign(result, { steps: done, aborted: done < o.steps, seconds, bad, skipped })
+    result.outliers = this.outliers?.skipped ?? 0
+    if (o.out) {
+      await this.model.save(o.out)
+      const state = { phase: phase.name, ...result, loss: undefined }
+      fs.writeFileSync(path.join(o.out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
+    }
+    return result
+  }
 }
 
 async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
   checkOptions(options, data)
-  const o = { ...options, batch: Math.min(options.batch ?? phase.batch, data.length), seed: options.seed ?? 0 }
-  const steps = o.steps ?? Math.ceil(data.length / o.batch) * (o.epochs ?? 1)
-  const mix = o.mix ?? phase.mix
-  const loader = await openLoader(data, {
-    tokenizer: model.tokenizer,
-    preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
-    style: phase.style,
-    patches: model.patches,
-    maxLength: model.config.tokenizer_model_max_length,
-    micro: Math.min(o.microBatch ?? 16, o.batch),
-    ...pick(o),
-    batch: o.batch,
-    seed: o.seed,
-    steps,
-  })
-  const optimizer = new AdamW(trainable(model, phase), {
-    weightDecay: o.weightDecay,
-    state: o.optimizerState,
-    seed: o.seed,
-  })
-  const log = await Log.open(phase, o, steps)
-  const result: TrainResult = { steps: 0, loss: [], seconds: 0, bad: [], skipped: [], aborted: false }
+  const run = new Run(model, data, phase, resolve(options, data, phase))
   const began = performance.now()
   try {
-    for (let step = 0; step < steps && !o.signal?.aborted; step++) {
-      const from = performance.now()
-      const batches = await nextStep(loader)
-      const lr = cosineRate(step, { lr: o.lr ?? phase.lr, totalSteps: steps, warmupRatio: o.warmupRatio ?? 0.03 })
-      const { loss, coefficients } = accumulate(model, batches, mix, o)
-      const gradNorm = update(optimizer, loss, lr, o, batches)
-      const seconds = (performance.now() - from) / 1000
-      const tokens = batches.reduce((n, b) => n + b.tokens.length, 0)
-      const samples = batches.reduce((n, b) => n + b.ids.length, 0)
-      const info: StepInfo = {
-        step,
-        steps,
-        loss,
-        lr,
-        gradNorm,
-        tokens,
-        tokensPerSecond: tokens / seconds,
-        samplesPerSecond: samples / seconds,
-        coefficients,
-      }
-      result.loss.push(loss)
-      result.steps++
-      log.step(info)
-      o.onStep?.(info)
-      await new Promise((resolve) => setImmediate(resolve)) // signals and decoding get their turn
-    }
+    await run.open()
+    await run.go()
   } finally {
-    log.end()
-    await loader.close()
-    optimizer.dispose()
-    native.trim() // what lay idle between the steps
+    await run.close()
   }
-  result.aborted = result.steps < steps
-  result.seconds = (performance.now() - began) / 1000
-  const { bad, skipped } = data.state
-  Object.assign(result, { bad, skipped })
-  if (o.out) {
-    await model.save(o.out)
-    fs.writeFileSync(
-      path.join(o.out, 'state.json'),
-      `${JSON.stringify({ phase: phase.name, ...result, loss: undefined }, null, 2)}\n`,
-    )
-  }
-  return result
-}
-
-/** The optimizer step. @throws ERR_NOT_FINITE naming the records, with the weights as they were */
-function update(optimizer: AdamW, loss: number, lr: number, o: TrainOptions, batches: PackedBatch[]): number {
-  try {
-    if (!Number.isFinite(loss))
-      throw new AlignGPTError('ERR_NOT_FINITE', `[train] loss: expected a finite number, got ${loss}`)
-    return optimizer.update(lr, o.clipGradNorm === undefined ? 1 : o.clipGradNorm)
-  } catch (e) {
-    optimizer.zeroGrad()
-    if (!(e instanceof AlignGPTError) || e.code !== 'ERR_NOT_FINITE') throw e
-    const ids = batches.flatMap((b) => b.ids)
-    throw new AlignGPTError(
-      e.code,
-      `${e.message}; weights unchanged, records of the step: ${ids.slice(0, 32).join(', ')}`,
-      { cause: e },
-    )
-  }
+  return run.finish((performance.now() - began) / 1000)
 }

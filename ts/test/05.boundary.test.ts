@@ -6,8 +6,17 @@ import { memory, tensor } from '../src/tensor.js'
 type Any = (...args: unknown[]) => unknown
 const all = native as unknown as Record<string, Any>
 /** Exports without arguments, and those that change the process for the tests after them. */
-const harmless = new Set(['scopeBegin', 'memory', 'resetPeak', 'trim', 'capabilities', 'probeCuda', 'threads'])
-const settings = new Set(['setThreads', 'failAfter', 'setGradEnabled'])
+const harmless = new Set([
+  'scopeBegin',
+  'memory',
+  'resetPeak',
+  'trim',
+  'capabilities',
+  'probeCuda',
+  'threads',
+  'fileCalls',
+])
+const settings = new Set(['setThreads', 'failAfter', 'failFiles', 'setGradEnabled'])
 
 const live = tensor([1, 2, 3, 4, 5, 6], [2, 3]).persist()
 const dead = tensor([1])
@@ -89,6 +98,7 @@ describe('hostile arguments', () => {
       expect(refused).toBeGreaterThan(tried / 2)
       native.setGradEnabled(true)
       native.failAfter(-1)
+      native.failFiles(-1, 1, false)
       native.requiresGrad(live.h, false)
       try {
         native.scopeEnd(depth)

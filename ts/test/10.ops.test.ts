@@ -1,26 +1,30 @@
-/** Every op at every CPU level of this machine, see specs.ts and op-checks.ts. */
+/** Every op at every CPU level of this machine and on its GPU, see specs.ts and op-checks.ts. */
 import { spawnSync } from 'node:child_process'
 import { describe, expect, test } from 'vitest'
 import { native } from '../src/native.js'
 import { cpuLevels } from './cpu-levels.js'
 import { specs } from './specs.js'
 
-for (const level of cpuLevels)
-  describe(level, () => {
-    const run = spawnSync(process.execPath, ['--import', 'tsx', 'ts/test/op-checks.ts'], {
-      cwd: new URL('../..', import.meta.url),
-      env: { ...process.env, ALIGNGPT_CPU_LEVEL: level },
-      encoding: 'utf8',
-      maxBuffer: 1 << 26,
-    })
-    const rows = new Map(
-      run.stdout.split('\n').flatMap((line) => {
-        if (!line.startsWith('{')) return []
-        const row = JSON.parse(line) as { name: string; checks: number; failures: string[] }
-        return [[row.name, row] as const]
-      }),
-    )
-    test('the checks ran to the end', () => expect(run.status, run.stderr).toBe(0))
+const places = [
+  ...cpuLevels.map((level) => ({ name: level, device: 'cpu', env: { ALIGNGPT_CPU_LEVEL: level } })),
+  ...(typeof native.probeCuda() === 'string' ? [] : [{ name: 'cuda', device: 'cuda', env: {} }]),
+]
+for (const { name, device, env } of places)
+  describe(name, () => {
+    const rows = new Map<string, { checks: number; failures: string[] }>()
+    test('the checks run to the end', () => {
+      const run = spawnSync(process.execPath, ['--import', 'tsx', 'ts/test/op-checks.ts', device], {
+        cwd: new URL('../..', import.meta.url),
+        env: { ...process.env, ...env },
+        encoding: 'utf8',
+        maxBuffer: 1 << 26,
+      })
+      for (const line of run.stdout.split('\n').filter((l) => l.startsWith('{'))) {
+        const row = JSON.parse(line)
+        rows.set(row.name, row)
+      }
+      expect(run.status, run.stderr).toBe(0)
+    }, 600_000)
     for (const spec of specs)
       test(spec.name, () => {
         const row = rows.get(spec.name)
@@ -41,14 +45,25 @@ test('every native op has a row', () => {
     'empty',
     'shape',
     'dtype',
+    'device',
     'readFile',
     'writeFile',
+    'fileCall',
+    'fileCalls',
+    'failFiles',
+    'send',
+    'receive',
+    'exit',
     'scopeBegin',
     'scopeEnd',
     'keep',
     'persist',
     'dispose',
     'isLive',
+    'graphBegin',
+    'graphEnd',
+    'graphLaunch',
+    'graphDispose',
     'requiresGrad',
     'wantsGrad',
     'detach',

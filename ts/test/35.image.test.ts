@@ -46,7 +46,7 @@ describe.each(CASES)('%s', (name) => {
     expect(wanted.length).toBeGreaterThan(20)
     for (const key of wanted) {
       const [, file, kind] = /^image\.(.*)\.(\w+)_u8$/.exec(key) as RegExpExecArray
-      const image = await loadImage(caseDir(name, 'images'), file)
+      const image = await loadImage({ root: caseDir(name, 'images'), name: file })
       const got = kind === 'decoded' ? image.data : preprocessImage(image, { ...p, pad: kind === 'padded' })
       expect(Buffer.compare(Buffer.from(got), readEntry(entries.get(key) as TensorEntry)), key).toBe(0)
     }
@@ -63,7 +63,7 @@ describe.each(CASES)('%s', (name) => {
       const n = 3 * p.crop ** 2
       expect(want.length).toBe(images.length * n)
       for (const [m, f] of images.entries()) {
-        const u8 = preprocessImage(await loadImage(caseDir(name, 'images'), f), { ...p, pad })
+        const u8 = preprocessImage(await loadImage({ root: caseDir(name, 'images'), name: f }), { ...p, pad })
         expect(normalise(u8, p), f).toEqual(want.slice(m * n, (m + 1) * n))
       }
     }
@@ -211,18 +211,22 @@ describe('decoding', () => {
   ]
   it.each(refused)('refuses %s', async (_, make, pattern) => {
     const name = await make()
-    const e = await errorOf(() => loadImage(dir, name))
+    const e = await errorOf(() => loadImage({ root: dir, name: name }))
     expect(e.code).toBe('ERR_IMAGE')
     expect(e.message).toMatch(pattern)
   })
   it('refuses files over the size limit, takes links inside and a linked root', async () => {
     fs.copyFileSync(picture, path.join(dir, 'in.jpg'))
     fs.symlinkSync('in.jpg', path.join(dir, 'inner.jpg'))
-    await refuses(() => loadImage(dir, 'in.jpg', { maxBytes: 100 }), 'ERR_IMAGE', /in\.jpg, expected at most 100 bytes/)
-    await refuses(() => loadImage(dir, 'in.jpg', { maxPixels: 100 }), 'ERR_IMAGE', /at most 100 pixels/)
-    expect((await loadImage(dir, 'inner.jpg')).width).toBeGreaterThan(10)
+    await refuses(
+      () => loadImage({ root: dir, name: 'in.jpg' }, { maxBytes: 100 }),
+      'ERR_IMAGE',
+      /in\.jpg, expected at most 100 bytes/,
+    )
+    await refuses(() => loadImage({ root: dir, name: 'in.jpg' }, { maxPixels: 100 }), 'ERR_IMAGE', /at most 100 pixels/)
+    expect((await loadImage({ root: dir, name: 'inner.jpg' })).width).toBeGreaterThan(10)
     fs.symlinkSync(dir, path.join(outside, 'root'))
-    expect((await loadImage(path.join(outside, 'root'), 'in.jpg')).width).toBeGreaterThan(10)
+    expect((await loadImage({ root: path.join(outside, 'root'), name: 'in.jpg' })).width).toBeGreaterThan(10)
   })
   it('damaged pictures: an image or an own error, never anything else', async () => {
     const sources = [picture, caseDir('base', 'images', 'a08.png')].map((f) => fs.readFileSync(f))

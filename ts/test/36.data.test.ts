@@ -357,7 +357,7 @@ describe('loader', () => {
     expect(await collect({ workers: 1, startStep: 4 })).toEqual(want.slice(7))
     const first = want[0].packed as PackedBatch
     const pixels = normalise(
-      preprocessImage(await loadImage(caseDir(name, 'images'), first.images[1]), preprocess),
+      preprocessImage(await loadImage({ root: caseDir(name, 'images'), name: first.images[1] }), preprocess),
       preprocess,
     )
     expect(first.pixels.slice(pixels.length, 2 * pixels.length)).toEqual(pixels)
@@ -505,6 +505,13 @@ describe('loader', () => {
       const ts = await import('typescript')
       for (const f of [
         'data',
+        'records',
+        'numbers',
+        'saved',
+        'pictures',
+        'parquet',
+        'fingerprints',
+        'tar',
         'loader',
         'batch',
         'decode-worker',
@@ -514,7 +521,9 @@ describe('loader', () => {
         'sentencepiece',
         'json',
         'errors',
+        'package',
         'rng',
+        'thread',
         'config',
       ])
         fs.writeFileSync(

@@ -10,6 +10,8 @@ import { native } from '../src/native.js'
 import { AdamW } from '../src/optim.js'
 import { FINETUNE, PRETRAIN, trainable } from '../src/phases.js'
 import { largestMicroBatch, type PlanModel, type PlanOptions, plan } from '../src/plan.js'
+import { savedTensors } from '../src/resume.js'
+import { Saver } from '../src/saver.js'
 
 const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-plan-'))
 afterAll(() => fs.rmSync(temp, { recursive: true, force: true }))
@@ -64,6 +66,35 @@ describe('the plan agrees within 5 % with what the allocator counts', async () =
           })
 })
 
+test('the snapshot of a checkpoint is planned as it is taken', async () => {
+  const folder = await writeModel(temp, SIZE)
+  const config = readAlignGPTConfig(folder)
+  const { vision } = readClipConfig(path.join(folder, 'vision_tower'))
+  const planned: PlanModel = { llm: config.llm, vision, projector: config.mm_projector_type, levels: 8 }
+  for (const phase of [PRETRAIN, FINETUNE])
+    for (const dtype of ['f32', 'bf16'] as const)
+      for (const optimizerState of ['full', 'compact'] as const) {
+        const model = await AlignGPT.load(folder, { dtype, device: 'cpu' })
+        const optimizer = new AdamW(trainable(model, phase), { state: optimizerState })
+        const problems: string[] = []
+        const saver = new Saver(path.join(temp, phase.name, dtype, optimizerState), 2, (text) => problems.push(text))
+        native.resetPeak()
+        const before = native.memory().inUse
+        const content = { step: 1, config: {}, state: {}, maker: { version: '', build: '', level: '' } }
+        await saver.save(content, savedTensors(model, phase, optimizer))
+        const real = native.memory().peak - before
+        await saver.close()
+        expect(problems).toEqual([])
+        const { snapshot } = plan(planned, { phase: phase.name, dtype, optimizerState, microBatch: 1, textTokens: 1 })
+        expect(
+          Math.abs(snapshot / real - 1),
+          `${phase.name} ${dtype} ${optimizerState}: ${snapshot}, ${real}`,
+        ).toBeLessThan(0.01)
+        optimizer.dispose()
+        model.dispose()
+      }
+})
+
 const VICUNA_7B = {
   vocab_size: 32000,
   hidden_size: 4096,
@@ -106,7 +137,12 @@ test('the largest micro-batch fits and the next one does not', () => {
   expect(n).toBeGreaterThan(0)
   expect(plan(SEVEN, { ...o, microBatch: n }).peak).toBeLessThanOrEqual(80e9)
   expect(plan(SEVEN, { ...o, microBatch: n + 1 }).peak).toBeGreaterThan(80e9)
-  expect(largestMicroBatch(SEVEN, { ...o, optimizerState: 'full' }, 80e9)).toBe(0)
+  const full = { ...o, optimizerState: 'full' } as const
+  expect(largestMicroBatch(SEVEN, full, 80e9)).toBe(0)
+  expect(largestMicroBatch(SEVEN, { ...full, offloadOptimizer: true }, 80e9)).toBeGreaterThan(0)
+  const away = plan(SEVEN, { ...full, microBatch: 1, offloadOptimizer: true })
+  expect(away.host / away.trainable).toBeCloseTo(12, 3) // two moments and the master, of 4 bytes each
+  expect(away.peak + away.host).toBe(plan(SEVEN, { ...full, microBatch: 1 }).peak)
 })
 
 test('bad sizes are named', () => {

@@ -3,7 +3,8 @@ import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
-import { afterAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { native } from '../src/native.js'
 import { cpuLevels } from './cpu-levels.js'
 
 const root = new URL('../..', import.meta.url)
@@ -18,18 +19,22 @@ function goldens(args: string[], env: Record<string, string>) {
   })
 }
 
-for (const level of cpuLevels)
-  describe(level, () => {
-    const runs = ['1', '2'].map((threads) => {
-      const out = path.join(scratch, `${level}-${threads}`)
-      return {
-        out,
-        ...goldens(['--cases', 'ts/test/golden', '--dump', out], {
-          ALIGNGPT_CPU_LEVEL: level,
-          ALIGNGPT_THREADS: threads,
-        }),
+const places = [
+  ...cpuLevels.map((level) => ({ place: level, env: { ALIGNGPT_CPU_LEVEL: level } })),
+  ...(typeof native.probeCuda() === 'string' ? [] : [{ place: 'cuda', env: { ALIGNGPT_DEVICE: 'cuda' } }]),
+]
+for (const { place, env } of places)
+  describe(place, () => {
+    const runs: (ReturnType<typeof goldens> & { out: string })[] = []
+    beforeAll(() => {
+      for (const threads of ['1', '2']) {
+        const out = path.join(scratch, `${place}-${threads}`)
+        runs.push({
+          out,
+          ...goldens(['--cases', 'ts/test/golden', '--dump', out], { ...env, ALIGNGPT_THREADS: threads }),
+        })
       }
-    })
+    }, 600_000)
     for (const name of ['base', 'gqa', 'wide', 'llama3'])
       test(`${name}: every tensor and list within the case's tolerances`, () => {
         expect(runs[0].stdout).toMatch(new RegExp(`${name}: \\d{3} compared, 0 outside tolerance`))

@@ -1,5 +1,5 @@
-/** The four commands of the README on a foreign folder: other models, other pictures, other JSON than the quickstart's. */
-import { spawn } from 'node:child_process'
+/** The commands of the README on a foreign folder: other models, other pictures, other JSON than the quickstart's. */
+import { spawn, spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
@@ -14,9 +14,9 @@ const pictures = path.join(dir, 'pictures')
 const [pairs, instructions] = ['pairs.json', 'instructions.json'].map((f) => path.join(dir, f))
 afterAll(() => fs.rmSync(dir, { recursive: true }))
 
-function npm(script: string, args: string[]): Promise<{ status: number | null; out: string; err: string }> {
+function aligngpt(...args: string[]): Promise<{ status: number | null; out: string; err: string }> {
   return new Promise((resolve) => {
-    const child = spawn('npm', ['run', '--silent', script, '--', ...args], { cwd: root })
+    const child = spawn(process.execPath, ['--import', 'tsx', 'ts/src/cli.ts', ...args], { cwd: root })
     let [out, err] = ['', '']
     child.stdout.on('data', (d) => (out += d))
     child.stderr.on('data', (d) => (err += d))
@@ -66,7 +66,8 @@ beforeAll(async () => {
 })
 
 test('levels, pretrain, finetune, chat', async () => {
-  const levels = await npm('levels', [
+  const levels = await aligngpt(
+    'levels',
     '--data',
     pairs,
     '--images',
@@ -77,14 +78,15 @@ test('levels, pretrain, finetune, chat', async () => {
     '5',
     '--buckets',
     'quantile',
-  ])
+  )
   expect(levels.status, levels.err).toBe(0)
   expect(levels.out).toMatch(/level 4 /)
   const scored = JSON.parse(fs.readFileSync(pairs, 'utf8')) as { similarity: number }[]
   expect(new Set(scored.map((r) => r.similarity))).toEqual(new Set([0, 1, 2, 3, 4]))
 
   const first = path.join(dir, 'first')
-  const pretrain = await npm('pretrain', [
+  const pretrain = await aligngpt(
+    'pretrain',
     '--llm',
     path.join(golden, 'llm'),
     '--clip',
@@ -101,14 +103,15 @@ test('levels, pretrain, finetune, chat', async () => {
     '4',
     '--epochs',
     '2',
-  ])
+  )
   expect(pretrain.status, pretrain.err).toBe(0)
   expect(pretrain.out).toMatch(/6 steps in .* loss \d/)
   const config = JSON.parse(fs.readFileSync(path.join(first, 'config.json'), 'utf8'))
   expect(config).toMatchObject({ model_type: 'aligngpt', n_indicators: 5, mm_projector_type: 'mlp2x_gelu' })
 
   const second = path.join(dir, 'second')
-  const finetune = await npm('finetune', [
+  const finetune = await aligngpt(
+    'finetune',
     '--model',
     first,
     '--data',
@@ -122,11 +125,12 @@ test('levels, pretrain, finetune, chat', async () => {
     '--dtype',
     'bf16',
     '--recompute',
-  ])
+  )
   expect(finetune.status, finetune.err).toBe(0)
   expect(finetune.out).toMatch(/2 steps in/)
 
-  const chat = await npm('chat', [
+  const chat = await aligngpt(
+    'chat',
     '--model',
     second,
     '--image',
@@ -134,15 +138,24 @@ test('levels, pretrain, finetune, chat', async () => {
     '--max-new-tokens',
     '5',
     'What is it?',
-  ])
+  )
   expect(chat.status, chat.err).toBe(0)
   expect(chat.err).toMatch(/alignment: 0 0\.\d{3} {2}1 0\.\d{3} .* global 1\.000/)
 })
 
 test('mistakes are answered in one line', async () => {
   const runs = await Promise.all([
-    npm('levels', ['--data', path.join(dir, 'none.json'), '--images', pictures, '--clip', path.join(golden, 'clip')]),
-    npm('pretrain', [
+    aligngpt(
+      'levels',
+      '--data',
+      path.join(dir, 'none.json'),
+      '--images',
+      pictures,
+      '--clip',
+      path.join(golden, 'clip'),
+    ),
+    aligngpt(
+      'pretrain',
       '--llm',
       path.join(golden, 'clip'),
       '--clip',
@@ -153,16 +166,46 @@ test('mistakes are answered in one line', async () => {
       pictures,
       '--out',
       path.join(dir, 'x'),
-    ]),
-    npm('chat', ['--model', path.join(golden, 'aligngpt'), '--image', path.join(dir, 'missing.png'), 'What?']),
-    npm('finetune', ['--data', instructions, '--images', pictures, '--out', path.join(dir, 'y')]),
+    ),
+    aligngpt('chat', '--model', path.join(golden, 'aligngpt'), '--image', path.join(dir, 'missing.png'), 'What?'),
+    aligngpt('finetune', '--data', instructions, '--images', pictures, '--out', path.join(dir, 'y')),
   ])
   const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /required option '--model/]
   for (const [i, run] of runs.entries()) {
-    expect(run.status).not.toBe(0)
+    expect(run.status).toBe(i === 3 ? 2 : 1)
     expect(run.err).toMatch(expected[i])
     expect(run.err).not.toMatch(/\n\s+at /)
   }
+})
+
+test('--help, --version and info; a command line that is not understood ends with status 2', async () => {
+  const { version } = JSON.parse(fs.readFileSync(new URL('package.json', root), 'utf8'))
+  const [help, short, info, unknown] = await Promise.all([
+    aligngpt('--help'),
+    aligngpt('--version'),
+    aligngpt('info', '--json'),
+    aligngpt('dance'),
+  ])
+  for (const name of ['info', 'levels', 'pretrain', 'finetune', 'chat'])
+    expect(help.out).toMatch(new RegExp(`^ {2}${name} `, 'm'))
+  expect(short.out.trim()).toBe(version)
+  expect(JSON.parse(info.out)).toMatchObject({ version, cpu: { name: 'cpu' } })
+  expect([help.status, short.status, info.status, unknown.status]).toEqual([0, 0, 0, 2])
+  expect(unknown.err).toContain("unknown command 'dance'")
+})
+
+test('the command line loads no native code before a command runs', async () => {
+  const broken = { ...process.env, ALIGNGPT_CPU_LEVEL: 'mmx' } // the addon refuses to load with it
+  const run = (...args: string[]) =>
+    spawnSync(process.execPath, ['--import', 'tsx', 'ts/src/cli.ts', ...args], {
+      cwd: root,
+      env: broken,
+      encoding: 'utf8',
+    })
+  expect(run('finetune', '--help').status).toBe(0)
+  const info = run('info')
+  expect(info.status).toBe(1)
+  expect(info.stderr).toMatch(/^ERR_\w+ .*ALIGNGPT_CPU_LEVEL.*\n$/)
 })
 
 test('an interrupted quickstart says so and can be started again', async () => {

@@ -1,11 +1,14 @@
 /**
- * Runs every row of specs.ts at the CPU level of this process and prints one JSON line per row:
- * {name, checks, failures}. Started by 10.ops.test.ts once per level.
+ * Runs every row of specs.ts on a device (the argument, default cpu at the CPU level of this process) and prints one JSON line
+ * per row: {name, checks, failures}. Started by 10.ops.test.ts once per level and device.
  */
-import { native } from '../src/native.js'
+import { native, resolveDevice } from '../src/native.js'
 import { mul, pack, sum } from '../src/ops.js'
 import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/tensor.js'
 import { type Case, type Spec, specs } from './specs.js'
+
+const device = resolveDevice((process.argv[2] ?? 'cpu') as 'cpu' | 'cuda')
+const dtypes: readonly Dtype[] = device === 'cpu' ? ['f32', 'bf16', 'f64'] : ['f32', 'bf16']
 
 /** Deterministic values in [-range, range]. */
 function values(n: number, seed: number, range: number): Float64Array {
@@ -19,7 +22,7 @@ const size = (s: number[]): number => s.reduce((n, d) => n * d, 1)
 const inputsOf = (spec: Spec, c: Case): Float64Array[] =>
   c.inputs.map((s, i) => values(size(s), i + 7, spec.range ?? 1))
 const make = (spec: Spec, c: Case, dtype: Dtype): Tensor[] =>
-  inputsOf(spec, c).map((x, i) => tensor(x, c.inputs[i], dtype))
+  inputsOf(spec, c).map((x, i) => tensor(x, c.inputs[i], dtype, device))
 
 /**
  * Value and gradients of sum(out * w) with fixed w, as plain arrays.
@@ -33,7 +36,7 @@ function valueAndGrads(spec: Spec, c: Case, dtype: Dtype, frozen?: 'plain' | 'pa
     const out = spec.run(x, c.o)
     const result = [Array.from(out.toFloats())]
     if (spec.gradient === false || size([...out.shape]) === 0 || (frozen && !native.wantsGrad(out.h))) return result
-    backward(sum(mul(out, tensor(values(size([...out.shape]), 99, 1), out.shape, out.dtype))))
+    backward(sum(mul(out, tensor(values(size([...out.shape]), 99, 1), out.shape, out.dtype, device))))
     for (const t of x) result.push(Array.from(t.grad()?.toFloats() ?? []))
     return result
   })
@@ -110,11 +113,11 @@ function gradcheck(spec: Spec, c: Case, fail: (why: string) => void): void {
 for (const spec of specs) {
   const failures: string[] = []
   let checks = 0
-  const before = memory()
+  const before = [memory('cpu'), memory(device)]
   for (const c of spec.cases) {
     const fail = (why: string): void => void failures.push(why)
     try {
-      for (const dtype of ['f32', 'bf16', 'f64'] as const) {
+      for (const dtype of dtypes) {
         forward(spec, c, dtype, fail)
         native.setThreads(1)
         const one = valueAndGrads(spec, c, dtype)
@@ -126,7 +129,7 @@ for (const spec of specs) {
           fail(`${dtype} ${JSON.stringify(c.inputs)}: packed and plain inputs differ`)
         checks += 4
       }
-      if (native.capabilities().level === 'portable' && spec.gradient !== false) {
+      if (dtypes.includes('f64') && native.capabilities().level === 'portable' && spec.gradient !== false) {
         gradcheck(spec, c, fail)
         checks++
       }
@@ -134,8 +137,8 @@ for (const spec of specs) {
       fail(`${JSON.stringify(c.inputs)}: ${(e as Error).message}`)
     }
   }
-  const after = memory()
-  if (after.inUse !== before.inUse || after.handles !== before.handles)
-    failures.push(`leak: ${after.inUse - before.inUse} bytes, ${after.handles - before.handles} handles`)
+  for (const [i, after] of [memory('cpu'), memory(device)].entries())
+    if (after.inUse !== before[i].inUse || after.handles !== before[i].handles)
+      failures.push(`leak: ${after.inUse - before[i].inUse} bytes, ${after.handles - before[i].handles} handles`)
   console.log(JSON.stringify({ name: spec.name, checks: checks + 1, failures: failures.slice(0, 5) }))
 }

@@ -302,6 +302,13 @@ const elementwise: Spec[] = [
     run: ([x]) => ops.cast(ops.cast(x, 'f64'), 'f32'),
     ref: ([x]) => x.map(Math.fround),
   },
+  {
+    name: 'to',
+    covers: ['to'],
+    cases: unaryCases,
+    run: ([x]) => ops.to(ops.scale(ops.to(x, 'cpu'), 2), x.device),
+    ref: ([x]) => x.map((v) => 2 * v),
+  },
 ]
 
 const gemmShapes: [number, number, number][] = [
@@ -506,7 +513,7 @@ const attentions: Spec[] = [
     run: ([x], o) => {
       const acc = x.dtype === 'f64' ? 'f64' : 'f32'
       const make = (f: (v: number) => number): Tensor =>
-        tensor(Float64Array.from(table(f, o.d / 2)), [11, o.d / 2], acc)
+        tensor(Float64Array.from(table(f, o.d / 2)), [11, o.d / 2], acc, x.device)
       return ops.rope(x, i32(positions(x.shape[0])), make(Math.cos), make(Math.sin), o.h)
     },
     ref: ([x], [[t]], o) => {
@@ -552,7 +559,7 @@ const attentions: Spec[] = [
       )
       const width = k.shape[1]
       const cache = [k, v].map((x) => {
-        const c = native.zeros([blocks, 4, width], x.dtype)
+        const c = native.zeros([blocks, 4, width], x.dtype, x.device)
         native.cacheWrite(c, x.h, i32(slots).h)
         return c
       })
@@ -667,7 +674,7 @@ const alignSpec: Spec = {
             ? { mode: 'level', levels: i32(Array.from({ length: o.images }, (_, m) => (m * 3 + 1) % o.levels)) }
             : {
                 mode: 'fixed',
-                coefficients: tensor(Float64Array.from(fixedCoefficients(o)), [o.images, o.levels], acc),
+                coefficients: tensor(Float64Array.from(fixedCoefficients(o)), [o.images, o.levels], acc, x[0].device),
               },
     }).inputsEmbeds
   },

@@ -1,0 +1,58 @@
+#include "graph.h"
+
+namespace ag {
+
+static AgCtx on_compute(const Device* device) {
+  AgCtx ctx{};
+  ctx.stream = device->stream;
+  return ctx;
+}
+
+Graph::Graph(Device* device) : device_(device), turn_(device->turn()) {
+  check(!device->recording, "ERR_ARGUMENT", "[graph] begin: expected no other graph being recorded, got one");
+  AgCtx ctx = on_compute(device);
+  check_status("graph", device->backend->graph_begin(&ctx), ctx);
+  device->recording = this;
+}
+
+Graph::~Graph() {
+  if (recording_) {
+    try {
+      end();
+    } catch (const Error&) {  // what was recorded is not wanted
+    }
+  }
+  auto turn = device_->turn();
+  if (work_) {
+    AgCtx ctx = on_compute(device_);
+    device_->backend->synchronize(&ctx);  // its last launch may still run
+    device_->backend->graph_destroy(work_);
+  }
+  device_->forget(this);
+}
+
+void Graph::end() {
+  check(recording_, "ERR_ARGUMENT", "[graph] end: expected a graph being recorded, got one that has ended");
+  recording_ = false;
+  device_->recording = nullptr;
+  AgCtx ctx = on_compute(device_);
+  const AgStatus status = device_->backend->graph_end(&ctx, &work_);
+  turn_.unlock();
+  check_status("graph", status, ctx);
+}
+
+void Graph::launch() {
+  check(work_ != nullptr, "ERR_ARGUMENT", "[graph] launch: expected a graph that was recorded to its end");
+  auto turn = device_->turn();
+  for (const auto& storage : indices_) refresh_mirror(*storage);
+  AgCtx ctx = on_compute(device_);
+  check_status("graph", device_->backend->graph_launch(&ctx, work_), ctx);
+}
+
+void Graph::reads(const std::shared_ptr<Storage>& indices) {
+  for (const auto& known : indices_)
+    if (known == indices) return;
+  indices_.push_back(indices);
+}
+
+}  // namespace ag

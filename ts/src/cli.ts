@@ -1,0 +1,36 @@
+#!/usr/bin/env node
+/**
+ * The command line: `aligngpt COMMAND`. A command is one file of commands/ that declares its options and loads what it
+ * works with when it runs, so that `--help` is there at once.
+ *
+ * Exit status: 0 done; 1 it could not be done (one line on standard error says why); 2 the command line is not understood;
+ * 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by SIGINT and SIGTERM.
+ */
+import { Command, CommanderError } from 'commander'
+import { chat } from './commands/chat.js'
+import { check } from './commands/check.js'
+import { finetune } from './commands/finetune.js'
+import { info } from './commands/info.js'
+import { levels } from './commands/levels.js'
+import { complain } from './commands/options.js'
+import { pretrain } from './commands/pretrain.js'
+import { version } from './package.js'
+
+async function main(): Promise<number | undefined> {
+  const program = new Command('aligngpt')
+    .description('train, evaluate and run AlignGPT, a multimodal large language model (arXiv 2405.14129)')
+    .version(version())
+    .exitOverride()
+    .showHelpAfterError('(--help lists the options)')
+  for (const declare of [info, check, levels, pretrain, finetune, chat]) declare(program)
+  try {
+    await program.parseAsync()
+  } catch (e) {
+    if (e instanceof CommanderError) return e.exitCode === 0 ? 0 : 2 // commander has said what is wrong
+    complain(e)
+    return (e as { code?: unknown }).code === 'ERR_SAVE' ? 3 : 1
+  }
+}
+
+const status = await main()
+if (status !== undefined) process.exitCode = status

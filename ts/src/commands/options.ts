@@ -1,0 +1,87 @@
+/** What the commands share: parsers of options, those of both training commands, the last line. */
+import { type Command, InvalidArgumentError } from 'commander'
+import type { LoadOptions } from '../aligngpt.js'
+import type { TrainOptions, TrainResult } from '../train.js'
+import type { TrainJob } from '../train-worker.js'
+
+export function integer(text: string): number {
+  const n = Number(text)
+  if (!Number.isInteger(n) || n < 0) throw new InvalidArgumentError('expected an integer >= 0')
+  return n
+}
+export function number(text: string): number {
+  const n = Number(text)
+  if (!Number.isFinite(n) || n < 0) throw new InvalidArgumentError('expected a number >= 0')
+  return n
+}
+
+/** Expected errors (ours, the file system's) have a code and are one line; one without is a bug and shows its stack. */
+export function complain(e: unknown): void {
+  const { code, message } = e as { code?: unknown; message?: unknown }
+  const known = e instanceof Error && typeof code === 'string'
+  console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
+}
+
+/** The parsed options of both training commands: the library's, and what says which data and machine. */
+export interface TrainingOptions extends TrainOptions {
+  data: string
+  images?: string
+  out: string
+  seed: number
+  dtype: LoadOptions['dtype']
+  device: LoadOptions['device']
+}
+
+export function trainingOptions(command: Command): Command {
+  return command
+    .requiredOption('--data <file>', 'LLaVA JSON, JSON lines or Parquet')
+    .option(
+      '--images <dir>',
+      'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
+    )
+    .requiredOption('--out <dir>', 'where the model and its log go')
+    .option('--batch <n>', 'samples of a step', integer)
+    .option('--micro-batch <n>', 'samples run at once', integer)
+    .option('--lr <rate>', 'peak learning rate', number)
+    .option('--epochs <n>', 'passes over the data', integer)
+    .option('--steps <n>', 'instead of epochs', integer)
+    .option('--weight-decay <x>', 'decoupled weight decay', number)
+    .option('--clip-grad-norm <x>', 'largest gradient norm', number)
+    .option('--optimizer-state <kind>', 'of bf16 weights: full (18 bytes each) or compact (10)')
+    .option('--max-bad <share>', 'share of records that may be unusable', number)
+    .option('--seed <n>', 'of order and new weights', integer, 0)
+    .option('--dtype <type>', 'f32 or bf16', 'f32')
+    .option('--device <device>', 'auto, cpu or cuda', 'auto')
+    .option('--recompute', 'less memory, one more forward pass')
+    .option('--group-by-length', 'batches of similar lengths')
+    .option('--augment', 'mild augmentation of the pictures')
+    .option('--save-every <interval>', 'steps, or a time such as 10m, between checkpoints (default: 30m)')
+    .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
+    .option('--allow-long-interval', 'an interval longer than the run is no mistake')
+    .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
+    .option('--skip-outliers', 'leave out steps whose loss or gradient is far above those before')
+}
+
+/** Trains in a thread of its own and says what came out. */
+export async function train(
+  phase: TrainJob['phase'],
+  model: TrainJob['model'],
+  { data, images, dtype, device, ...options }: TrainingOptions,
+): Promise<void> {
+  const { runTraining } = await import('../run.js')
+  const place = { dtype, device, seed: options.seed }
+  const { result, status } = await runTraining({ phase, model, place, data: { file: data, images }, options })
+  summary(result, options.out)
+  process.exitCode = status
+}
+
+function summary(result: TrainResult, out: string): void {
+  const { bad, skipped, resumed, outliers } = result
+  console.log(
+    `${result.steps} steps in ${result.seconds.toFixed(1)} s, loss ${result.loss[0]?.toFixed(4)} -> ${result.loss.at(-1)?.toFixed(4)}; saved to ${out}`,
+  )
+  if (resumed) console.log(`${resumed} of the steps were done before`)
+  if (outliers) console.log(`${outliers} steps were outliers and not used`)
+  for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
+  for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
+}

@@ -1,0 +1,106 @@
+/**
+ * A training run as a command makes it: in a thread of its own, so that this one hears signals and shows progress while kernels run.
+ * The first SIGINT or SIGTERM lets the step finish and saves; the second ends the process at once, whatever its threads do, and the
+ * checkpoint before it stays.
+ */
+import fs from 'node:fs'
+import type { Worker } from 'node:worker_threads'
+import { AlignGPTError } from './errors.js'
+import { native } from './native.js'
+import { Bar } from './progress.js'
+import { startThread } from './thread.js'
+import type { StepInfo, TrainResult } from './train.js'
+import type { StopRequest, TrainJob, TrainNews } from './train-worker.js'
+
+/** Exit status of a process that a signal ended, as shells give it. */
+const STATUS = { SIGINT: 130, SIGTERM: 143 } as const
+type Signal = keyof typeof STATUS
+
+export interface RunOutcome {
+  result: TrainResult
+  /** 0, or 130 and 143 after SIGINT and SIGTERM */
+  status: number
+}
+
+/** Plain lines where there is no terminal, else a bar. */
+class Progress {
+  #bar: Bar | undefined
+  #opening: Promise<void> | undefined
+  constructor(private readonly name: string) {}
+  step(s: StepInfo): void {
+    if (!process.stderr.isTTY) {
+      console.log(stepLine(s))
+      return
+    }
+    this.#opening ??= Bar.open(this.name, s.steps, s.step).then((bar) => {
+      this.#bar = bar
+    })
+    this.#bar?.step(s)
+  }
+  async end(): Promise<void> {
+    await this.#opening
+    this.#bar?.end()
+  }
+}
+
+const stepLine = (s: StepInfo): string =>
+  `step ${s.step + 1}/${s.steps} loss ${s.loss.toFixed(4)} lr ${s.lr.toExponential(2)} ${s.tokensPerSecond.toFixed(0)} tokens/s, waited ${(100 * s.waited).toFixed(0)} %${s.skipped ? ', an outlier: not used' : ''}`
+
+/** Hears signals until `end`. */
+class Signals {
+  heard: Signal | null = null
+  readonly #handlers = (Object.keys(STATUS) as Signal[]).map((name) => [name, () => this.#hear(name)] as const)
+  constructor(private readonly stop: () => void) {
+    for (const [name, handler] of this.#handlers) process.on(name, handler)
+  }
+  #hear(name: Signal): void {
+    if (this.heard) {
+      fs.writeSync(2, '\nstopped at once; what was saved before stays\n')
+      native.exit(STATUS[name])
+    }
+    this.heard = name
+    console.error(`\n${name}: finishing the step and saving (once more to stop at once)`)
+    this.stop()
+  }
+  end(): void {
+    for (const [name, handler] of this.#handlers) process.off(name, handler)
+  }
+}
+
+/** Hands the thread's news on; resolves with its result. */
+function listen(worker: Worker, progress: Progress): Promise<TrainResult> {
+  return new Promise((resolve, reject) => {
+    worker.on('message', (news: TrainNews) => {
+      if ('step' in news) progress.step(news.step)
+      else if ('text' in news) console.error(news.text)
+      else if ('result' in news) resolve(news.result)
+      else reject(rebuilt(news.error))
+    })
+    worker.once('error', reject)
+    worker.once('exit', () => reject(new Error('the training thread ended without a result')))
+  })
+}
+
+function rebuilt({ code, message, stack }: Extract<TrainNews, { error: unknown }>['error']): Error {
+  const error = code === undefined ? new Error(message) : new AlignGPTError(code, message)
+  error.stack = stack
+  return error
+}
+
+/**
+ * Trains in a thread of its own.
+ * @returns the result and the process's exit status
+ * @throws what the run throws
+ */
+export async function runTraining(job: TrainJob): Promise<RunOutcome> {
+  const worker = startThread('train-worker', { trainJob: job })
+  const signals = new Signals(() => worker.postMessage('stop' satisfies StopRequest))
+  const progress = new Progress(job.phase)
+  try {
+    const result = await listen(worker, progress)
+    return { result, status: signals.heard && result.aborted ? STATUS[signals.heard] : 0 }
+  } finally {
+    await progress.end()
+    signals.end()
+  }
+}

@@ -1,0 +1,58 @@
+/** Worker thread of run.ts: one training run. */
+import type { MessagePort } from 'node:worker_threads'
+import { AlignGPT, type CreateOptions, type LoadOptions } from './aligngpt.js'
+import { loadDataset } from './data.js'
+import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from './train.js'
+
+/** What to train; nothing in it is a function. */
+export interface TrainJob {
+  phase: 'pretrain' | 'finetune'
+  /** a new model, or a folder */
+  model: { create: CreateOptions } | { load: string; clip?: string }
+  place: LoadOptions
+  data: { file: string; images?: string }
+  options: Omit<TrainOptions, 'signal' | 'onStep' | 'onMessage'>
+}
+
+/** What the thread tells while it runs, and at its end. */
+export type TrainNews =
+  | { step: StepInfo }
+  | { text: string }
+  | { result: TrainResult }
+  | { error: { code?: string; message: string; stack?: string } }
+
+/** Sent to the thread: finish the step, save, end. */
+export type StopRequest = 'stop'
+
+async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) => void): Promise<TrainResult> {
+  const { phase, model: from, place, data, options } = job
+  const model =
+    'create' in from
+      ? await AlignGPT.create(from.create, place)
+      : await AlignGPT.load(from.load, { ...place, clip: from.clip })
+  try {
+    const dataset = await loadDataset(data.file, { images: data.images })
+    return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {
+      ...options,
+      signal,
+      progress: false, // this thread has no terminal
+      onStep: (step) => tell({ step }),
+      onMessage: (text) => tell({ text }),
+    })
+  } finally {
+    model.dispose()
+  }
+}
+
+export async function work({ trainJob }: { trainJob: TrainJob }, port: MessagePort): Promise<void> {
+  const tell = (news: TrainNews): void => port.postMessage(news)
+  const controller = new AbortController()
+  port.on('message', (m: StopRequest) => m === 'stop' && controller.abort())
+  try {
+    tell({ result: await run(trainJob, controller.signal, tell) })
+  } catch (e) {
+    const { code, message, stack } = e as Error & { code?: string }
+    tell({ error: { code, message, stack } })
+  }
+  port.close()
+}

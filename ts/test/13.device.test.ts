@@ -1,0 +1,202 @@
+/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda-check.mjs). */
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterEach, describe, expect, test, vi } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
+import { generateBatch } from '../src/generate.js'
+import { type Device, native, resolveDevice } from '../src/native.js'
+import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
+import { AdamW } from '../src/optim.js'
+import { backward, Graph, memory, scope, tensor, zeros } from '../src/tensor.js'
+
+const found = native.probeCuda()
+afterEach(() => void vi.unstubAllEnvs())
+
+test('the CPU has no graphs', () => {
+  expect(() => new Graph('cpu', () => 0)).toThrow(expect.objectContaining({ code: 'ERR_UNSUPPORTED' }))
+})
+
+describe('choosing', () => {
+  test('names that are none', () => {
+    expect(() => resolveDevice('gpu' as Device)).toThrow('[device] expected auto, cpu or cuda, got gpu')
+    expect(() => zeros([1], 'f32', 'cuda:1' as Device)).toThrow("[device] expected cpu or cuda, got 'cuda:1'")
+    vi.stubEnv('ALIGNGPT_DEVICE', 'gpu')
+    expect(() => resolveDevice()).toThrow('got gpu')
+  })
+  test('the environment decides what was left open, and nothing else', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', 'cpu')
+    expect(resolveDevice()).toBe('cpu')
+    expect(resolveDevice('auto')).toBe('cpu')
+    vi.stubEnv('ALIGNGPT_DEVICE', 'cuda')
+    expect(resolveDevice('cpu')).toBe('cpu')
+  })
+  test.runIf(typeof found === 'string')('without a GPU: auto is the CPU, cuda an error that says why', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', undefined)
+    expect(resolveDevice()).toBe('cpu')
+    expect(() => resolveDevice('cuda')).toThrow(found as string)
+    expect(() => zeros([1], 'f32', 'cuda')).toThrow(expect.objectContaining({ code: 'ERR_DEVICE', message: found }))
+  })
+  test.runIf(typeof found !== 'string')('with a GPU: auto takes it, but not for f64', () => {
+    vi.stubEnv('ALIGNGPT_DEVICE', undefined)
+    expect(resolveDevice()).toBe('cuda')
+    expect(resolveDevice('auto', 'f64')).toBe('cpu')
+    expect(() => resolveDevice('cuda', 'f64')).toThrow('expected dtype f32 or bf16, got f64')
+  })
+})
+
+describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
+  test('go there and back, in every dtype', () => {
+    scope(() => {
+      for (const values of [
+        Float32Array.of(1.5, -2),
+        Float64Array.of(0.1, 3),
+        Int32Array.of(7, -8),
+        BigInt64Array.of(9n),
+      ]) {
+        const t = tensor(values, [values.length], undefined, 'cuda')
+        expect(t.device).toBe('cuda')
+        expect(t.toArray()).toEqual(values)
+        expect(to(t, 'cpu').device).toBe('cpu')
+        expect(to(t, 'cpu').toArray()).toEqual(values)
+      }
+      expect(tensor([1.00390625], [1], 'bf16', 'cuda').item()).toBe(1)
+    })
+  })
+  test('a tensor elsewhere and indices on the GPU are errors', () => {
+    scope(() => {
+      const [a, b] = [zeros([2, 2], 'f32', 'cuda'), zeros([2, 2])]
+      expect(() => add(a, b)).toThrow('[add] tensors: expected all on cuda, got one on cpu')
+      const ids = tensor(Int32Array.of(0), [1], 'i32', 'cuda')
+      expect(() => gather(a, ids)).toThrow('[gather] index: expected indices on the cpu, got them on cuda')
+    })
+  })
+  test('indices that are written to are seen', () => {
+    scope(() => {
+      const x = tensor([10, 11, 12, 13], [4, 1], 'f32', 'cuda')
+      const ids = tensor(Int32Array.of(3, 0))
+      expect(Array.from(gather(x, ids).toFloats())).toEqual([13, 10])
+      ids.write(Int32Array.of(1, 2))
+      expect(Array.from(gather(x, ids).toFloats())).toEqual([11, 12])
+    })
+  })
+  test('gradients cross devices', () => {
+    scope(() => {
+      const w = tensor([1, 2, 3, 4], [2, 2]).requiresGrad()
+      const y = sum(scale(matmul(to(w, 'cuda'), to(w, 'cuda')), 2))
+      backward(y)
+      const here = tensor([1, 2, 3, 4], [2, 2]).requiresGrad()
+      backward(sum(scale(matmul(here, here), 2)))
+      expect(y.device).toBe('cuda')
+      expect(w.grad()?.device).toBe('cpu')
+      expect(w.grad()?.toArray()).toEqual(here.grad()?.toArray())
+    })
+  })
+  test('out of memory leaves everything usable', () => {
+    const before = memory('cuda')
+    native.failAfter(0, 'cuda')
+    expect(() => zeros([3], 'f32', 'cuda')).toThrow(/allocation of 12 bytes failed/)
+    native.failAfter(-1, 'cuda')
+    scope(() => expect(embedding(tensor(Int32Array.of(1)), zeros([2, 3], 'f32', 'cuda')).shape).toEqual([1, 3]))
+    expect(memory('cuda').inUse).toBe(before.inUse)
+    expect(memory('cpu').inUse).toBe(memory().inUse)
+  })
+  for (const [dtype, state] of [
+    ['f32', 'full'],
+    ['bf16', 'full'],
+    ['bf16', 'compact'],
+  ] as const)
+    test(`AdamW with its state in main memory gives the bits of the CPU: ${dtype}, ${state}`, () => {
+      const sizes = [(1 << 20) + 3, 5, 0, 7, 9] // more pieces than there are places for them
+      const train = (device: Device, offload: boolean): Buffer[] => {
+        const before = memory(device).inUse
+        const parameters = sizes.map((n, k) => {
+          const start = Float32Array.from({ length: n }, (_, i) => ((i * (k + 3)) % 31) / 16 - 1)
+          return { name: `p${k}.weight`, tensor: tensor(start, [n], dtype, device).persist() }
+        })
+        const weights = memory(device).inUse - before
+        const optimizer = new AdamW(parameters, { state, offload, seed: 5, weightDecay: 0.1 })
+        const gradients = weights * (dtype === 'bf16' && state === 'full' ? 2 : 1)
+        if (offload) expect(memory(device).inUse - before).toBeLessThan(weights + gradients + (1 << 18))
+        for (let step = 0; step < 3; step++) {
+          for (const { tensor: p } of parameters) {
+            const g = Float32Array.from({ length: p.numel }, (_, i) => ((i + 7 * step) % 29) / 8 - 1.5)
+            scope(() => native.write(native.grad(p.h) as number, g))
+          }
+          optimizer.update(1e-2)
+        }
+        const values = parameters.map((p) => Buffer.from(p.tensor.toArray().buffer))
+        optimizer.dispose()
+        for (const p of parameters) p.tensor.dispose()
+        return values
+      }
+      const here = train('cpu', false)
+      expect(train('cuda', true).map((b, i) => b.equals(here[i]))).toEqual(sizes.map(() => true))
+    })
+  test('a graph is launched on what its inputs hold then, and its memory is nobody else’s', () => {
+    const before = memory('cuda')
+    const x = tensor([1, 2, 3, 4], [4, 1], 'f32', 'cuda').persist()
+    const ids = tensor(Int32Array.of(0, 1)).persist()
+    const graph = new Graph('cuda', () => scope(() => scale(add(gather(x, ids), gather(x, ids)), 10)).persist())
+    const values = (): number[] => {
+      scope(() => void Array.from({ length: 8 }, () => zeros([2, 1], 'f32', 'cuda'))) // would land where the graph works
+      graph.launch()
+      return Array.from(graph.result.toFloats())
+    }
+    expect(values()).toEqual([20, 40])
+    expect(values()).toEqual([20, 40])
+    ids.write(Int32Array.of(3, 2))
+    expect(values()).toEqual([80, 60])
+    x.write(Float32Array.of(0, 0, 5, 6))
+    expect(values()).toEqual([120, 100])
+    expect(() => new Graph('cuda', () => new Graph('cuda', () => 0))).toThrow('expected no other graph being recorded')
+    expect(() => new Graph('cuda', () => scope(() => gather(x, tensor(Int32Array.of(9)))))).toThrow('[gather] index[0]')
+    expect(values()).toEqual([120, 100])
+    graph.dispose()
+    expect(() => graph.launch()).toThrow('[graphLaunch] graph: expected a live one of this thread')
+    for (const t of [x, ids, graph.result]) t.dispose()
+    expect(memory('cuda').inUse).toBe(before.inUse)
+  })
+  test('a model answers the same with a graph for each step, on its device', async () => {
+    const base = fileURLToPath(new URL('golden/base/', import.meta.url))
+    const model = await AlignGPT.load(path.join(base, 'model/aligngpt'), { device: 'cuda' })
+    const before = memory('cuda').inUse
+    const requests = [
+      { prompt: 'What is this?', image: path.join(base, 'images/a00.png') },
+      { prompt: 'What is a gradient?' },
+    ]
+    const ask = (graphs: string) => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', graphs)
+      return generateBatch(model, requests, { maxNewTokens: 10, temperature: 1, seed: 3 })
+    }
+    const plain = await ask('0')
+    const launches = vi.spyOn(native, 'graphLaunch')
+    expect(await ask('1')).toEqual(plain)
+    expect(launches.mock.calls.length).toBeGreaterThan(5)
+    launches.mockRestore()
+    expect(plain[0].ids.length).toBeGreaterThan(3)
+    expect([...model.namedParameters()].every(([, t]) => t.device === 'cuda')).toBe(true)
+    expect(memory('cuda').inUse - before).toBeLessThan(1 << 16) // the rotary tables
+    model.dispose()
+  })
+  test('files', () => {
+    const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))
+    try {
+      const file = path.join(dir, 'values')
+      const values = Float32Array.from({ length: (1 << 20) + 3 }, (_, i) => (i % 1000) - 500)
+      scope(() => {
+        const t = tensor(values, [values.length], 'f32', 'cuda')
+        native.writeFile(t.h, file, 0)
+        expect(
+          new Float32Array(fs.readFileSync(file).buffer.slice(0, values.length * 4)).every((v, i) => v === values[i]),
+        ).toBe(true)
+        const back = zeros([values.length], 'bf16', 'cuda')
+        native.readFile(back.h, file, 0, 'f32')
+        expect(back.toFloats()[1 << 20]).toBe(((1 << 20) % 1000) - 500)
+      })
+    } finally {
+      fs.rmSync(dir, { recursive: true })
+    }
+  })
+})

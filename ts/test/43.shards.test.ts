@@ -1,0 +1,457 @@
+/** Data at full size: the saved index, pictures in tar files, Parquet. */
+import { execFileSync } from 'node:child_process'
+import fs from 'node:fs'
+import path from 'node:path'
+import { type ColumnSource, parquetWriteBuffer, type SchemaElement } from 'hyparquet-writer'
+import { describe, expect, it } from 'vitest'
+import { readPreprocessor } from '../src/config.js'
+import { loadDataset } from '../src/data.js'
+import { Fingerprints, hash53 } from '../src/fingerprints.js'
+import { imageHeader, loadImage } from '../src/image.js'
+import { openLoader } from '../src/loader.js'
+import { expandShards, openPictures, readPicture } from '../src/pictures.js'
+import { TarWriter, tarMembers } from '../src/tar.js'
+import { Tokenizer } from '../src/tokenizer.js'
+import { caseDir, refuses, tempDir } from './data-cases.js'
+
+const dir = tempDir()
+let serial = 0
+const fresh = (end: string): string => path.join(dir, `f${serial++}${end}`)
+const put = (text: string | Buffer, end = '.json'): string => {
+  const f = fresh(end)
+  fs.writeFileSync(f, text)
+  return f
+}
+const turns = (question: string, answer = 'an answer'): object[] => [
+  { from: 'human', value: question },
+  { from: 'gpt', value: answer },
+]
+const records = (n: number): object[] =>
+  Array.from({ length: n }, (_, i) => ({
+    id: i,
+    ...(i % 3 ? { image: 'x.png' } : {}),
+    conversations: turns(`q${'é '.repeat(i)}`),
+  }))
+
+describe('saved index', () => {
+  const text = JSON.stringify(records(40), null, 1)
+  /** Opens the file; what was said. */
+  const open = async (file: string, index: string | false = `${file}.index`) => {
+    const notices: string[] = []
+    const onNotice = (t: string): void => void notices.push(t)
+    const data = await loadDataset(file, { images: dir, index, onNotice })
+    const o = { seed: 1, epoch: 0, batch: 4, groupByLength: true }
+    const seen = {
+      ids: [...data].map((r) => r.id),
+      ranges: [...data].map((_, i) => data.range(i)),
+      order: data.order(o),
+    }
+    data.close()
+    return { notices, seen }
+  }
+
+  it('gives what reading gives, without reading the file', async () => {
+    const file = put(text)
+    const want = await open(file, false)
+    expect(fs.existsSync(`${file}.index`)).toBe(false)
+    expect(await open(file)).toEqual(want)
+    expect(await open(file)).toEqual(want)
+    // Proof that the records were not parsed: one in the middle of a large file is broken behind the index' back.
+    const long = put(JSON.stringify(records(700)))
+    fs.utimesSync(long, 1000, 1000)
+    await open(long)
+    const fd = fs.openSync(long, 'r+')
+    const { size } = fs.fstatSync(fd)
+    fs.writeSync(fd, '"'.repeat(1000), Math.floor(size / 2))
+    fs.closeSync(fd)
+    fs.utimesSync(long, 1000, 1000)
+    const data = await loadDataset(long, { images: dir, index: `${long}.index` })
+    expect([data.length, data.record(0).id, data.record(699).id]).toEqual([700, '0', '699'])
+    await refuses(() => [...data], 'ERR_DATA', /at byte \d+, expected/)
+    data.close()
+  })
+  it.each<[string, RegExp, (file: string) => void]>([
+    ['other content of the same size', /changed since/, (f) => fs.writeFileSync(f, text.replace('"id": 3', '"id": 7'))],
+    ['another time', /changed since/, (f) => fs.utimesSync(f, 1, 1)],
+    ['a longer file', /changed since/, (f) => fs.appendFileSync(f, '\n')],
+    ['an index cut short', /cut short/, (f) => fs.truncateSync(`${f}.index`, fs.statSync(`${f}.index`).size - 1)],
+    ['an index of nothing', /cut short/, (f) => fs.truncateSync(`${f}.index`, 5)],
+    ['something else', /not an index/, (f) => fs.writeFileSync(`${f}.index`, 'something else')],
+    [
+      'a flipped bit',
+      /checksum/,
+      (f) => {
+        const b = fs.readFileSync(`${f}.index`)
+        b[b.length - 3] ^= 4
+        fs.writeFileSync(`${f}.index`, b)
+      },
+    ],
+  ])('is built again, and says so: %s', async (_, reason, harm) => {
+    const file = put(text)
+    await open(file)
+    harm(file)
+    const { notices, seen } = await open(file)
+    expect(notices).toHaveLength(1)
+    expect(notices[0]).toMatch(reason)
+    expect(notices[0]).toContain(`${file}.index is built again`)
+    expect(seen).toEqual((await open(file, false)).seen)
+    expect((await open(file)).notices).toEqual([])
+  })
+  it('of the same ends and size, but another time, is not trusted', async () => {
+    const file = put(text)
+    await open(file)
+    const later = new Date(Date.now() + 5000)
+    fs.utimesSync(file, later, later)
+    expect((await open(file)).notices[0]).toMatch(/changed since/)
+  })
+  it('goes on where it cannot be kept, and says so', async () => {
+    const file = put(text)
+    const { notices, seen } = await open(file, path.join(dir, 'no', 'folder.index'))
+    expect(notices).toEqual([expect.stringMatching(/cannot be kept \(ENOENT\)/)])
+    expect(seen.ids).toHaveLength(40)
+  })
+  it('is not made for small files unless asked for, and knows which records name a picture', async () => {
+    const file = put(text)
+    await loadDataset(file, { images: dir })
+    expect(fs.existsSync(`${file}.index`)).toBe(false)
+    const index = `${file}.index`
+    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1, expected an images folder/)
+    await open(file)
+    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1, expected an images folder/)
+    await refuses(
+      () => loadDataset(fresh('.json'), { index: fresh('.index') }),
+      'ERR_DATA',
+      /readable file, got ENOENT/,
+    )
+  })
+})
+
+/** A tar with these members. */
+function tar(members: [string, Uint8Array][], name = fresh('.tar')): string {
+  fs.mkdirSync(path.dirname(name), { recursive: true })
+  const fd = fs.openSync(name, 'w')
+  const writer = new TarWriter(fd)
+  for (const [n, content] of members) writer.add(n, content)
+  writer.end()
+  fs.closeSync(fd)
+  return name
+}
+const contents = (file: string): [string, string][] =>
+  [...tarMembers(file)].map((m) => [m.name, fs.readFileSync(file).toString('latin1', m.offset, m.offset + m.bytes)])
+
+describe('tar', () => {
+  it('what we write, tar(1) reads', () => {
+    const file = tar([
+      ['a.txt', Buffer.from('one')],
+      ['b.bin', Buffer.alloc(512, 7)],
+      ['empty', Buffer.alloc(0)],
+    ])
+    expect(execFileSync('tar', ['-tf', file], { encoding: 'utf8' })).toBe('a.txt\nb.bin\nempty\n')
+    expect(execFileSync('tar', ['-xOf', file, 'a.txt'], { encoding: 'utf8' })).toBe('one')
+    expect(contents(file).map(([n, c]) => [n, c.length])).toEqual([
+      ['a.txt', 3],
+      ['b.bin', 512],
+      ['empty', 0],
+    ])
+  })
+  it.each(['ustar', 'gnu', 'pax', 'v7'])(
+    'what tar --format=%s writes, we read: folders, links, long names',
+    (format) => {
+      const folder = path.join(dir, `in ${format}`)
+      const long = format === 'v7' ? 'deep' : `${'d'.repeat(60)}/${'e'.repeat(60)}`
+      const longer = format === 'v7' || format === 'ustar' ? 'file' : `${'é'.repeat(100)}${'f'.repeat(40)}`
+      fs.mkdirSync(path.join(folder, long), { recursive: true })
+      fs.writeFileSync(path.join(folder, 'plain.txt'), 'plain')
+      fs.writeFileSync(path.join(folder, long, longer), 'far away')
+      fs.writeFileSync(path.join(folder, 'zz'), 'last')
+      fs.symlinkSync('plain.txt', path.join(folder, 'link'))
+      const file = fresh('.tar')
+      execFileSync('tar', [`--format=${format}`, '--sort=name', '-cf', file, '-C', folder, '.'])
+      expect(contents(file)).toEqual([
+        [`${long}/${longer}`, 'far away'],
+        ['plain.txt', 'plain'],
+        ['zz', 'last'],
+      ])
+    },
+  )
+  it('reads sizes in base 256', () => {
+    const file = tar([['a', Buffer.from('12345')]])
+    const b = fs.readFileSync(file)
+    b.fill(0, 124, 136)
+    b[124] = 0x80
+    b[135] = 5
+    b.write('        ', 148)
+    b.write(
+      `${b
+        .subarray(0, 512)
+        .reduce((x, y) => x + y, 0)
+        .toString(8)
+        .padStart(6, '0')}\0 `,
+      148,
+    )
+    expect(contents(put(b, '.tar'))).toEqual([['a', '12345']])
+  })
+  it.each<[string, (b: Buffer) => Buffer, RegExp]>([
+    [
+      'a wrong checksum',
+      (b) => Buffer.concat([b.subarray(0, 3), Buffer.from('y'), b.subarray(4)]),
+      /at byte 0, .*checksum/,
+    ],
+    ['a compressed one', () => Buffer.from([0x1f, 0x8b, ...new Array(600).fill(1)]), /uncompressed tar/],
+    ['a cut member', (b) => b.subarray(0, 600), /'a\.txt' of 1000 bytes, got the end of the file at 600/],
+    ['a cut header', (b) => b.subarray(0, 400), /at byte 0, expected a header of 512 bytes/],
+  ])('refuses %s', async (_, harm, pattern) => {
+    const good = fs.readFileSync(tar([['a.txt', Buffer.alloc(1000, 65)]]))
+    await refuses(() => contents(put(harm(good), '.tar')), 'ERR_DATA', pattern)
+  })
+})
+
+describe('pictures in shards', () => {
+  const file = (name: string): Buffer => fs.readFileSync(caseDir('base', 'images', name))
+  const shards = path.join(dir, 'shards')
+  tar(
+    [
+      ['a00.png', file('a00.png')],
+      ['sub/a01.jpg', file('a10.jpg')],
+      ['both.png', file('a00.png')],
+    ],
+    `${shards}/08.tar`,
+  )
+  tar(
+    [
+      ['a08.png', file('a08.png')],
+      ['both.png', file('a08.png')],
+      ['twice', Buffer.from('1')],
+      ['twice', Buffer.from('22')],
+    ],
+    `${shards}/09.tar`,
+  )
+  tar(
+    [
+      ['x', Buffer.from('x')],
+      ['both.png', file('a00.png')],
+    ],
+    `${shards}/10.tar`,
+  )
+  const pattern = `${shards}/{08..10}.tar`
+
+  it('expands patterns', async () => {
+    expect(expandShards('a/{8..10}-{00..01}.tar')).toEqual(
+      ['8-00', '8-01', '9-00', '9-01', '10-00', '10-01'].map((x) => `a/${x}.tar`),
+    )
+    expect(expandShards('plain.tar')).toEqual(['plain.tar'])
+    await refuses(() => expandShards('{2..1}.tar'), 'ERR_ARGUMENT', /range/)
+  })
+  it('finds members by name, or by shard and name', async () => {
+    const p = await openPictures(pattern)
+    const read = (name: string): Buffer => readPicture(p.locate(name))
+    for (const [name, want] of [
+      ['a00.png', 'a00.png'],
+      ['08/a00.png', 'a00.png'],
+      ['sub/a01.jpg', 'a10.jpg'],
+      ['08/sub/a01.jpg', 'a10.jpg'],
+      ['a08.png', 'a08.png'],
+      ['08/both.png', 'a00.png'],
+      ['09/both.png', 'a08.png'],
+    ])
+      expect(read(name).equals(file(want)), name).toBe(true)
+    expect(read('twice').toString()).toBe('22')
+    expect(read('10/x').toString()).toBe('x')
+    await refuses(() => read('both.png'), 'ERR_IMAGE', /several of this name in .*write shard\/name/)
+    for (const none of ['', 'a', '../a00.png', '08/x', '/etc/passwd'])
+      await refuses(() => read(none), 'ERR_IMAGE', /none of this name/)
+    await refuses(() => readPicture(p.locate('a08.png'), { maxBytes: 10 }), 'ERR_IMAGE', /at most 10 bytes/)
+  })
+  it('refuses shards that are not there', async () => {
+    await refuses(
+      () => openPictures(`${shards}/{08..11}.tar`),
+      'ERR_DATA',
+      /11\.tar, expected a readable file, got ENOENT/,
+    )
+    await refuses(() => openPictures(`${shards}/no`), 'ERR_DATA', /a folder, or \.tar files/)
+  })
+  it('gives the loader the same batches as a folder, with and without workers; a bad one is named', async () => {
+    const names = fs.readdirSync(caseDir('base', 'images')).sort()
+    const half = names.length >> 1
+    tar(
+      names.slice(0, half).map((n) => [n, file(n)]),
+      `${dir}/all/0.tar`,
+    )
+    tar(
+      names.slice(half).map((n) => [n, file(n)]),
+      `${dir}/all/1.tar`,
+    )
+    const collect = async (images: string, workers: number) => {
+      const data = await loadDataset(caseDir('base', 'data_phase1.json'), { images })
+      const tokenizer = Tokenizer.load(caseDir('base', 'model', 'llm'))
+      const preprocess = { ...readPreprocessor(caseDir('base', 'model', 'clip')), pad: true }
+      const o = { tokenizer, preprocess, style: 'plain', patches: 16, batch: 5, seed: 1, workers, maxBad: 1 } as const
+      const loader = await openLoader(data, o)
+      const out = []
+      for await (const b of loader) out.push(b)
+      await loader.close()
+      return { out, bad: data.state.bad }
+    }
+    const want = await collect(caseDir('base', 'images'), 0)
+    expect(want.out.flatMap((b) => b.packed?.images ?? []).length).toBeGreaterThan(10)
+    expect(await collect(`${dir}/all/{0..1}.tar`, 0)).toEqual(want)
+    expect(await collect(`${dir}/all/{0..1}.tar`, 1)).toEqual(want)
+    const { bad } = await collect(`${dir}/all/0.tar`, 1)
+    expect(bad.length).toBeGreaterThan(3)
+    expect(bad[0].reason).toMatch(/none of this name in .*0\.tar/)
+  })
+  it('reads sizes from headers, in tars and folders', async () => {
+    const p = await openPictures(pattern)
+    const { width, height } = await loadImage(p.locate('a08.png'))
+    expect(await imageHeader(p.locate('a08.png'))).toEqual({ width, height })
+    expect(await imageHeader({ root: caseDir('base', 'images'), name: 'a08.png' })).toEqual({ width, height })
+    await refuses(() => imageHeader(p.locate('twice')), 'ERR_IMAGE', /twice, expected a picture that can be decoded/)
+    await refuses(() => imageHeader(p.locate('a08.png'), { maxPixels: 10 }), 'ERR_IMAGE', /at most 10 pixels/)
+  })
+})
+
+describe('Parquet', () => {
+  const picture = (name: string): Uint8Array => new Uint8Array(fs.readFileSync(caseDir('base', 'images', name)))
+  const conversations = [0, 1, 2, 3, 4].map((i) => turns(`question ${i} é`, `answer ${i}`))
+  const turnSchema = (name: string): SchemaElement[] => [
+    { name, repetition_type: 'OPTIONAL', num_children: 1, converted_type: 'LIST' },
+    { name: 'list', repetition_type: 'REPEATED', num_children: 1 },
+    { name: 'element', repetition_type: 'OPTIONAL', num_children: 2 },
+    { name: 'from', repetition_type: 'OPTIONAL', type: 'BYTE_ARRAY', converted_type: 'UTF8' },
+    { name: 'value', repetition_type: 'OPTIONAL', type: 'BYTE_ARRAY', converted_type: 'UTF8' },
+  ]
+  const imageSchema: SchemaElement[] = [
+    { name: 'image', repetition_type: 'OPTIONAL', num_children: 2 },
+    { name: 'bytes', repetition_type: 'OPTIONAL', type: 'BYTE_ARRAY' },
+    { name: 'path', repetition_type: 'OPTIONAL', type: 'BYTE_ARRAY', converted_type: 'UTF8' },
+  ]
+  const text = (name: string): SchemaElement => ({
+    name,
+    repetition_type: 'OPTIONAL',
+    type: 'BYTE_ARRAY',
+    converted_type: 'UTF8',
+  })
+  const int = (name: string): SchemaElement => ({ name, repetition_type: 'OPTIONAL', type: 'INT64' })
+  const write = (columnData: ColumnSource[], schema: SchemaElement[], columns: number, codec = 'SNAPPY'): Buffer =>
+    Buffer.from(
+      parquetWriteBuffer({
+        columnData,
+        schema: [{ name: 'root', num_children: columns }, ...schema],
+        codec: codec as 'SNAPPY',
+        rowGroupSize: 2,
+      }),
+    )
+  const ids = ['a', 'b', 'c', 'd', 'e']
+  const image = [
+    { bytes: picture('a00.png'), path: 'x.png' },
+    { bytes: picture('a02.jpg'), path: null },
+    null,
+    { bytes: picture('a08.png'), path: 'dir/../../y.png' },
+    { bytes: picture('a00.png'), path: 'x.png' },
+  ]
+  const embedded = (): Buffer =>
+    write(
+      [
+        { name: 'id', data: ids },
+        { name: 'image', data: image },
+        { name: 'conversations', data: conversations },
+        { name: 'similarity', data: [3n, null, null, 0n, 7n] },
+        { name: 'source', data: ids },
+      ],
+      [text('id'), ...imageSchema, ...turnSchema('conversations'), int('similarity'), text('source')],
+      5,
+    )
+  const quiet = { onNotice: (): void => {} }
+
+  it('reads records and embedded pictures, row groups of two', async () => {
+    const file = put(embedded(), '.parquet')
+    const data = await loadDataset(file, quiet)
+    const got = [...data]
+    expect(got.map((r) => [r.id, r.similarity])).toEqual([
+      ['a', 3],
+      ['b', null],
+      ['c', null],
+      ['d', 0],
+      ['e', 7],
+    ])
+    expect(got.map((r) => r.image)).toEqual(['000000000.png', '000000001', null, '000000003.png', '000000004.png'])
+    expect(got.map((r) => r.conversations)).toEqual(conversations)
+    for (const [i, r] of got.entries())
+      if (r.image !== null) expect(new Uint8Array(readPicture(data.picture(r.image)))).toEqual(image[i]?.bytes)
+    data.close()
+  })
+  it('is unpacked once, and again when the file has changed', async () => {
+    const file = put(embedded(), '.parquet')
+    const said: string[] = []
+    const open = async () => (await loadDataset(file, { onNotice: (t) => said.push(t) })).length
+    await open()
+    const { mtimeMs } = fs.statSync(`${file}.unpacked/records.jsonl`)
+    await open()
+    expect(fs.statSync(`${file}.unpacked/records.jsonl`).mtimeMs).toBe(mtimeMs)
+    expect(said).toEqual([expect.stringMatching(/is unpacked into .*\.unpacked$/)])
+    fs.utimesSync(file, 5, 5)
+    await open()
+    expect(said[1]).toMatch(/again: the Parquet files have changed since/)
+    fs.writeFileSync(`${file}.unpacked/manifest.json`, '{')
+    await open()
+    expect(said[2]).toMatch(/again: .*manifest\.json/)
+    expect(fs.readdirSync(dir).filter((f) => f.includes('tmp'))).toEqual([])
+  })
+  it('takes several files in order, names of pictures in a folder, and other codecs', async () => {
+    const part = (from: number, codec: string): Buffer =>
+      write(
+        [
+          { name: 'image', data: ['p.png', null].map((n) => n && `${from}${n}`) },
+          { name: 'conversations', data: conversations.slice(from, from + 2) },
+          { name: 'id', data: [BigInt(from), BigInt(from + 1)] },
+        ],
+        [text('image'), ...turnSchema('conversations'), int('id')],
+        3,
+        codec,
+      )
+    const folder = tempDir()
+    fs.writeFileSync(`${folder}/t-00.parquet`, part(0, 'SNAPPY'))
+    fs.writeFileSync(`${folder}/t-01.parquet`, part(2, 'UNCOMPRESSED'))
+    const unpacked = fresh('')
+    const data = await loadDataset(`${folder}/t-{00..01}.parquet`, { ...quiet, images: dir, unpacked })
+    expect([...data].map((r) => [r.id, r.image])).toEqual([
+      ['0', '0p.png'],
+      ['1', null],
+      ['2', '2p.png'],
+      ['3', null],
+    ])
+    expect([...data].map((r) => r.conversations)).toEqual(conversations.slice(0, 4))
+    expect(fs.readdirSync(unpacked).sort()).toEqual(['manifest.json', 'records.jsonl'])
+    data.close()
+    await refuses(() => loadDataset(`${folder}/t-00.parquet`, quiet), 'ERR_DATA', /record 0, expected an images folder/)
+  })
+  it('refuses what is no Parquet, or has no conversations, and leaves nothing behind', async () => {
+    const other = write([{ name: 'id', data: ids }], [text('id')], 1)
+    const cut = embedded()
+    for (const [bytes, pattern] of [
+      [Buffer.from('no parquet at all'), /a Parquet file that can be read, got .*PAR1/],
+      [other, /a column conversations, got id/],
+      [Buffer.concat([Buffer.alloc(2000), cut.subarray(2000)]), /a Parquet file that can be read/],
+    ] as const) {
+      const file = put(bytes, '.parquet')
+      await refuses(() => loadDataset(file, quiet), 'ERR_DATA', pattern)
+      expect(fs.readdirSync(dir).filter((f) => f.startsWith(path.basename(file)))).toEqual([path.basename(file)])
+    }
+    await refuses(() => loadDataset(fresh('.parquet'), quiet), 'ERR_DATA', /ENOENT/)
+  })
+})
+
+describe('fingerprints', () => {
+  it('behave like a map', () => {
+    const [ours, map] = [new Fingerprints(), new Map<number, number>()]
+    for (let i = 0; i < 20_000; i++) {
+      const key = i === 5 ? 0 : hash53(`name ${i % 15_000}`)
+      expect(ours.set(key, i)).toBe(map.get(key))
+      map.set(key, i)
+    }
+    for (const [key, value] of map) expect(ours.get(key)).toBe(value)
+    expect(ours.get(hash53('none'))).toBeUndefined()
+    expect(map.size).toBe(15_001)
+    expect(hash53('a')).toBeLessThan(2 ** 53)
+  })
+})
