@@ -76,7 +76,14 @@ async function configure() {
   const flags = ['ADDON=OFF', 'TESTS=ON', 'CUDA_CHECK=ON'].map((flag) => `-DALIGNGPT_${flag}`)
   const made = await run('cmake', ['-S', root, '-B', build, '-DCMAKE_BUILD_TYPE=Release', ...flags])
   if (made.status !== 0) return { ok: false, detail: tail(made.output, 15) }
-  const targets = ['test_cuda', 'test_cuda_asan', 'test_cuda_tsan', 'test_loader', 'aligngpt_cuda_emulated']
+  const targets = [
+    'test_cuda',
+    'test_cuda_asan',
+    'test_cuda_tsan',
+    'test_traffic',
+    'test_loader',
+    'aligngpt_cuda_emulated',
+  ]
   const built = await run('cmake', ['--build', build, '--parallel', String(jobs), '--target', ...targets], {
     limit: 900,
   })
@@ -356,7 +363,10 @@ const rungs = [
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],
-  ['2 emulation against the CPU', () => all([...everything('test_cuda', schedules), ...throughNode()])],
+  [
+    '2 emulation against the CPU, bytes moved',
+    () => all([...everything('test_cuda', schedules), [program('test_traffic')], ...throughNode()]),
+  ],
   ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(everything('test_cuda_asan', [0, 1000], '--small'))],
   ['4 ThreadSanitizer', () => all(everything('test_cuda_tsan', [0], '--small'))],
   ['5 planted bugs', checkPlants],

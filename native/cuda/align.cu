@@ -1,5 +1,6 @@
 // alignMix: the last projector layer, the mix of the alignment levels and the splice into the packed sequence (AgAlignMix in
-// backend.h; names follow it). The projector's product writes image rows straight to their places. What belongs where is in device
+// backend.h; names follow it). The projector's product writes image rows straight to their places and, in bf16, takes their dot
+// products with the text while they are in registers. What belongs where is in device
 // memory, so launches depend on sizes alone.
 #include "activation.h"
 #include "rows.h"
@@ -114,6 +115,15 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0 && r < rows) dots[r] = x;
 }
 
+// The dot products from what the product has left of each.
+__global__ void __launch_bounds__(kThreads) add_parts(float* dots, const float* parts, int64_t count, int64_t rows) {
+  for (int64_t r = grid_thread(); r < rows; r += grid_threads()) {
+    float sum = 0;
+    for (int64_t t = 0; t < count; t++) sum += parts[t * rows + r];
+    dots[r] = sum;
+  }
+}
+
 // What the gate reads and leaves behind.
 struct Gate {
   const void *w0, *b0, *w1, *b1;
@@ -200,14 +210,29 @@ AgStatus with_copies(bool vector, const F& f) {
   return f(Tag<uint32_t>());
 }
 
+// Of the forward pass with a projector.
+struct Projected {
+  int32_t* c_rows;
+  int64_t count;  // parts the product leaves of each dot product; 0: they are taken from the stored rows
+  float* parts;   // [count, image rows]
+  int64_t used;
+  Projected(void* base, const AgAlignMix* a) {
+    Arena arena{static_cast<char*>(base)};
+    const AgGemm g = projection(a, nullptr);
+    c_rows = arena.take<int32_t>(a->w ? image_rows(a) : 0);
+    count = a->w && is_gate(a) ? gemm_dot_parts(&g) : 0;
+    parts = arena.take<float>(count * image_rows(a));
+    used = arena.used;
+  }
+};
+
 template <class T>
-AgStatus project(AgCtx* ctx, const AgAlignMix* a, bool vector) {
+AgStatus project(AgCtx* ctx, const AgAlignMix* a, const Projected& f, bool vector) {
   const int64_t rows = image_rows(a);
   if (a->w) {
-    Arena arena{static_cast<char*>(ctx->workspace)};
-    int32_t* c_rows = arena.take<int32_t>(rows);
-    if (AgStatus s = launch(ctx, "align_mix", list_places, grid_for(rows, kThreads), kThreads, 0, c_rows, places_of(a), rows)) return s;
-    return call(ctx, arena.used, gemm, projection(a, c_rows));
+    if (AgStatus s = launch(ctx, "align_mix", list_places, grid_for(rows, kThreads), kThreads, 0, f.c_rows, places_of(a), rows)) return s;
+    const AgGemm g = projection(a, f.c_rows);
+    return f.count ? gemm_with_dots(ctx, &g, {static_cast<const float*>(a->mean), a->patches, f.parts}) : call(ctx, f.used, gemm, g);
   }
   return with_copies<T>(vector && aligned16(a->x), [&](auto tag) {
     typedef typename decltype(tag)::type U;
@@ -218,12 +243,16 @@ AgStatus project(AgCtx* ctx, const AgAlignMix* a, bool vector) {
 }
 
 template <class T, int W>
-AgStatus gate_forward(AgCtx* ctx, const AgAlignMix* a) {
+AgStatus gate_forward(AgCtx* ctx, const AgAlignMix* a, const Projected& f) {
   const T* out = static_cast<const T*>(a->out);
   float *mean = static_cast<float*>(a->mean), *dots = static_cast<float*>(a->dots);
   const int64_t rows = image_rows(a);
-  AgStatus s = launch(ctx, "align_mix", row_dots<W, T>, dim3(unsigned(div_up(rows, kWarps))), kThreads, 0, dots, out, mean, places_of(a), rows,
-                      a->hidden);
+  AgStatus s = AG_OK;
+  if (f.count)
+    s = launch(ctx, "align_mix", add_parts, grid_for(rows, kThreads), kThreads, 0, dots, f.parts, f.count, rows);
+  else
+    s = launch(ctx, "align_mix", row_dots<W, T>, dim3(unsigned(div_up(rows, kWarps))), kThreads, 0, dots, out, mean, places_of(a), rows,
+               a->hidden);
   if (s != AG_OK) return s;
   const Gate g{a->gw0, a->gb0, a->gw1, a->gb1, dots, static_cast<float*>(a->gate_pre), static_cast<float*>(a->logits),
                static_cast<float*>(a->coef), a->gate_hidden, a->patches, a->levels - 1, float(a->global)};
@@ -237,10 +266,11 @@ AgStatus forward(AgCtx* ctx, const AgAlignMix* a) {
   const T *embed = static_cast<const T*>(a->embed), *table = static_cast<const T*>(a->table);
   float *mean = static_cast<float*>(a->mean), *coef = static_cast<float*>(a->coef);
   const dim3 grid = columns(a->hidden, W, a->images);
+  const Projected f(ctx->workspace, a);
   AgStatus s = AG_OK;
   if (is_gate(a)) s = launch(ctx, "align_mix", text_means<W, T>, grid, kThreads, 0, mean, embed, a->gate_ids, a->gate_offsets, a->hidden);
-  if (s == AG_OK) s = project<T>(ctx, a, W > 1);
-  if (s == AG_OK && is_gate(a)) s = gate_forward<T, W>(ctx, a);
+  if (s == AG_OK) s = project<T>(ctx, a, f, W > 1);
+  if (s == AG_OK && is_gate(a)) s = gate_forward<T, W>(ctx, a, f);
   if (s == AG_OK && a->mode == AG_MIX_LEVEL)
     s = launch(ctx, "align_mix", one_hot, grid_for(a->images * a->levels, kThreads), kThreads, 0, coef, a->level, a->images, a->levels);
   if (s == AG_OK) s = launch(ctx, "align_mix", mix_rows<W, T>, grid, kThreads, 0, out, coef, table, a->align_row, a->levels, a->hidden);
@@ -303,7 +333,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t c = at.rest * W;
     float x[W], y[W] = {};
     load_lanes<W>(x, d_out + places.of(at.quotient) * hidden + c);
-    if (d_dots) load_lanes<W>(y, mean + at.quotient / places.patches * hidden + c);
+    if (d_dots) load_lanes<W>(y, mean + split(at.quotient, places.patches).quotient * hidden + c);
     const float by = d_dots ? d_dots[at.quotient] : 0;
 #pragma unroll
     for (int k = 0; k < W; k++) x[k] += by * y[k];
@@ -529,10 +559,8 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t align_mix_workspace(const AgAlignMix* a) {
   if (!a->w || !a->images) return 0;
-  Arena arena{nullptr};
-  arena.take<int32_t>(image_rows(a));
   const AgGemm g = projection(a, nullptr);
-  return arena.used + gemm_workspace(&g);
+  return Projected(nullptr, a).used + gemm_workspace(&g);
 }
 AgStatus align_mix(AgCtx* ctx, const AgAlignMix* a) {
   if (!a->w && a->w_packed) return fail(ctx, AG_INVALID, "[align_mix] w: expected the matrix itself, got a packed one");

@@ -19,10 +19,11 @@ struct Product {
   int32_t bf16_in, bf16_out, vector;  // vector: rows begin at multiples of 16 bytes, and are whole packs
   float* parts;                       // [gridDim.z, m, n] when the sum is cut
   int64_t part;                       // of k
+  RowDots dots;                       // of the tiles with kDots
 };
 
-// One number of the result, once its sum is complete.
-__device__ __forceinline__ void finish(const Product& p, int64_t row, int64_t col, float x) {
+// One number of the result, once its sum is complete. Returns it before it is rounded.
+__device__ __forceinline__ float finish(const Product& p, int64_t row, int64_t col, float x) {
   if (p.bias) x += p.bf16_in ? to_float(static_cast<const bf16*>(p.bias)[col]) : static_cast<const float*>(p.bias)[col];
   if (p.pre && p.bf16_out) {
     const bf16 rounded = from_float<bf16>(x);
@@ -31,7 +32,9 @@ __device__ __forceinline__ void finish(const Product& p, int64_t row, int64_t co
   } else if (p.pre) {
     static_cast<float*>(p.pre)[row * p.n + col] = x;
   }
-  grad_put(p.c, (p.c_rows ? p.c_rows[row] : row) * p.ldc + col, activate(p.act, x));
+  x = activate(p.act, x);
+  grad_put(p.c, (p.c_rows ? p.c_rows[row] : row) * p.ldc + col, x);
+  return x;
 }
 __device__ __forceinline__ void put(const Product& p, int64_t row, int64_t col, float x) {
   if (row >= p.m || col >= p.n) return;
@@ -124,7 +127,36 @@ struct Tiles {
   }
 };
 
-template <bool kTransA, bool kTransB>
+// Finishes a warp's share of the tile and multiplies the rows as they were stored with their vectors, over the tile's columns:
+// each thread its own ones, then the four lanes that share a row, then the four warps. `shared` holds 4 * kTileM numbers.
+__device__ __forceinline__ void finish_with_dots(const Product& p, const float (&c)[4][4][4], int64_t row0, int64_t col0,
+                                                 int warp_row, int warp_col, float* shared) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {  // the thread's rows
+    const int line = warp_row + i * 8 + lane / 4;
+    const int64_t row = row0 + line, known = row < p.m ? row : p.m - 1;
+    const float* with = p.dots.with + split(known, p.dots.group).quotient * p.n;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {  // its columns
+      const int64_t col = col0 + warp_col + j / 2 * 8 + lane % 4 * 2 + j % 2;
+      if (row >= p.m || col >= p.n) continue;
+      sum += to_float(from_float<bf16>(finish(p, row, col, c[i / 2][j / 2][i % 2 * 2 + j % 2]))) * with[col];
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (lane % 4 == 0) shared[warp_col / 32 * kTileM + line] = sum;
+  }
+  __syncthreads();
+  const int line = int(threadIdx.x);
+  if (line >= kTileM || row0 + line >= p.m) return;
+  float sum = 0;
+  for (int w = 0; w < 4; w++) sum += shared[w * kTileM + line];
+  p.dots.parts[blockIdx.x * p.m + row0 + line] = sum;
+}
+
+template <bool kTransA, bool kTransB, bool kDots>
 __global__ void __launch_bounds__(kThreads) tensor_product(Product p) {
   SMEM(raw);
   typedef Tiles<kTransA, kTransB> T;
@@ -146,6 +178,11 @@ __global__ void __launch_bounds__(kThreads) tensor_product(Product p) {
     tiles.multiply(c, t, warp_row, warp_col);
   }
   cp_wait<0>();
+  if constexpr (kDots) {
+    __syncthreads();  // the last tile is done with
+    finish_with_dots(p, c, tiles.row, tiles.col, warp_row, warp_col, reinterpret_cast<float*>(raw));
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -239,10 +276,11 @@ bool vectors(const AgGemm* g) {
 
 AgStatus tensor(AgCtx* ctx, const AgGemm* g, const Product& p, dim3 grid) {
   const auto start = [&](auto kernel, size_t bytes) { return launch(ctx, "gemm", kernel, grid, dim3(kThreads), bytes, p); };
-  if (g->trans_a && g->trans_b) return start(tensor_product<true, true>, Tiles<true, true>::kBytes);
-  if (g->trans_a) return start(tensor_product<true, false>, Tiles<true, false>::kBytes);
-  if (g->trans_b) return start(tensor_product<false, true>, Tiles<false, true>::kBytes);
-  return start(tensor_product<false, false>, Tiles<false, false>::kBytes);
+  if (p.dots.with) return start(tensor_product<false, true, true>, Tiles<false, true>::kBytes);
+  if (g->trans_a && g->trans_b) return start(tensor_product<true, true, false>, Tiles<true, true>::kBytes);
+  if (g->trans_a) return start(tensor_product<true, false, false>, Tiles<true, false>::kBytes);
+  if (g->trans_b) return start(tensor_product<false, true, false>, Tiles<false, true>::kBytes);
+  return start(tensor_product<false, false, false>, Tiles<false, false>::kBytes);
 }
 
 AgStatus few(AgCtx* ctx, const AgGemm* g, const Product& p) {
@@ -262,17 +300,24 @@ int64_t gemm_workspace(const AgGemm* g) {
   return parts > 1 ? parts * g->m * g->n * int64_t(sizeof(float)) : 0;
 }
 
+int64_t gemm_dot_parts(const AgGemm* g) {
+  const bool tiles = g->dt == AG_BF16 && g->dt_c == AG_BF16 && !g->trans_a && g->trans_b && !is_few(g) && parts_of(g) == 1;
+  return tiles ? div_up(g->n, kTileN) : 0;
+}
+
 AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
   if (g->dt > AG_BF16) return bad_dtype(ctx, "gemm", g->dt);
   if (g->dt_c > AG_BF16 || (g->dt == AG_F32 && g->dt_c == AG_BF16)) return bad_dtype(ctx, "gemm", g->dt_c);
   if (!g->b) return fail(ctx, AG_INVALID, "[gemm] b: expected the matrix itself, got a packed one, which this backend does not make");
   if (g->m == 0 || g->n == 0) return AG_OK;
   const AgStatus elsewhere = is_few(g) ? AG_UNSUPPORTED : cublaslt_gemm(ctx, g);
-  if (elsewhere != AG_UNSUPPORTED) return elsewhere;
+  return elsewhere == AG_UNSUPPORTED ? gemm_with_dots(ctx, g, {}) : elsewhere;
+}
+AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
   const int64_t parts = parts_of(g);
   const int32_t in = g->dt == AG_BF16, out = g->dt_c == AG_BF16;
   Product p{g->a, g->b, g->bias, g->lda, g->ldb, g->ldc, g->m, g->n, g->k, {g->c, out, g->accumulate}, g->pre, g->c_rows, g->act, in, out,
-            vectors(g), nullptr, g->k};
+            vectors(g), nullptr, g->k, dots};
   if (is_few(g)) return few(ctx, g, p);
   if (parts > 1) {
     p.parts = static_cast<float*>(ctx->workspace);

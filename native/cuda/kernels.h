@@ -61,6 +61,16 @@ AgStatus gemm(AgCtx*, const AgGemm*);
 AgStatus pack(AgCtx*, const AgPack*);
 int64_t pack_bytes(const AgPack*);
 int64_t gemm_workspace(const AgGemm*);
+// Dot products of the rows of a product with vectors, taken while the rows are in registers: the sum over t of parts[t * m + i] is
+// that of row i, as it was stored, with with[i / group]. t counts to gemm_dot_parts(), which is 0 where this cannot be had. Without
+// `with` it is the product by our own kernels.
+struct RowDots {
+  const float* with;  // [.., n]
+  int64_t group;
+  float* parts;  // [gemm_dot_parts(), m]
+};
+int64_t gemm_dot_parts(const AgGemm*);
+AgStatus gemm_with_dots(AgCtx*, const AgGemm*, const RowDots&);
 
 AgStatus attention(AgCtx*, const AgAttention*);
 AgStatus attention_grad(AgCtx*, const AgAttention*);

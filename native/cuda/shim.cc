@@ -72,6 +72,7 @@ ag_shim_switch:
 namespace shim {
 
 Here here;
+uint64_t launches = 0;
 
 namespace {
 
@@ -229,6 +230,7 @@ void die(const char* what) {
 void set_schedule(unsigned seed) { schedule = seed; }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  launches++;
   b.threads = int(block.x * block.y * block.z);
   if (b.threads < 1 || b.threads > 1024) die("launch: expected 1 to 1024 threads in a block");
   if (grid.y > 65535 || grid.z > 65535) die("launch: expected at most 65535 blocks in y and z");

@@ -49,6 +49,7 @@ struct Here {
   char* shared = nullptr;
 };
 extern Here here;
+extern uint64_t launches;  // so far, the running one included
 
 // 0: threads in order; 1: in reverse order; 2..999: in an order drawn for each block; from 1000 on: warp after warp, each as far as
 // it can go, beginning with warp (seed - 1000).

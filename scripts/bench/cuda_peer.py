@@ -127,11 +127,16 @@ def align_mix():
         return torch.cat([(mix @ table[:7] + table[7])[:, None], rows, text], 1)
 
     product = 2 * images * patches * width * width
-    with torch.no_grad():
-        row("alignMix forward bf16 16x576x4096", product, False, forward)
-    out = forward()
     grads = (x, w, b, table, *gate)
-    row("alignMix gradient bf16 16x576x4096", 2 * product, False, lambda: torch.autograd.grad(out, grads, out.detach(), retain_graph=True))
+    torch._functorch.config.donated_buffer = False  # a compiled gradient runs more than once
+    for label, run in (("eager", forward), ("compiled", torch.compile(forward))):
+        CONTEXT["backend"] = label
+        with torch.no_grad():
+            row("alignMix forward bf16 16x576x4096", product, False, run)
+        out = run()
+        d_out = out.detach().clone()
+        row("alignMix gradient bf16 16x576x4096", 2 * product, False, lambda: torch.autograd.grad(out, grads, d_out, retain_graph=True))
+    CONTEXT.pop("backend", None)
 
 
 for part in (copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix):
