@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensor.h"
+#include "../ops/ops.h"
 #include "bench.h"
 
 namespace {
@@ -65,9 +65,14 @@ struct Gpu {
     }
     ag::check_status(name_of_row.c_str(), first, ctx);
     ag::check_status(name_of_row.c_str(), b.synchronize(&ctx), ctx);
+    timed(name_of_row, [&] { kernel(&ctx, &args); }, work, moved);
+  }
+  template <class F>
+  void timed(const std::string& name_of_row, const F& f, double work, bool moved) {
+    AgCtx ctx{};
     auto seconds = [&](int times) {
       const double start = bench::now();
-      for (int i = 0; i < times; i++) kernel(&ctx, &args);
+      for (int i = 0; i < times; i++) f();
       b.synchronize(&ctx);
       return (bench::now() - start) / times;
     };
@@ -245,6 +250,66 @@ void align_mix(Gpu& g) {
   g.release();
 }
 
+// Layers of a LLaMA through the ops and the tape, forward and backward, as a training step runs them.
+struct Layer {
+  ag::Tensor norm1, q, k, v, o, norm2, gate, up, down;
+};
+struct Sizes {
+  int64_t layers, batch, length, hidden, heads, inner;
+};
+ag::Tensor random_tensor(ag::Device* device, const ag::Shape& shape) {
+  ag::Tensor t = ag::empty(device, shape, AG_BF16);
+  ag::ops::random(t, "uniform", -0.02, 0.02, 1, 0);
+  ag::set_requires_grad(t, true);
+  return t;
+}
+ag::Tensor indices(const std::vector<int32_t>& values) {
+  ag::Tensor t = ag::empty(&ag::cpu(), ag::Shape{int64_t(values.size())}, AG_I32);
+  std::memcpy(t.data(), values.data(), values.size() * sizeof(int32_t));
+  return t;
+}
+struct Packing {
+  ag::Tensor offsets, positions, cos, sin;
+};
+ag::Tensor forward(const Layer& l, const ag::Tensor& x, const Packing& p, int64_t heads) {
+  using namespace ag::ops;
+  const ag::Tensor n = rms_norm(x, l.norm1, 1e-5);
+  const ag::Tensor q = rope(linear(n, l.q, {}, "none"), p.positions, p.cos, p.sin, heads);
+  const ag::Tensor k = rope(linear(n, l.k, {}, "none"), p.positions, p.cos, p.sin, heads);
+  const double scale = 1 / std::sqrt(double(x.shape[1] / heads));
+  const ag::Tensor a = ag::ops::attention(q, k, linear(n, l.v, {}, "none"), p.offsets, p.offsets, heads, heads, true, scale);
+  const ag::Tensor h = add(x, linear(a, l.o, {}, "none")), m = rms_norm(h, l.norm2, 1e-5);
+  return add(h, silu_mul_linear(linear(m, l.gate, {}, "none"), linear(m, l.up, {}, "none"), l.down, {}));
+}
+void stack(Gpu& g, const std::string& row, const Sizes& s) {
+  if (!g.wants(row)) return;
+  ag::Device device(&g.b);
+  const int64_t tokens = s.batch * s.length, H = s.hidden, dim = H / s.heads;
+  {
+    std::vector<Layer> layers;
+    auto weight = [&](int64_t rows, int64_t cols) { return random_tensor(&device, ag::Shape{rows, cols}); };
+    auto vector = [&] { return random_tensor(&device, ag::Shape{H}); };
+    for (int64_t i = 0; i < s.layers; i++)
+      layers.push_back({vector(), weight(H, H), weight(H, H), weight(H, H), weight(H, H), vector(), weight(s.inner, H), weight(s.inner, H),
+                        weight(H, s.inner)});
+    std::vector<int32_t> offsets{0}, positions;
+    for (int64_t i = 0; i < tokens; i++) positions.push_back(int32_t(i % s.length));
+    for (int64_t i = 1; i <= s.batch; i++) offsets.push_back(int32_t(i * s.length));
+    const ag::Tensor table = ag::zeros(&device, ag::Shape{s.length, dim / 2}, AG_F32);
+    const Packing p{indices(offsets), indices(positions), table, table};
+    const ag::Tensor x = weight(tokens, H), seed = random_tensor(&device, ag::Shape{tokens, H}).detached();
+    const double parameters = double(s.layers) * (4.0 * double(H * H) + 3.0 * double(H * s.inner));
+    const double attention = double(s.layers) * 3.5 * 2.0 * double(tokens) * double(s.length) * double(H);  // causal: half of the pairs
+    g.timed(row, [&] {
+      ag::Tensor y = x;
+      for (const Layer& l : layers) y = forward(l, y, p, s.heads);
+      ag::backward(y, seed);
+    }, 6.0 * parameters * double(tokens) + attention, false);
+  }
+  device.trim();
+}
+void layers(Gpu& g) { stack(g, "4 layers of a 7B forward+backward bf16 16x640", {4, 16, 640, 4096, 32, 11008}); }
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -270,7 +335,7 @@ int main(int argc, char** argv) {
   const std::string by = c.products;  // "cublasLt 13.1.1 from FILE", "own kernels: why"
   Gpu g{*backend, o, c.device, by.substr(0, std::min(by.find(" from "), by.find(':')))};
   int failed = 0;
-  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix}) try {
+  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix, layers}) try {
       rows(g);
     } catch (const ag::Error& e) {  // the other rows are worth having all the same
       std::printf("%s\n", e.what());

@@ -139,7 +139,42 @@ def align_mix():
     CONTEXT.pop("backend", None)
 
 
-for part in (copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix):
+def layers():
+    """The layers of transformers' LLaMA with SDPA, gradients added to what is there."""
+    count, batch, length, hidden, heads, inner = 4, 16, 640, 4096, 32, 11008
+    dim = hidden // heads
+    shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner), (hidden,), (hidden,)]
+    stack = [[bf16(*shape, grad=True) for shape in shapes] for _ in range(count)]
+    x, seed = bf16(batch, length, hidden, grad=True), bf16(batch, length, hidden)
+    cos = sin = torch.zeros(length, dim, device="cuda", dtype=torch.bfloat16)
+
+    def rope(t):
+        return t * cos + torch.cat((-t[..., dim // 2 :], t[..., : dim // 2]), -1) * sin
+
+    def split(t):
+        return t.view(batch, length, heads, dim).transpose(1, 2)
+
+    def layer(x, q, k, v, o, gate, up, down, norm1, norm2):
+        n = F.rms_norm(x, (hidden,), norm1, 1e-5)
+        a = F.scaled_dot_product_attention(
+            rope(split(F.linear(n, q))), rope(split(F.linear(n, k))), split(F.linear(n, v)), is_causal=True
+        )
+        h = x + F.linear(a.transpose(1, 2).reshape(batch, length, hidden), o)
+        m = F.rms_norm(h, (hidden,), norm2, 1e-5)
+        return h + F.linear(F.silu(F.linear(m, gate)) * F.linear(m, up), down)
+
+    def run():
+        y = x
+        for weights in stack:
+            y = layer(y, *weights)
+        y.backward(seed)
+
+    tokens = batch * length
+    work = 6 * count * (4 * hidden**2 + 3 * hidden * inner) * tokens + count * 7 * tokens * length * hidden
+    row("4 layers of a 7B forward+backward bf16 16x640", work, False, run)
+
+
+for part in (copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix, layers):
     try:
         part()
     except (RuntimeError, torch.OutOfMemoryError) as error:
