@@ -14,6 +14,13 @@ export function number(text: string): number {
   if (!Number.isFinite(n) || n < 0) throw new InvalidArgumentError('expected a number >= 0')
   return n
 }
+/** 1024, 512M, 80G, 1.5TiB: units are powers of 1024. */
+export function bytes(text: string): number {
+  const [, digits, unit] = /^(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?$/i.exec(text) ?? []
+  const n = Math.floor(Number(digits) * 1024 ** ['', 'K', 'M', 'G', 'T'].indexOf((unit ?? '').toUpperCase()))
+  if (!(n > 0 && Number.isSafeInteger(n))) throw new InvalidArgumentError('expected bytes such as 512M or 80G')
+  return n
+}
 
 /** Expected errors (ours, the file system's) have a code and are one line; one without is a bug and shows its stack. */
 export function complain(e: unknown): void {
