@@ -10,6 +10,7 @@ import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
 import { check } from './commands/check.js'
 import { finetune } from './commands/finetune.js'
+import { generate } from './commands/generate.js'
 import { info } from './commands/info.js'
 import { levels } from './commands/levels.js'
 import { complain } from './commands/options.js'
@@ -23,7 +24,7 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, plan, pretrain, finetune, chat]) declare(program)
+  for (const declare of [info, check, levels, plan, pretrain, finetune, chat, generate]) declare(program)
   try {
     await program.parseAsync()
   } catch (e) {

@@ -1,7 +1,7 @@
 /** What a training step will take of memory, from the settings alone: no weights are read and nothing is allocated. */
 import { type Command, Option } from 'commander'
 import type { MemoryPlan, PlanModel, PlanOptions } from '../plan.js'
-import { bytes, integer } from './options.js'
+import { bytes, integer, positive } from './options.js'
 
 interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'> {
   preset?: keyof typeof VICUNA
@@ -117,9 +117,9 @@ export function plan(program: Command): void {
     .option('--levels <n>', 'number of alignment levels (default: those of --model, or 8)', integer)
     .addOption(new Option('--phase <name>', 'which phase').choices(['pretrain', 'finetune']).default('finetune'))
     .addOption(new Option('--dtype <type>', 'of the weights').choices(['f32', 'bf16']).default('f32'))
-    .option('--micro-batch <n>', 'samples run at once (default: the most that --memory takes, or 1)', integer)
-    .option('--text-tokens <n>', 'of a sample (default: as many as the longest sequence has room for)', integer)
-    .option('--labelled-tokens <n>', 'of them with loss (default: all)', integer)
+    .option('--micro-batch <n>', 'samples run at once (default: the most that --memory takes, or 1)', positive)
+    .option('--text-tokens <n>', 'of a sample (default: as many as the longest sequence has room for)', positive)
+    .option('--labelled-tokens <n>', 'of them with loss (default: all)', positive)
     .option('--recompute', 'less memory, one more forward pass')
     .addOption(
       new Option('--optimizer-state <kind>', 'of bf16 weights: full (18 bytes each) or compact (10)')
@@ -127,7 +127,7 @@ export function plan(program: Command): void {
         .default('full'),
     )
     .option('--offload-optimizer', "the optimizer's state in main memory, for a model on a GPU")
-    .option('--lora-rank <r>', 'low-rank adapters instead of the whole language model', integer)
+    .option('--lora-rank <r>', 'low-rank adapters instead of the whole language model', positive)
     .option('--lora-targets <names...>', 'modules such as q_proj (default: all matrices of the layers)')
     .option('--memory <bytes>', 'of the device, such as 80G (GiB) or 512M: which micro-batch fits', bytes)
     .option('--json', 'options, bytes and the largest micro-batch as JSON')
