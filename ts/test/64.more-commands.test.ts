@@ -125,3 +125,74 @@ test('generate: one question streams, a file is answered in batches, the gate ca
   expect(nowhere.err).toMatch(/^ERR_IMAGE .*a\.png/)
   expect([few, bad, nowhere, both, none].map((r) => r.status)).toEqual([1, 1, 1, 2, 2])
 })
+
+test('eval: loss, every kind of question, the blind control', async () => {
+  const talk = (...turns: string[]) => turns.map((value, i) => ({ from: i % 2 ? 'gpt' : 'human', value }))
+  const lettered = 'Which?\nA. red\nB. green\nC. blue'
+  const records = [
+    { id: 1, image: 'a.png', conversations: talk('<image>\nIs it red?', 'No.', 'Sure?', 'Yes.') },
+    { id: 2, image: 'b.png', conversations: talk('Is it red?\n<image>', 'yes') },
+    { id: 3, image: 'c.png', conversations: talk(`<image>\n${lettered}`, 'B') },
+    {
+      id: 4,
+      image: 'a.png',
+      conversations: talk('<image>\nWhich is it?', 'sky'),
+      options: ['sky', 'sea', 'soil', 'sun'],
+    },
+    { id: 5, conversations: talk('What is it?', 'No one knows.') },
+    { id: 6, conversations: [{ from: 'system', value: 'Be kind.' }, ...talk('Hello?', 'Hello.')] },
+  ]
+  const questions = [{ image: 'a.png', question: 'What is it?', answer: '!' }]
+  const mistaken = [{ question: 'Which?', answer: 'c', options: ['a', 'b'] }]
+  const [all, plain, wrong] = [
+    file('eval.json', records),
+    file('questions.json', questions),
+    file('mistaken.json', mistaken),
+  ]
+  const answers = path.join(dir, 'eval answers.jsonl')
+  const usual = [...model, '--images', dir, '--max-new-tokens', '4']
+  const [json, text, first, open, bad, empty] = await Promise.all([
+    aligngpt('eval', all, ...usual, '--json', '--answers', answers),
+    aligngpt('eval', all, ...usual, '--batch', '2', '--no-blind'),
+    aligngpt('eval', all, ...usual, '--limit', '1', '--json', '--no-loss'),
+    aligngpt('eval', plain, ...usual),
+    aligngpt('eval', wrong, ...usual),
+    aligngpt('eval', file('empty.json', []), ...usual),
+  ])
+  expect(json.status, json.err).toBe(0)
+  const { loss, scores, later, leftOut } = JSON.parse(json.out)
+  expect([later, leftOut]).toEqual([1, ['6']])
+  expect(scores).toMatchObject({
+    yesno: { count: 2, chance: 1 / 2 },
+    choice: { count: 2 },
+    exact: { count: 1, blind: null, chance: null },
+    contains: { count: 1 },
+  })
+  expect(scores.choice.chance).toBeCloseTo((1 / 3 + 1 / 4) / 2, 12)
+  expect(scores.yesno.blind).toBeTypeOf('number')
+  const given = jsonLines(fs.readFileSync(answers, 'utf8'))
+  expect(given.map((a) => [a.id, a.kind, a.answer])).toEqual([
+    ['1', 'yesno', 'No'],
+    ['2', 'yesno', 'Yes'],
+    ['3', 'choice', 'B'],
+    ['4', 'choice', 'sky'],
+    ['5', 'open', 'No one knows.'],
+  ])
+  const right = given.filter((a) => a.kind === 'yesno' && a.correct).length
+  expect(scores.yesno.accuracy).toBe(right / 2)
+
+  expect(text.status, text.err).toBe(0)
+  expect(text.out).toContain(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in 6 records\n`) // whatever the batch
+  expect(text.out).toMatch(/^yes\/no +2 +\d+\.\d % +- +50\.0 %$/m)
+  expect(text.err).toBe(
+    'not asked: 1 later questions, which need the turns before them\nleft out: 6: does not begin with a question and its answer\n',
+  )
+  expect(JSON.parse(first.out)).toMatchObject({ records: 1, loss: null, scores: { yesno: { count: 1, blind: null } } })
+  expect(open.out).toMatch(/^contains the answer +1 +0\.0 %/m) // the answer has no words, the given one has
+  expect(open.out).not.toContain('loss')
+  expect(bad.err).toMatch(
+    /^ERR_DATA \[eval\] .*record 0 options, expected some with the answer "c", got \["a","b"\]\n$/,
+  )
+  expect(empty.err).toMatch(/^ERR_DATA .*empty\.json/)
+  expect([bad.status, empty.status]).toEqual([1, 1])
+})
