@@ -207,9 +207,10 @@ export function evaluation(program: Command): void {
     .addHelpText(
       'after',
       `
-Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the record, or lines
-"A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of the possible answers is the most likely.
-All others are generated and compared, ignoring case and punctuation. The loss is of all turns; questions without conversations have none.`,
+Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the
+record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
+the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
+The loss is of all turns; questions without conversations have none.`,
     )
   modelOptions(command).action(run)
 }
