@@ -19,6 +19,7 @@ import {
   readClipConfig,
   readLlamaConfig,
   readPreprocessor,
+  visionTowerFolder,
   writeAlignGPTConfig,
 } from './config.js'
 import { AlignGPTError } from './errors.js'
@@ -214,13 +215,7 @@ export class AlignGPT extends Module {
     const { seed, ...place } = checkOptions(o)
     const stored = readAlignGPTConfig(dir)
     const config = parseAlignGPTConfig({ ...stored.llm.raw, ...alignmentFields(o) }, path.join(dir, 'config.json'))
-    const candidates = [o.clip, config.visionTowerPath, path.join(dir, 'vision_tower')]
-    const clipDir = candidates.find((d): d is string => !!d && fs.existsSync(path.join(d, 'config.json')))
-    if (!clipDir)
-      throw new AlignGPTError(
-        'ERR_CONFIG',
-        `[config] ${dir}: mm_vision_tower: expected a folder with config.json, got ${config.mm_vision_tower}; give it as { clip }`,
-      )
+    const clipDir = visionTowerFolder(dir, config, o.clip)
     const clip = readClipConfig(clipDir)
     const entries = openCheckpoint(dir)
     const table = entries.get('align_indicators.indicator_embs')

@@ -9,10 +9,13 @@
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
 import { check } from './commands/check.js'
+import { evaluation } from './commands/eval.js'
 import { finetune } from './commands/finetune.js'
+import { generate } from './commands/generate.js'
 import { info } from './commands/info.js'
 import { levels } from './commands/levels.js'
 import { complain } from './commands/options.js'
+import { plan } from './commands/plan.js'
 import { pretrain } from './commands/pretrain.js'
 import { version } from './package.js'
 
@@ -22,7 +25,7 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, pretrain, finetune, chat]) declare(program)
+  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, chat, generate]) declare(program)
   try {
     await program.parseAsync()
   } catch (e) {

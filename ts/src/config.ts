@@ -395,6 +395,18 @@ export function readAlignGPTConfig(fileOrFolder: string): AlignGPTConfig {
   return parseAlignGPTConfig(raw, file)
 }
 
+/**
+ * The folder with the vision tower's settings: `given`, the one the config names, or the model's own `vision_tower`.
+ * @throws AlignGPTError ERR_CONFIG when none of them has a config.json
+ */
+export function visionTowerFolder(dir: string, c: AlignGPTConfig, given?: string): string {
+  const candidates = [given, c.visionTowerPath, path.join(dir, 'vision_tower')]
+  const found = candidates.find((d): d is string => !!d && fs.existsSync(path.join(d, 'config.json')))
+  if (found) return found
+  const got = `${c.mm_vision_tower}; give it as { clip }`
+  throw mismatch('ERR_CONFIG', 'config', `${dir}: mm_vision_tower`, 'a folder with config.json', got)
+}
+
 /** `model_type` of a config.json, to tell the folders apart. */
 export function modelTypeOf(fileOrFolder: string): string {
   const { raw, file } = load(fileOrFolder, 'config.json')

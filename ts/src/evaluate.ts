@@ -3,7 +3,7 @@ import type { AlignGPT, Mix } from './aligngpt.js'
 import type { Dataset } from './data.js'
 import { AlignGPTError } from './errors.js'
 import { generateBatch, loadPixels, packWithPixels } from './generate.js'
-import { readPicture, resolveImage } from './pictures.js'
+import { type Pictures, readPicture, resolveImage } from './pictures.js'
 import { buildSample, type Sample, type Style, type Turn } from './prompt.js'
 import { permutation } from './rng.js'
 import { noGrad, scope } from './tensor.js'
@@ -26,7 +26,8 @@ export interface Question {
 export type Judge = 'yesno' | 'choice' | 'letter' | 'exact' | 'contains'
 
 export interface EvaluateOptions {
-  images?: string
+  /** folder of the pictures, or what openPictures gives; default: `image` is a path */
+  images?: string | Pictures
   /** default: choice where there are options, yesno where the answer is yes or no, else exact */
   judge?: Judge
   style?: Style
@@ -54,6 +55,8 @@ export interface Evaluation {
   chance: number | null
   count: number
   answers: Answer[]
+  /** those to shuffled pictures; null when not asked for */
+  blindAnswers: Answer[] | null
 }
 
 const LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -87,6 +90,15 @@ const normal = (text: string): string =>
     .replace(/\s+/g, ' ')
     .trim()
 
+/** Whether a generated answer is right, ignoring case and punctuation. */
+export function matches(given: string, answer: string, judge: 'exact' | 'contains'): boolean {
+  const [a, b] = [normal(given), normal(answer)]
+  return judge === 'exact' || b === '' ? a === b : a.includes(b)
+}
+
+/** Decoded pictures kept for the next questions about them. */
+const KEPT_PICTURES = 256
+
 class Asker {
   readonly #pixels = new Map<string, Promise<Float32Array>>()
   constructor(
@@ -94,13 +106,16 @@ class Asker {
     private readonly o: EvaluateOptions,
   ) {}
 
-  file(image: string): string {
-    return this.o.images ? resolveImage(this.o.images, image) : image
+  #picture(image: string): string | Uint8Array {
+    const { images } = this.o
+    if (typeof images === 'object') return readPicture(images.locate(image))
+    return images ? resolveImage(images, image) : image
   }
   #load(image: string): Promise<Float32Array> {
     let p = this.#pixels.get(image)
     if (!p) {
-      p = loadPixels(this.model, this.file(image))
+      if (this.#pixels.size >= KEPT_PICTURES) this.#pixels.clear()
+      p = loadPixels(this.model, this.#picture(image))
       this.#pixels.set(image, p)
     }
     return p
@@ -146,16 +161,15 @@ class Asker {
       const best = scores[i].indexOf(Math.max(...scores[i]))
       answers.set(q, { id: q.id, answer: texts[right], given: texts[best], correct: best === right })
     }
-    const open = judged.filter(({ judge }) => judge === 'exact' || judge === 'contains')
+    const open = judged.flatMap(({ q, judge }) => (judge === 'exact' || judge === 'contains' ? [{ q, judge }] : []))
     const generated = await generateBatch(
       this.model,
-      open.map(({ q }) => ({ prompt: q.question, ...(q.image && { image: this.file(q.image) }) })),
+      open.map(({ q }) => ({ prompt: q.question, ...(q.image && { image: this.#picture(q.image) }) })),
       { maxNewTokens: this.o.maxNewTokens ?? 32, style: this.o.style, mix: this.o.mix, signal: this.o.signal },
     )
     for (const [i, { q, judge }] of open.entries()) {
       const given = generated[i].text
-      const [a, b] = [normal(given), normal(q.answer)]
-      answers.set(q, { id: q.id, answer: q.answer, given, correct: judge === 'exact' ? a === b : a.includes(b) })
+      answers.set(q, { id: q.id, answer: q.answer, given, correct: matches(given, q.answer, judge) })
     }
     return questions.map((q) => answers.get(q) as Answer)
   }
@@ -193,7 +207,7 @@ export async function evaluate(
   const answers = await askAll(model, questions, o)
   const share = (list: readonly Answer[]): number => list.filter((a) => a.correct).length / list.length
   const control = o.blind ?? questions.some((q) => q.image)
-  const blind = control ? share(await askAll(model, shufflePictures(questions, o.seed ?? 0), o)) : null
+  const blindAnswers = control ? await askAll(model, shufflePictures(questions, o.seed ?? 0), o) : null
   const odds = questions.map((q) => {
     const judge = judgeOf(q, o)
     return judge === 'yesno'
@@ -203,13 +217,14 @@ export async function evaluate(
         : Number.NaN
   })
   const chance = odds.every(Number.isFinite) ? odds.reduce((a, b) => a + b, 0) / odds.length : null
-  return { accuracy: share(answers), blind, chance, count: questions.length, answers }
+  const blind = blindAnswers && share(blindAnswers)
+  return { accuracy: share(answers), blind, chance, count: questions.length, answers, blindAnswers }
 }
 
 /** Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning. */
 export async function evaluateLoss(
   model: AlignGPT,
-  data: Dataset,
+  data: Pick<Dataset, 'length' | 'record' | 'picture'>,
   o: { batch?: number; style?: Style; mix?: Mix } = {},
 ): Promise<{ loss: number; tokens: number }> {
   let [sum, tokens] = [0, 0]

@@ -26,6 +26,8 @@ export interface GenerateRequest {
   image?: string | Uint8Array
   /** earlier turns; the picture belongs to the first human one */
   history?: readonly Turn[]
+  /** which of the seed's random streams it is sampled with; default its place in the batch */
+  stream?: number
 }
 
 export interface GenerateOptions extends Sampling {
@@ -244,7 +246,7 @@ async function* decode(
   const decoding = new Decoding(model, batch, mix, maxNew)
   try {
     const ends = endIds(model, o.style ?? 'vicuna_v1')
-    const rngs = requests.map((_, i) => new Rng(o.seed ?? 0, i))
+    const rngs = requests.map((r, i) => new Rng(o.seed ?? 0, r.stream ?? i))
     const streams = requests.map(() => model.tokenizer.stream({ skipSpecialTokens: true }))
     const alphas = requests.map((_, i) => decoding.alpha[batch.imageSamples.indexOf(i)] ?? null)
     const state: Progress[] = alphas.map((alpha) => ({

@@ -205,7 +205,7 @@ test('--help, --version and info; a command line that is not understood ends wit
     aligngpt('info', '--json'),
     aligngpt('dance'),
   ])
-  for (const name of ['info', 'levels', 'pretrain', 'finetune', 'chat'])
+  for (const name of ['info', 'check', 'levels', 'plan', 'pretrain', 'finetune', 'eval', 'chat', 'generate'])
     expect(help.out).toMatch(new RegExp(`^ {2}${name} `, 'm'))
   expect(short.out.trim()).toBe(version)
   expect(JSON.parse(info.out)).toMatchObject({ version, cpu: { name: 'cpu' } })

@@ -1,60 +1,41 @@
 /** Asks an AlignGPT about a picture and streams the answer. */
-import { type Command, Option } from 'commander'
-import type { LoadOptions, Mix } from '../aligngpt.js'
-import type { Style } from '../prompt.js'
-import { integer, number } from './options.js'
+import type { Command } from 'commander'
+import {
+  alphaLine,
+  loadModel,
+  type ModelOptions,
+  modelOptions,
+  type SamplingOptions,
+  samplingOptions,
+} from './options.js'
 
-interface Options {
-  model: string
+interface Options extends ModelOptions, SamplingOptions {
   image?: string
-  clip?: string
-  maxNewTokens: number
-  temperature: number
-  topP: number
-  topK: number
-  seed: number
-  level?: number
-  style: Style
-  dtype: LoadOptions['dtype']
-  device: LoadOptions['device']
 }
 
-async function run(prompt: string, o: Options): Promise<void> {
-  const { AlignGPT } = await import('../aligngpt.js')
-  const { model: folder, clip, dtype, device, level, ...sampling } = o
-  const model = await AlignGPT.load(folder, { dtype, device, clip })
-  const mix: Mix = level === undefined ? model.mix : { mode: 'level', level }
+/** Writes an answer as it comes. @returns the weights of its alignment vectors; null without a picture */
+export async function stream(prompt: string, o: Options): Promise<number[] | null> {
+  const { model, mix } = await loadModel(o)
+  const { image, maxNewTokens, temperature, topP, topK, seed, style } = o
   let alpha: number[] | null = null
-  for await (const piece of model.generate({ prompt, ...sampling, mix })) {
+  for await (const piece of model.generate({
+    prompt,
+    ...{ image, maxNewTokens, temperature, topP, topK, seed, style, mix },
+  })) {
     process.stdout.write(piece.text)
     alpha = piece.alpha
   }
   process.stdout.write('\n')
-  if (alpha)
-    console.error(
-      `alignment: ${alpha.map((a, i) => `${i === alpha!.length - 1 ? 'global' : i} ${a.toFixed(3)}`).join('  ')}`,
-    )
   model.dispose()
+  return alpha
+}
+
+async function run(prompt: string, o: Options): Promise<void> {
+  const alpha = await stream(prompt, o)
+  if (alpha) console.error(alphaLine(alpha))
 }
 
 export function chat(program: Command): void {
-  program
-    .command('chat')
-    .description('ask about a picture')
-    .argument('<question>')
-    .requiredOption('--model <dir>', 'AlignGPT folder')
-    .option('--image <file>', 'picture')
-    .option('--clip <dir>', 'settings of the vision tower, where the config does not lead to them')
-    .option('--max-new-tokens <n>', 'longest answer', integer, 256)
-    .option('--temperature <x>', '0: the most likely answer', number, 0)
-    .option('--top-p <x>', 'nucleus', number, 1)
-    .option('--top-k <n>', '0: all', integer, 0)
-    .option('--seed <n>', 'of sampling', integer, 0)
-    .option('--level <k>', 'use the vector of one level instead of the gate', integer)
-    .addOption(
-      new Option('--style <name>', 'prompt style').choices(['vicuna_v1', 'llama_2', 'llama_3']).default('vicuna_v1'),
-    )
-    .option('--dtype <type>', 'f32 or bf16', 'f32')
-    .option('--device <device>', 'auto, cpu or cuda', 'auto')
-    .action(run)
+  const command = program.command('chat').description('ask about a picture').argument('<question>')
+  samplingOptions(modelOptions(command)).option('--image <file>', 'picture').action(run)
 }

@@ -1,6 +1,8 @@
 /** What the commands share: parsers of options, those of both training commands, the last line. */
-import { type Command, InvalidArgumentError } from 'commander'
-import type { AlignmentOptions, LoadOptions } from '../aligngpt.js'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+import type { AlignGPT, AlignmentOptions, LoadOptions, Mix } from '../aligngpt.js'
+import type { Sampling } from '../generate.js'
+import { STYLES, type Style } from '../prompt.js'
 import type { TrainOptions, TrainResult } from '../train.js'
 import type { TrainJob } from '../train-worker.js'
 
@@ -12,6 +14,23 @@ export function integer(text: string): number {
 export function number(text: string): number {
   const n = Number(text)
   if (!Number.isFinite(n) || n < 0) throw new InvalidArgumentError('expected a number >= 0')
+  return n
+}
+export function positive(text: string): number {
+  const n = integer(text)
+  if (n === 0) throw new InvalidArgumentError('expected an integer > 0')
+  return n
+}
+function numbers(text: string): number[] {
+  const list = text.split(',').map((t) => (t.trim() === '' ? Number.NaN : Number(t)))
+  if (!list.every(Number.isFinite)) throw new InvalidArgumentError('expected numbers with commas between them')
+  return list
+}
+/** 1024, 512M, 80G, 1.5TiB: units are powers of 1024. */
+export function bytes(text: string): number {
+  const [, digits, unit] = /^(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?$/i.exec(text) ?? []
+  const n = Math.floor(Number(digits) * 1024 ** ['', 'K', 'M', 'G', 'T'].indexOf((unit ?? '').toUpperCase()))
+  if (!(n > 0 && Number.isSafeInteger(n))) throw new InvalidArgumentError('expected bytes such as 512M or 80G')
   return n
 }
 
@@ -89,3 +108,60 @@ function summary(result: TrainResult, out: string): void {
   for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
   for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
 }
+
+/** The parsed options of the commands that ask a model. */
+export interface ModelOptions {
+  model: string
+  clip?: string
+  level?: number
+  alpha?: number[]
+  style: Style
+  dtype: LoadOptions['dtype']
+  device: LoadOptions['device']
+}
+
+export function modelOptions(command: Command): Command {
+  return command
+    .requiredOption('--model <dir>', 'AlignGPT folder')
+    .option('--clip <dir>', 'settings of the vision tower, where the config does not lead to them')
+    .option('--level <k>', 'use the vector of one level instead of the gate', integer)
+    .addOption(
+      new Option(
+        '--alpha <weights>',
+        'of all N vectors instead of the gate: a,b,...,global (--alpha=-1,... for a minus)',
+      )
+        .argParser(numbers)
+        .conflicts('level'),
+    )
+    .addOption(
+      new Option('--style <name>', 'prompt style').choices(STYLES.filter((s) => s !== 'plain')).default('vicuna_v1'),
+    )
+    .option('--dtype <type>', 'f32 or bf16', 'f32')
+    .option('--device <device>', 'auto, cpu or cuda', 'auto')
+}
+
+/** The parsed options of sampling. */
+export interface SamplingOptions extends Required<Sampling> {
+  maxNewTokens: number
+}
+
+export function samplingOptions(command: Command): Command {
+  return command
+    .option('--max-new-tokens <n>', 'longest answer', integer, 256)
+    .option('--temperature <x>', '0: the most likely answer', number, 0)
+    .option('--top-p <x>', 'nucleus', number, 1)
+    .option('--top-k <n>', '0: all', integer, 0)
+    .option('--seed <n>', 'of sampling', integer, 0)
+}
+
+/** Loads the model, and how its alignment vectors are to be made. */
+export async function loadModel(o: ModelOptions): Promise<{ model: AlignGPT; mix: Mix }> {
+  const { AlignGPT } = await import('../aligngpt.js')
+  const model = await AlignGPT.load(o.model, { dtype: o.dtype, device: o.device, clip: o.clip })
+  if (o.level !== undefined) return { model, mix: { mode: 'level', level: o.level } }
+  return { model, mix: o.alpha ? { mode: 'fixed', coefficients: o.alpha } : model.mix }
+}
+
+/** The weights of the alignment vectors, on one line. */
+export const alphaLine = (alpha: readonly number[]): string =>
+  `alignment: ${alpha.map((a, i) => `${i === alpha.length - 1 ? 'global' : i} ${a.toFixed(3)}`).join('  ')}`

@@ -1,0 +1,216 @@
+/** Loss and accuracy of a model on a data file, beside the blind control. */
+import fs from 'node:fs'
+import type { Command } from 'commander'
+import type { Dataset } from '../data.js'
+import type { Answer, EvaluateOptions, Question } from '../evaluate.js'
+import type { DataRecord } from '../prompt.js'
+import { integer, loadModel, type ModelOptions, modelOptions, positive } from './options.js'
+
+interface Options extends ModelOptions {
+  images?: string
+  limit?: number
+  batch: number
+  maxNewTokens: number
+  seed: number
+  loss: boolean
+  blind: boolean
+  answers?: string
+  json?: boolean
+}
+
+/** How questions are judged: one figure each, two for open ones. */
+type Kind = 'yesno' | 'choice' | 'open'
+interface Score {
+  count: number
+  accuracy: number
+  blind: number | null
+  chance: number | null
+}
+type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
+
+/** What a data file asks. */
+interface Asked {
+  records: number
+  questions: Record<Kind, Question[]>
+  /** questions of later turns, which are not asked: they need the turns before */
+  later: number
+  /** ids of records that do not begin with a question and its answer */
+  leftOut: string[]
+  /** whether every record is a conversation, which has a loss */
+  conversations: boolean
+}
+
+/** A, B, C, ... where the question lists its options so and one of them is the answer (LLaVA's multiple choice). */
+function letters(question: string, answer: string): string[] | undefined {
+  const listed = Array.from(question.matchAll(/^([A-Z])\. /gm), (m) => m[1])
+  const inOrder = listed.every((letter, i) => letter.charCodeAt(0) === 65 + i)
+  return listed.length > 1 && inOrder && listed.includes(answer) ? listed : undefined
+}
+
+const kindOf = (q: Question): Kind => (q.options ? 'choice' : /^(yes|no)[.!]?$/i.test(q.answer) ? 'yesno' : 'open')
+
+/** The first question of a conversation; null when it begins otherwise. */
+function firstQuestion(r: DataRecord, options: readonly string[] | undefined): Question | null {
+  const [human, gpt] = r.conversations
+  if (human?.from !== 'human' || gpt?.from !== 'gpt') return null
+  const [question, answer] = [human.value.replaceAll('<image>', '').trim(), gpt.value.trim()]
+  const asked = { id: r.id, image: r.image ?? undefined, question }
+  if (options) return { ...asked, answer, options }
+  const letter = answer.replace(/\.$/, '')
+  const listed = letters(question, letter)
+  return listed ? { ...asked, answer: letter, options: listed } : { ...asked, answer }
+}
+
+/**
+ * Reads the questions of a data file: LLaVA's records, or {id, image, question, answer}; both may have `options`.
+ * @throws AlignGPTError ERR_DATA naming file, record and key
+ */
+async function readAsked(file: string, limit: number): Promise<Asked> {
+  const [{ parseBytes, parseRecord, splitRecords }, { mismatch, show }] = await Promise.all([
+    import('../records.js'),
+    import('../errors.js'),
+  ])
+  const asked: Asked = {
+    records: 0,
+    questions: { yesno: [], choice: [], open: [] },
+    later: 0,
+    leftOut: [],
+    conversations: true,
+  }
+  const read = (raw: Record<string, unknown>, n: number): void => {
+    const need = (key: string, fits: boolean, expected: string): void => {
+      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} ${key}`, expected, show(raw[key]))
+    }
+    const { options } = raw as { options?: string[] }
+    const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
+    need('options', options === undefined || isList, 'an array of texts')
+    let q: Question | null
+    if (raw.question === undefined) {
+      const record = parseRecord(raw, file, n)
+      q = firstQuestion(record, options)
+      asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
+      if (!q) asked.leftOut.push(record.id)
+    } else {
+      const { id = n, image, question, answer } = raw
+      need('question', typeof question === 'string', 'a string')
+      need('answer', typeof answer === 'string', 'a string')
+      need('image', image === undefined || image === null || typeof image === 'string', 'a file name')
+      asked.conversations = false
+      q = { ...({ question, answer, options } as Question), id: String(id), image: (image ?? undefined) as string }
+    }
+    if (!q) return
+    if (q.options && !q.options.includes(q.answer)) need('options', false, `some with the answer ${show(q.answer)}`)
+    asked.questions[kindOf(q)].push(q)
+  }
+  await splitRecords(file, (bytes, offset) => {
+    if (asked.records < limit) read(parseBytes(bytes, file, offset) as Record<string, unknown>, asked.records++)
+  })
+  return asked
+}
+
+const share = (list: readonly Answer[], right: (a: Answer) => boolean): number =>
+  list.filter(right).length / list.length
+
+/** Asks all questions, kind by kind. */
+async function ask(
+  model: Parameters<typeof import('../evaluate.js').evaluate>[0],
+  asked: Asked,
+  o: EvaluateOptions,
+): Promise<{ scores: Scores; answers: (Answer & { kind: Kind })[] }> {
+  const { evaluate, matches } = await import('../evaluate.js')
+  const scores: Scores = {}
+  const answers: (Answer & { kind: Kind })[] = []
+  for (const [kind, questions] of Object.entries(asked.questions) as [Kind, Question[]][]) {
+    if (!questions.length) continue
+    const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
+    const e = await evaluate(model, questions, { ...o, blind, judge: kind === 'open' ? 'exact' : kind })
+    const { count, accuracy, chance, blindAnswers } = e
+    scores[kind === 'open' ? 'exact' : kind] = { count, accuracy, blind: e.blind, chance }
+    const contains = (a: Answer): boolean => matches(a.given, a.answer, 'contains')
+    if (kind === 'open')
+      scores.contains = {
+        count,
+        accuracy: share(e.answers, contains),
+        blind: blindAnswers && share(blindAnswers, contains),
+        chance,
+      }
+    answers.push(...e.answers.map((a) => ({ ...a, kind })))
+  }
+  return { scores, answers }
+}
+
+const NAMES = { yesno: 'yes/no', choice: 'multiple choice', exact: 'exact match', contains: 'contains the answer' }
+
+/** The scores as lines for people. */
+function table(scores: Scores): string[] {
+  const percent = (x: number | null): string => (x === null ? '-' : `${(100 * x).toFixed(1)} %`).padStart(9)
+  const rows = Object.entries(scores) as [keyof Scores, Score][]
+  return [
+    `${''.padEnd(20)}questions accuracy    blind   chance`,
+    ...rows.map(
+      ([name, s]) =>
+        `${NAMES[name].padEnd(20)}${String(s.count).padStart(9)}${[s.accuracy, s.blind, s.chance].map(percent).join('')}`,
+    ),
+  ]
+}
+
+/** The first records of a data set. */
+const head = (data: Dataset, length: number): Pick<Dataset, 'length' | 'record' | 'picture'> => ({
+  length: Math.min(length, data.length),
+  record: (i) => data.record(i),
+  picture: (name) => data.picture(name),
+})
+
+async function run(file: string, o: Options): Promise<void> {
+  const [{ Dataset, openSources }, { mismatch }] = await Promise.all([import('../data.js'), import('../errors.js')])
+  const { records, pictures } = await openSources(file, { images: o.images })
+  const limit = o.limit ?? Number.POSITIVE_INFINITY
+  const asked = await readAsked(records, limit)
+  if (!Object.values(asked.questions).some((q) => q.length))
+    throw mismatch('ERR_DATA', 'eval', file, 'at least one question with its answer', 'none')
+  const withLoss = o.loss && asked.conversations
+  const data = withLoss ? await new Dataset(records, pictures).open() : null
+  const { evaluateLoss } = await import('../evaluate.js')
+  const { model, mix } = await loadModel(o)
+  const { batch, style, maxNewTokens, seed, blind } = o
+  const loss = data && (await evaluateLoss(model, head(data, limit), { batch, style, mix }))
+  data?.close()
+  const images = pictures ?? undefined
+  const { scores, answers } = await ask(model, asked, { images, batch, style, mix, maxNewTokens, seed, blind })
+  model.dispose()
+  if (o.answers) fs.writeFileSync(o.answers, answers.map((a) => `${JSON.stringify(a)}\n`).join(''))
+  const { later, leftOut } = asked
+  if (o.json) {
+    console.log(JSON.stringify({ data: file, records: asked.records, loss, scores, later, leftOut }))
+    return
+  }
+  if (loss) console.log(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in ${asked.records} records`)
+  console.log(table(scores).join('\n'))
+  if (later) console.error(`not asked: ${later} later questions, which need the turns before them`)
+  for (const id of leftOut) console.error(`left out: ${id}: does not begin with a question and its answer`)
+}
+
+export function evaluation(program: Command): void {
+  const command = program
+    .command('eval')
+    .description('loss and accuracy on a data file, and accuracy with the pictures shuffled (blind)')
+    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, or records of {id, image, question, answer, options}')
+    .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
+    .option('--limit <n>', 'only the first n records', positive)
+    .option('--batch <n>', 'questions asked at once', positive, 16)
+    .option('--max-new-tokens <n>', 'longest generated answer', positive, 32)
+    .option('--seed <n>', 'of the shuffle', integer, 0)
+    .option('--no-loss', 'no loss')
+    .option('--no-blind', 'no blind control')
+    .option('--answers <file>', 'every answer, as JSON lines')
+    .option('--json', 'the figures as JSON')
+    .addHelpText(
+      'after',
+      `
+Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the
+record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
+the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
+The loss is of all turns; questions without conversations have none.`,
+    )
+  modelOptions(command).action(run)
+}
