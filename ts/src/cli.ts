@@ -14,6 +14,7 @@ import { info } from './commands/info.js'
 import { levels } from './commands/levels.js'
 import { complain } from './commands/options.js'
 import { pretrain } from './commands/pretrain.js'
+import { report } from './commands/report.js'
 import { version } from './package.js'
 
 async function main(): Promise<number | undefined> {
@@ -22,7 +23,7 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, pretrain, finetune, chat]) declare(program)
+  for (const declare of [info, check, levels, pretrain, finetune, report, chat]) declare(program)
   try {
     await program.parseAsync()
   } catch (e) {

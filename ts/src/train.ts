@@ -423,7 +423,7 @@ class Run {
     result.outliers = this.outliers?.skipped ?? 0
     if (o.out) {
       await this.model.save(o.out)
-      const state = { phase: phase.name, ...result, loss: undefined }
+      const state = { phase: phase.name, ...result, loss: undefined, options: this.origin.config }
       fs.writeFileSync(path.join(o.out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
     }
     return result
