@@ -30,9 +30,13 @@ export function ticks(low: number, high: number, wanted = 4): number[] {
   return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)))
 }
 
+const COMPACT = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 4 })
+
 /** A tick's number, short enough for the margin. */
-const tickText = (t: number): string =>
-  t !== 0 && (Math.abs(t) < 1e-3 || Math.abs(t) >= 1e5) ? t.toExponential() : String(t)
+function tickText(t: number): string {
+  if (Math.abs(t) >= 1e4) return COMPACT.format(t)
+  return t !== 0 && Math.abs(t) < 1e-3 ? t.toExponential() : String(t)
+}
 
 /** Centred moving average over `reach` values to either side, fewer at the ends. */
 export function smooth(values: readonly number[], reach: number): number[] {
@@ -81,7 +85,7 @@ function stepTicks(low: number, high: number, height: number): string {
     .join('')
 }
 
-/** Of each line all its values, thin, and their moving average. */
+/** Of each line all its values, thin, and their moving average; the few far above the rest are drawn at the upper edge. */
 export function lineChart(lines: readonly Line[], label: string): string {
   const finite = lines
     .map((l) => ({ ...l, points: l.points.filter(([, y]) => Number.isFinite(y)) }))
@@ -90,7 +94,7 @@ export function lineChart(lines: readonly Line[], label: string): string {
   const sorted = Float64Array.from(finite.flatMap((l) => l.points.map(([, y]) => y))).sort()
   // A first step far above the rest must not flatten the curve.
   const lowest = Math.min(sorted[0], 0)
-  const usual = sorted[Math.floor(0.98 * (sorted.length - 1))]
+  const usual = sorted[Math.ceil(0.98 * (sorted.length - 1))]
   const highest = Math.min(sorted[sorted.length - 1], lowest + 1.25 * (usual - lowest))
   const from = Math.min(...finite.map((l) => l.points[0][0]))
   const to = Math.max(...finite.map((l) => l.points[l.points.length - 1][0]))

@@ -11,6 +11,9 @@ import { checkpointFolder } from './resume.js'
 /** A line of log.jsonl; numbers that it does not have are NaN. */
 interface Step extends Record<Curve, number> {
   step: number
+  /** that the step took */
+  seconds: number
+  tokens: number
   waited: number
   coefficients: number[]
 }
@@ -34,7 +37,7 @@ const CURVES: Record<Curve, [name: string, note: string]> = {
   loss: ['Loss', 'mean over the answer tokens of a step'],
   lr: ['Learning rate', 'of the main group'],
   gradNorm: ['Gradient norm', 'before clipping'],
-  tokensPerSecond: ['Tokens per second', 'decoding waited for included'],
+  tokensPerSecond: ['Tokens per second', 'the wait for pictures included'],
 }
 
 type Json = Record<string, unknown>
@@ -55,6 +58,8 @@ function stepOf(line: Json): Step {
   const { coefficients } = line
   return {
     step: line.step as number,
+    seconds: numberOf(line.tokens) / numberOf(line.tokensPerSecond),
+    tokens: numberOf(line.tokens),
     loss: numberOf(line.loss),
     lr: numberOf(line.lr),
     gradNorm: numberOf(line.gradNorm),
@@ -125,12 +130,14 @@ function summary(runs: readonly RunLog[], names: readonly string[]): string {
   const rows = runs.map((r, i) => {
     const losses = r.steps.map((s) => s.loss)
     const end = losses.slice(-Math.max(1, Math.ceil(losses.length / 20)))
+    const total = (of: (s: Step) => number): number => r.steps.reduce((sum, s) => sum + of(s), 0)
+    const seconds = total((s) => s.seconds)
     const count = (key: string): string => (Array.isArray(r.state?.[key]) ? String(r.state[key].length) : '–')
     const cells = [
       `${(r.steps.at(-1)?.step ?? -1) + 1} of ${fixed(r.wanted, 0)}`,
       `${fixed(losses[0], 4)} → ${fixed(losses.length ? mean(end) : Number.NaN, 4)}`,
-      fixed(mean(r.steps.map((s) => s.tokensPerSecond)), 0),
-      `${fixed(100 * mean(r.steps.map((s) => s.waited)), 1)} %`,
+      fixed(total((s) => s.tokens) / seconds, 0),
+      `${fixed((100 * total((s) => s.waited * s.seconds)) / seconds, 1)} %`,
       fixed(numberOf(r.state?.seconds), 1),
       fixed(numberOf(r.state?.outliers), 0),
       `${count('bad')} / ${count('skipped')}`,
@@ -155,7 +162,7 @@ function curves(runs: readonly RunLog[]): string {
     return `<figure><figcaption><strong>${name}</strong> <span>${note}</span></figcaption>
 ${lineChart(lines, `${name} by step`)}</figure>`
   })
-  return `<section><h2>Curves</h2><p>By step: thin, every step; bold, the moving average.</p>
+  return `<section><h2>Curves</h2><p>By step: thin, every step; bold, the moving average. The few values far above the rest are drawn at the upper edge.</p>
 <div class="panels">${panels.join('\n')}</div></section>`
 }
 

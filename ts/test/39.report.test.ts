@@ -161,6 +161,25 @@ describe('charts', () => {
       { numRuns: 50 },
     )
   })
+  it('numbers of the axes are short', () => {
+    const points = [0, 5e4, 1e5].map((y, x) => [1e4 * x, y] as const)
+    const text = lineChart([{ points, colour: 'red' }], 'x')
+    for (const t of ['50K', '100K', '>5000<', '20K']) expect(text).toContain(t)
+    expect(
+      lineChart(
+        [
+          {
+            points: [
+              [0, 0],
+              [1, 2e-5],
+            ],
+            colour: 'red',
+          },
+        ],
+        'x',
+      ),
+    ).toContain('>2e-5<')
+  })
   it('a line stands over its own steps, on one scale with the others', () => {
     const lines = [
       {

@@ -29,8 +29,9 @@ function folder(name: string, losses: (number | null)[], more: Record<string, un
         loss,
         lr: 1e-5 * step,
         gradNorm: 2,
-        tokensPerSecond: 1500,
-        waited: 0.125,
+        tokens: 600,
+        tokensPerSecond: step % 2 ? 300 : 100,
+        waited: step % 2 ? 0.5 : 0,
       },
       coefficients: [0.25, 0.75, 1],
       ...more,
@@ -95,6 +96,7 @@ test('the command, on a run that was made: its curves, weights, options and end'
     expect(html).toContain(`<th scope="row">${key}</th><td>${value}</td>`)
 })
 
+// Steps of the logs take 6 and 2 s in turn for 600 tokens each, and every second one waits for 1 s: 150 tokens/s, an eighth waited.
 test('several runs: one line each, options that differ, a killed one with a cut line and its checkpoint', () => {
   const done = folder('a/run', falling(40))
   const killed = folder('b/run', [...falling(12), null])
@@ -121,6 +123,7 @@ test('several runs: one line each, options that differ, a killed one with a cut 
     '13 of 40',
     '61.3',
     '1 / 0',
+    '>150<',
     '12.5 %',
     '1 broken lines',
     'running or killed',
