@@ -38,11 +38,20 @@ function(add_old_glibc name soname)
   set_property(GLOBAL APPEND PROPERTY AG_OLD_GLIBC ${name})
 endfunction()
 
-if(ALIGNGPT_GLIBC AND ALIGNGPT_STATIC_LIBSTDCXX AND NOT ALIGNGPT_SANITIZE AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+# The version of what glibc has had from its beginning on a CPU, and what came a little later there.
+set(AG_FIRST "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  set(AG_FIRST GLIBC_2.2.5)
+  set(AG_SOON ";GLIBC_2.3.4;")
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(AG_FIRST GLIBC_2.17)
+  set(AG_SOON ",")  # the same
+endif()
+if(ALIGNGPT_GLIBC AND ALIGNGPT_STATIC_LIBSTDCXX AND NOT ALIGNGPT_SANITIZE AND AG_FIRST)
   # a version is what `objdump -T` of the library shows in brackets beside the new one
-  add_old_glibc(old_m libm.so.6 GLIBC_2.2.5 exp,log,pow)
-  add_old_glibc(old_dl libdl.so.2 GLIBC_2.2.5 dladdr,dlclose,dlerror,dlopen,dlsym,dlvsym GLIBC_2.3.4 dlmopen)
-  add_old_glibc(old_rt librt.so.1 GLIBC_2.2.5 shm_open,shm_unlink)
+  add_old_glibc(old_m libm.so.6 ${AG_FIRST} exp,log,pow)
+  add_old_glibc(old_dl libdl.so.2 ${AG_FIRST} dladdr,dlclose,dlerror,dlopen,dlsym,dlvsym${AG_SOON}dlmopen)
+  add_old_glibc(old_rt librt.so.1 ${AG_FIRST} shm_open,shm_unlink)
   set(rwlock destroy init rdlock timedrdlock timedwrlock tryrdlock trywrlock unlock wrlock)
   list(TRANSFORM rwlock PREPEND pthread_rwlock_)
   list(JOIN rwlock "," rwlock)
@@ -53,7 +62,7 @@ if(ALIGNGPT_GLIBC AND ALIGNGPT_STATIC_LIBSTDCXX AND NOT ALIGNGPT_SANITIZE AND CM
     pthread_rwlockattr_setpshared,pthread_spin_destroy,pthread_spin_init,pthread_spin_lock,pthread_spin_trylock,pthread_spin_unlock,
     sem_destroy,sem_init,sem_post,sem_timedwait,sem_trywait,sem_wait)
   add_old_glibc(old_pthread libpthread.so.0
-    GLIBC_2.2.5 ${threads},${rwlock} GLIBC_2.3.4 pthread_getaffinity_np,pthread_setaffinity_np)
+    ${AG_FIRST} ${threads},${rwlock}${AG_SOON}pthread_getaffinity_np,pthread_setaffinity_np)
 endif()
 
 # ship(target symbol...): `symbol`s are what the target shows.

@@ -1,7 +1,9 @@
 /** The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no font. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { barWithMarks, escapeHtml, legend, lineChart, type Series, stackedColumns, weightBars } from './charts.js'
+import { CHART_STYLE, lineChart } from '../../ts/src/charts.js'
+import { escapeHtml, htmlPage, PAGE_STYLE } from '../../ts/src/html.js'
+import { barWithMarks, legend, type Series, stackedColumns, weightBars } from './charts.js'
 import { QUALITIES, type Quality, TESTS, type Test } from './records.js'
 
 export type Scores = Record<Test, number>
@@ -133,7 +135,7 @@ function lossCurves({ loss }: QuickstartResult): string {
       ? `${values.length} steps, ${finite[0].toFixed(3)} at first, ${mean(end).toFixed(3)} at the end`
       : ''
     return `<figure><figcaption><strong>${name}</strong> <span>${note}</span></figcaption>
-${lineChart(values, `${name}: loss by step`)}<p class="muted">${ends}</p></figure>`
+${lineChart([{ points: values.map((v, i) => [i, v]), colour: 'var(--accent)' }], `${name}: loss by step`)}<p class="muted">${ends}</p></figure>`
   }
   return `<section><h2>Learning</h2><p>Loss by step: thin, every step; bold, its moving average. The end is the mean of the
 last twentieth.</p><div class="panels">
@@ -220,37 +222,21 @@ function facts(extras: ReportExtras): string {
   return `<section><h2>What was trained</h2><table>${cells.join('\n')}</table></section>`
 }
 
-const STYLE = `
-:root{color-scheme:light dark;--page:#f6f6f4;--card:#fff;--ink:#17171a;--muted:#62625f;--line:#e2e1dc;--accent:#2a6fc9;
---full:#2a78d6;--keyword:#1aa37a;--category:#e3a008;--wrong:#d8423f;--good:#0b7a4b;--badink:#b3261e;--shot:#fff}
-@media(prefers-color-scheme:dark){:root{--page:#111113;--card:#1b1b1e;--ink:#f0f0ee;--muted:#a3a29d;--line:#323236;
---accent:#5b9bf0;--full:#4a90e6;--keyword:#27a981;--category:#d39a1a;--wrong:#ea6a66;--good:#53c492;--badink:#ff8f88;--shot:#f4f4f2}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
-main{max-width:980px;margin:0 auto;padding:40px 20px 60px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.02em}h2{font-size:19px;margin:0 0 6px}
+const STYLE = `${PAGE_STYLE}${CHART_STYLE}
+:root{--full:#2a78d6;--keyword:#1aa37a;--category:#e3a008;--wrong:#d8423f;--good:#0b7a4b;--badink:#b3261e;--shot:#fff}
+@media(prefers-color-scheme:dark){:root{--full:#4a90e6;--keyword:#27a981;--category:#d39a1a;--wrong:#ea6a66;--good:#53c492;
+--badink:#ff8f88;--shot:#f4f4f2}}
 h3{font-size:14px;margin:0;white-space:nowrap}h3 small{display:block;font-weight:400;color:var(--muted);font-size:12px}
-p{margin:0 0 12px;max-width:74ch}.muted,small{color:var(--muted)}.muted{font-size:13px;margin:4px 0}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin-top:18px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:24px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;display:flex;flex-direction:column}
 .tile strong{font-size:29px;line-height:1.15;letter-spacing:-.02em;white-space:nowrap}.tile span{font-weight:600;margin-top:2px}
 .tile small{font-size:12.5px;line-height:1.35;margin-top:4px}
-table{border-collapse:collapse;width:100%}th,td{padding:7px 10px 7px 0;text-align:left;border-bottom:1px solid var(--line);font-weight:400}
-thead th{color:var(--muted);font-size:13px}tr:last-child>*{border-bottom:0}.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.wide{width:38%}tbody th{white-space:nowrap}.scroll{overflow-x:auto}.scroll>svg{min-width:560px}
+td.wide{width:38%}.scroll>svg{min-width:560px}
 .track{position:relative;height:14px;border-radius:4px;background:var(--line)}
 .track>i{position:absolute;inset:0 auto 0 0;background:var(--accent);border-radius:4px}
 .track>b{position:absolute;top:-4px;bottom:-4px;width:3px;margin-left:-1.5px;background:var(--ink);box-shadow:0 0 0 1.5px var(--card)}
 .track>b.chance{width:0;background:none;box-shadow:none;border-left:2px dotted var(--muted);top:-7px;bottom:-7px}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--muted);margin:10px 0 4px}
-.legend span{display:flex;align-items:center;gap:6px}.legend i{width:12px;height:12px;border-radius:3px}
 .legend i.blind{width:3px;background:var(--ink);border-radius:0}.legend i.chance{width:0;height:14px;border-left:2px dotted var(--muted);border-radius:0}
-svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--muted)}svg .strong{fill:var(--ink);font-weight:600}
-.grid{stroke:var(--line)}.axis{stroke:var(--muted)}
-.raw,.curve{fill:none;stroke:var(--accent)}.raw{opacity:.35}.curve{stroke-width:2.2;stroke-linejoin:round}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr));gap:18px 28px}
-figure{margin:0}.panels figcaption{font-size:14px;margin-bottom:4px}.panels figcaption span{color:var(--muted)}
 .level{display:grid;grid-template-columns:118px 1fr;gap:12px;padding:12px 0;border-top:1px solid var(--line)}
 .examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,1fr));gap:10px}
 .example{font-size:12.5px;line-height:1.3}.example figcaption{margin-top:4px;overflow-wrap:anywhere}.example small{display:block}
@@ -265,19 +251,15 @@ figure{margin:0}.panels figcaption{font-size:14px;margin-bottom:4px}.panels figc
 .weight b{display:block;width:100%;max-width:22px;margin:0 auto;background:var(--accent);border-radius:3px 3px 0 0;min-height:1px}
 .weight em{display:block;font-style:normal;font-size:11px;font-variant-numeric:tabular-nums;margin-top:2px}.weight small{font-size:11px}
 .small{font-size:13px}.small ul{margin:0 0 10px;padding-left:18px}
-@media(max-width:620px){section{padding:16px}.level{grid-template-columns:1fr}td.wide{min-width:110px}}
-@media print{section,.tile{break-inside:avoid}}`
+@media(max-width:620px){.level{grid-template-columns:1fr}td.wide{min-width:110px}}
+@media print{.tile{break-inside:avoid}}`
 
 /** JSON inside a script element: no tag can begin in it. */
 const embedded = (value: unknown): string => JSON.stringify(value).replaceAll('<', '\\u003c')
 
 /** The report as text. */
 export function renderReport(result: QuickstartResult, extras: ReportExtras): string {
-  return `<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>AlignGPT quickstart</title><style>${STYLE}</style></head><body><main>
-<header><h1>AlignGPT, trained on this machine</h1>
+  const body = `<header><h1>AlignGPT, trained on this machine</h1>
 <p>A small multimodal model, everything from random numbers on: two tokenizers, a CLIP, a language model, then AlignGPT's
 alignment levels, pre-training and instruction tuning, and a test on pictures it has never seen.</p></header>
 ${headline(result)}
@@ -289,8 +271,8 @@ ${lossCurves(result)}
 ${stages(result.seconds)}
 ${facts(extras)}
 ${ATTRIBUTION}
-</main><script type="application/json" id="result">${embedded(result)}</script></body></html>
-`
+<script type="application/json" id="result">${embedded(result)}</script>`
+  return htmlPage('AlignGPT quickstart', STYLE, body)
 }
 
 /** Writes the report; folders are made. The numbers are in it once more as JSON, in the element with the id `result`. */

@@ -17,6 +17,7 @@ import { levels } from './commands/levels.js'
 import { complain } from './commands/options.js'
 import { plan } from './commands/plan.js'
 import { pretrain } from './commands/pretrain.js'
+import { report } from './commands/report.js'
 import { version } from './package.js'
 
 async function main(): Promise<number | undefined> {
@@ -25,7 +26,7 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, chat, generate]) declare(program)
+  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, report, chat, generate]) declare(program)
   try {
     await program.parseAsync()
   } catch (e) {

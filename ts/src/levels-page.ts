@@ -1,7 +1,7 @@
 /** What the levels of a data set look like: one HTML page that needs nothing besides itself. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { escapeHtml } from './html.js'
+import { escapeHtml, htmlPage } from './html.js'
 import type { Buckets, Levels } from './levels.js'
 import { type PictureSource, readPicture } from './pictures.js'
 
@@ -27,8 +27,8 @@ const SIDE = 192
 const STYLE = `
 :root { color-scheme: light dark; --ink: light-dark(#1d2430, #e8ebf0); --soft: light-dark(#667085, #98a2b3);
   --line: light-dark(#e3e7ee, #323a47); --bar: light-dark(#3b6fd4, #7aa5f7); --page: light-dark(#fbfcfe, #12161d) }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--page) }
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page) }
+main { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem } p, small, td { color: var(--soft) }
 table { border-collapse: collapse; width: 100% } th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap }
 td.bar { width: 60%; text-align: left } td.bar i { display: block; height: 1rem; background: var(--bar); border-radius: 3px }
@@ -67,19 +67,14 @@ export async function levelsPage(p: LevelsPage): Promise<string> {
 ${pairs}`)
   }
   const rule = p.buckets === 'width' ? 'equal parts of the range of scores' : 'equal counts'
-  return `<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Alignment levels</title><style>${STYLE}</style></head><body>
-<h1>Alignment levels of ${escapeHtml(path.basename(p.data))}</h1>
+  const body = `<h1>Alignment levels of ${escapeHtml(path.basename(p.data))}</h1>
 <p>${total} pairs, scored by ${escapeHtml(path.basename(p.clip))} (cosine of its embeddings), cut into ${p.histogram.length} levels: ${rule}.
 The examples of a level go from its lowest score to its highest.</p>
 <table><thead><tr><th>level</th><th>score</th><th></th><th>pairs</th></tr></thead><tbody>
 ${rows.join('\n')}
 </tbody></table>
-${sections.join('\n')}
-</body></html>
-`
+${sections.join('\n')}`
+  return htmlPage('Alignment levels', STYLE, body)
 }
 
 /** Writes the page; folders are made. */

@@ -10,13 +10,12 @@ import type { Dataset, DatasetState, Dropped } from './data.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError } from './errors.js'
 import { describeRecords, dumpStep, type OutlierOptions, type OutlierState, Outliers } from './guard.js'
-import { writeAtomicText } from './json.js'
 import { type Loader, openLoader } from './loader.js'
+import { Log } from './log.js'
 import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
-import { Bar } from './progress.js'
 import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
 
@@ -75,6 +74,8 @@ export interface TrainOptions {
   onStep?: (step: StepInfo) => void
   /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
   onMessage?: (text: string) => void
+  /** TensorBoard event files in `out`, beside log.jsonl */
+  tensorboard?: boolean
   /** a bar on the terminal; default: when standard error is one */
   progress?: boolean
   signal?: AbortSignal
@@ -142,6 +143,11 @@ function checkOptions(o: TrainOptions, data: Dataset): void {
       throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected a number >= 0, got ${o[key]}`)
   if (o.keep !== undefined && !(Number.isInteger(o.keep) && o.keep >= 2))
     throw new AlignGPTError('ERR_ARGUMENT', `[train] keep: expected an integer >= 2, got ${o.keep}`)
+  if (o.tensorboard && !o.out)
+    throw new AlignGPTError(
+      'ERR_ARGUMENT',
+      '[train] tensorboard: true: expected out, a folder for the event files, got none',
+    )
   if (data.length === 0) throw new AlignGPTError('ERR_DATA', `[train] ${data.file}: expected records, got none`)
 }
 
@@ -176,62 +182,6 @@ async function accumulate(
       coefficients[l] += images ? (c * b.imageRows.length) / images : 0
   }
   return { loss: losses.reduce((a, b) => a + b, 0), losses, coefficients }
-}
-
-class Log {
-  #bar: Bar | undefined
-  #broken = false
-  private constructor(
-    private readonly phase: Phase,
-    private readonly file: string | undefined,
-    private readonly tell: (text: string) => void,
-  ) {}
-
-  /** @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes */
-  static async open(phase: Phase, o: Resolved, start: number): Promise<Log> {
-    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'), o.onMessage)
-    if (o.out && log.file) {
-      fs.mkdirSync(o.out, { recursive: true })
-      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start) : '')
-    }
-    if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase.name, o.steps, start)
-    return log
-  }
-  step(s: StepInfo): void {
-    if (this.file)
-      this.#append(this.file, JSON.stringify({ phase: this.phase.name, ...s, time: new Date().toISOString() }))
-    this.#bar?.step(s)
-  }
-  /** A full disk is no reason to stop training. */
-  #append(file: string, line: string): void {
-    try {
-      fs.appendFileSync(file, `${this.#broken ? '\n' : ''}${line}\n`)
-      this.#broken = false
-    } catch (e) {
-      if (!this.#broken) this.tell(`${file}: ${(e as Error).message}; training goes on`)
-      this.#broken = true
-    }
-  }
-  end(): void {
-    this.#bar?.end()
-  }
-}
-
-/** The lines of a log that are whole and of steps before `start`. */
-function linesBefore(file: string, start: number): string {
-  const before = (line: string): boolean => {
-    try {
-      return JSON.parse(line).step < start
-    } catch {
-      return false
-    }
-  }
-  return fs
-    .readFileSync(file, 'utf8')
-    .split('\n')
-    .filter(before)
-    .map((line) => `${line}\n`)
-    .join('')
 }
 
 /** Options with what they are when not given. */
@@ -354,7 +304,7 @@ class Run {
       align: o.mix.mode !== 'none',
       startStep: this.done,
     })
-    this.log = await Log.open(phase, o, this.done)
+    this.log = await Log.open(phase.name, o, this.done)
   }
 
   private restore(folder: string, { step, state }: Manifest): void {
@@ -473,7 +423,7 @@ class Run {
     result.outliers = this.outliers?.skipped ?? 0
     if (o.out) {
       await this.model.save(o.out)
-      const state = { phase: phase.name, ...result, loss: undefined }
+      const state = { phase: phase.name, ...result, loss: undefined, options: this.origin.config }
       fs.writeFileSync(path.join(o.out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
     }
     return result

@@ -2,8 +2,10 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { escapeHtml, lineChart, smooth, stackedColumns, ticks, weightBars } from '../../scripts/quickstart/charts.js'
+import { stackedColumns, weightBars } from '../../scripts/quickstart/charts.js'
 import { type QuickstartResult, type ReportExtras, renderReport, writeReport } from '../../scripts/quickstart/report.js'
+import { heatMap, lineChart, smooth, ticks } from '../src/charts.js'
+import { escapeHtml } from '../src/html.js'
 import { caseDir, tempDir } from './data-cases.js'
 
 const dir = tempDir()
@@ -148,7 +150,7 @@ describe('charts', () => {
       fc.property(
         fc.array(fc.double({ noDefaultInfinity: true, min: -50, max: 1e4 }), { maxLength: 900 }),
         (values) => {
-          const svg = lineChart(values, 'x')
+          const svg = lineChart([{ points: values.map((v, i) => [i + 7, v]), colour: 'red' }], 'x')
           for (const [, points] of svg.matchAll(/points="([^"]*)"/g))
             for (const p of points.split(' ')) {
               const [x, y] = p.split(',').map(Number)
@@ -158,6 +160,102 @@ describe('charts', () => {
       ),
       { numRuns: 50 },
     )
+  })
+  it('numbers of the axes are short', () => {
+    const points = [0, 5e4, 1e5].map((y, x) => [1e4 * x, y] as const)
+    const text = lineChart([{ points, colour: 'red' }], 'x')
+    for (const t of ['50K', '100K', '>5000<', '20K']) expect(text).toContain(t)
+    expect(
+      lineChart(
+        [
+          {
+            points: [
+              [0, 0],
+              [1, 2e-5],
+            ],
+            colour: 'red',
+          },
+        ],
+        'x',
+      ),
+    ).toContain('>2e-5<')
+  })
+  it('a line stands over its own steps, on one scale with the others', () => {
+    const lines = [
+      {
+        points: [
+          [0, 4],
+          [10, 2],
+        ] as const,
+        colour: 'red',
+      },
+      {
+        points: [
+          [10, Number.NaN],
+          [10, 4],
+          [20, 0],
+        ] as const,
+        colour: 'blue',
+      },
+    ]
+    const drawn = [...lineChart(lines, 'x').matchAll(/stroke:(\w+)" points="([^"]*)"/g)].map((m) => m.slice(1))
+    // x from 40 to 406 for 0 to 20, y from 174 to 10 for 0 to 4
+    const [red, blue] = [
+      ['red', '40.0,10.0 223.0,92.0'],
+      ['blue', '223.0,10.0 406.0,174.0'],
+    ]
+    expect(drawn).toEqual([red, blue, red, blue])
+  })
+  it('a heat map has a cell for each level and step, the mean where there are more steps than columns', () => {
+    const cells = (svg: string) =>
+      [...svg.matchAll(/y="(\d+)"[^>]*fill-opacity="([\d.]+)"><title>([^<]*)/g)].map((m) => m.slice(1))
+    const svg = heatMap(
+      [5, 6],
+      [
+        [0.5, 1],
+        [0.25, 2],
+      ],
+      'x',
+    )
+    expect(cells(svg)).toEqual([
+      ['28', '0.250', 'level 0, step 5: 0.500'],
+      ['10', '0.500', 'level 1, step 5: 1.000'],
+      ['28', '0.125', 'level 0, step 6: 0.250'],
+      ['10', '1.000', 'level 1, step 6: 2.000'],
+    ])
+    // a row that is always 1 does not set the scale
+    expect(
+      cells(
+        heatMap(
+          [5, 6],
+          [
+            [0.1, 1],
+            [0.2, 1],
+          ],
+          'x',
+        ),
+      ).map((c) => c[1]),
+    ).toEqual(['0.500', '1.000', '1.000', '1.000'])
+    const steps = Array.from({ length: 250 }, (_, i) => i)
+    const many = cells(
+      heatMap(
+        steps,
+        steps.map((i) => [i]),
+        'x',
+      ),
+    )
+    expect(many).toHaveLength(84) // of three steps each, the last of one
+    expect(many[1]).toEqual(['10', (4 / 249).toFixed(3), 'level 0, steps 3 to 5: 4.000'])
+    expect(
+      heatMap(
+        [0, 1],
+        [
+          [0, 0],
+          [0, 0],
+        ],
+        'x',
+      ),
+    ).toContain('nothing recorded')
   })
   it('columns and weights show their values', () => {
     const svg = stackedColumns(

@@ -78,6 +78,7 @@ export function trainingOptions(command: Command): Command {
     .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
     .option('--allow-long-interval', 'an interval longer than the run is no mistake')
     .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
+    .option('--tensorboard', 'TensorBoard event files in --out, beside log.jsonl')
     .option('--alignment <variant>', 'adaptive (default), local, global, average, random or none')
     .option('--gate <form>', 'mlp (default), or linear as in the paper')
     .option('--gate-text <text>', 'what the gate sees in training: all (default) or instruction')

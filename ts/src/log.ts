@@ -1,0 +1,91 @@
+/** What a run says of each step: log.jsonl always, TensorBoard's event files where asked for, a bar on a terminal. */
+import fs from 'node:fs'
+import path from 'node:path'
+import { writeAtomicText } from './json.js'
+import { Bar } from './progress.js'
+import { EventFile } from './tensorboard.js'
+import type { StepInfo } from './train.js'
+
+interface LogOptions {
+  out?: string
+  tensorboard?: boolean
+  progress?: boolean
+  steps: number
+  onMessage: (text: string) => void
+}
+
+/** The numbers of a step that TensorBoard draws. */
+function scalars(s: StepInfo): Record<string, number> {
+  const { loss, lr, gradNorm, tokensPerSecond, waited, coefficients } = s
+  const train = Object.entries({ loss, lr, gradNorm, tokensPerSecond, waited }).map(([k, v]) => [`train/${k}`, v])
+  return Object.fromEntries([...train, ...coefficients.map((c, level) => [`coefficients/level_${level}`, c])])
+}
+
+export class Log {
+  #bar: Bar | undefined
+  #events: EventFile | undefined
+  #broken = false
+  #eventsBroken = false
+  private constructor(
+    private readonly phase: string,
+    private readonly file: string | undefined,
+    private readonly tell: (text: string) => void,
+  ) {}
+
+  /** @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes */
+  static async open(phase: string, o: LogOptions, start: number): Promise<Log> {
+    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'), o.onMessage)
+    if (o.out && log.file) {
+      fs.mkdirSync(o.out, { recursive: true })
+      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start) : '')
+      if (o.tensorboard) log.#events = new EventFile(o.out, start)
+    }
+    if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase, o.steps, start)
+    return log
+  }
+  step(s: StepInfo): void {
+    if (this.file) this.#append(this.file, JSON.stringify({ phase: this.phase, ...s, time: new Date().toISOString() }))
+    if (this.#events) this.#addEvent(this.#events, s)
+    this.#bar?.step(s)
+  }
+  /** A full disk is no reason to stop training. */
+  #append(file: string, line: string): void {
+    try {
+      fs.appendFileSync(file, `${this.#broken ? '\n' : ''}${line}\n`)
+      this.#broken = false
+    } catch (e) {
+      if (!this.#broken) this.tell(`${file}: ${(e as Error).message}; training goes on`)
+      this.#broken = true
+    }
+  }
+  #addEvent(events: EventFile, s: StepInfo): void {
+    try {
+      events.step(s.step, scalars(s))
+      this.#eventsBroken = false
+    } catch (e) {
+      if (!this.#eventsBroken) this.tell(`${events.file}: ${(e as Error).message}; training goes on`)
+      this.#eventsBroken = true
+    }
+  }
+  end(): void {
+    this.#events?.close()
+    this.#bar?.end()
+  }
+}
+
+/** The lines of a log that are whole and of steps before `start`. */
+function linesBefore(file: string, start: number): string {
+  const before = (line: string): boolean => {
+    try {
+      return JSON.parse(line).step < start
+    } catch {
+      return false
+    }
+  }
+  return fs
+    .readFileSync(file, 'utf8')
+    .split('\n')
+    .filter(before)
+    .map((line) => `${line}\n`)
+    .join('')
+}
