@@ -26,7 +26,8 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, report, chat, generate]) declare(program)
+  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, report, chat, generate])
+    declare(program)
   try {
     await program.parseAsync()
   } catch (e) {
