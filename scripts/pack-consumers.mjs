@@ -2,6 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
+import { buildSync } from 'esbuild'
 
 const WORK = `
 const answer = await new Promise((resolve, reject) => {
@@ -74,8 +75,11 @@ export function consumers(root, dir, env) {
       if (!fs.existsSync(link)) fs.symlinkSync(path.join(own, name), link)
     }
   }
-  const bundle = (...args) =>
-    node(path.join(own, 'esbuild', 'bin', 'esbuild'), '--bundle', '--platform=node', '--log-level=error', ...args)
+  const bundle = (file, options) =>
+    buildSync({
+      ...{ absWorkingDir: dir, entryPoints: [file], bundle: true, platform: 'node', logLevel: 'silent' },
+      ...options,
+    })
   return {
     'require and import share one state': () => yes('both.cjs'),
     'in a worker thread': () => yes('workers.mjs'),
@@ -89,11 +93,11 @@ export function consumers(root, dir, env) {
       node(path.join(own, 'vitest', 'vitest.mjs'), 'run')
     },
     'bundled by esbuild, the addon and sharp left outside': () => {
-      bundle('train.ts', '--format=esm', '--external:sharp', '--outfile=bundle/train.mjs')
+      bundle('train.ts', { format: 'esm', external: ['sharp'], outfile: 'bundle/train.mjs' })
       if (!/step 4 loss/.test(node('bundle/train.mjs'))) throw new Error('expected it to train')
     },
     'bundled by esbuild as CommonJS, packages left outside': () => {
-      bundle('both.cjs', '--format=cjs', '--packages=external', '--outfile=bundle/both.cjs')
+      bundle('both.cjs', { format: 'cjs', packages: 'external', outfile: 'bundle/both.cjs' })
       yes('bundle/both.cjs')
     },
   }
