@@ -554,11 +554,13 @@ Napi::Value dispose(const Napi::CallbackInfo& info) {
 Napi::Value is_live(const Napi::CallbackInfo& info) {
   return with_number(info, [](Napi::Env env, State& s, double h) { return to_js(env, s, s.live(h)); });
 }
-// graphBegin(device) -> number; graphEnd, graphLaunch, graphDispose(number)
+// graphBegin(device, beside: a graph or null) -> number; graphEnd, graphLaunch, graphDispose(number)
 Napi::Value graph_begin(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
-    check(info.Length() == 1, "ERR_ARGUMENT", "[graphBegin] arguments: expected 1, got ", info.Length());
-    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"))));
+    check(info.Length() == 2, "ERR_ARGUMENT", "[graphBegin] arguments: expected 2, got ", info.Length());
+    const auto beside = From<std::optional<double>>::value(c, info[1], "beside");
+    const Graph* other = beside ? &c.state.graph(c.op, *beside) : nullptr;
+    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"), other)));
   });
 }
 Napi::Value graph_end(const Napi::CallbackInfo& info) {

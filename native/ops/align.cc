@@ -56,8 +56,12 @@ static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
   for (const Tensor& t : in.gate) want_dtype(op, "gate", t, in.x.dt);
   for (const Tensor& t : in.gate) want_same_device(op, {&in.x, &t});
   const Tensor &ids = given("gateIds", in.gate_ids), &offsets = given("gateOffsets", in.gate_offsets);
-  want_index(op, "gateIds", ids, 0, a.vocab);
-  int64_t n = want_offsets(op, "gateOffsets", offsets, ids.numel());
+  want_index(op, "gateIds", ids, -1, a.vocab);
+  const int32_t* id = host_i32(ids);
+  int64_t entries = ids.numel();
+  while (entries && id[entries - 1] < 0) entries--;
+  for (int64_t i = 0; i < entries; i++) check(id[i] >= 0, "ERR_RANGE", "[alignMix] gateIds[", i, "]: expected -1 at the end alone, got -1");
+  int64_t n = want_offsets(op, "gateOffsets", offsets, entries);
   check(n == a.images, "ERR_SHAPE", "[alignMix] gateOffsets: expected ", a.images + 1, " offsets, got ", n + 1);
   a.gw0 = in.gate[0].data();
   a.gb0 = in.gate[1].data();
