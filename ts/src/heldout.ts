@@ -359,7 +359,8 @@ export class HeldOut {
     const shown: Shown[] = []
     for (const record of candidates) if (this.#fits(record)) shown.push(...(await this.#look(record)))
     const described = shown.map(({ record, picture }) => {
-      const { question, answer: expected } = firstTurns(record)
+      const { question: asked, answer: expected } = firstTurns(record)
+      const question = this.phase.style === 'plain' ? '' : asked // which leaves questions out
       return { id: record.id, task: taskOf(record), level: record.similarity, question, expected, picture }
     })
     if (o.out) writeJsonFile(path.join(o.out, 'samples.json'), described)

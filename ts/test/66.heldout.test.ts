@@ -1,9 +1,11 @@
 /** Evaluation during training on records that are not trained on. */
+import { spawn } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
+import { verifyCheckpoint } from '../src/checkpoint.js'
 import { loadDataset } from '../src/data.js'
 import { evaluateLoss } from '../src/evaluate.js'
 import { generateBatch } from '../src/generate.js'
@@ -328,6 +330,48 @@ test('what it shows: samples with their pictures, and what the model says to the
   const [alone] = await generateBatch(model, [{ prompt: 'Are there stripes?', image }], { maxNewTokens: 32 })
   expect(evaluations[evaluations.length - 1].answers[3]).toEqual({ id: 'a-ft-3', text: alone.text })
   model.dispose()
+})
+
+/** `aligngpt pretrain` on the small model; `watch` sees what it prints. */
+function command(out: string, args: string[], watch: (text: string, kill: () => void) => void = () => {}) {
+  const from = ['--llm', `${base}/model/llm`, '--clip', `${base}/model/clip`, '--images', images, '--out', out]
+  const cli = ['--import', 'tsx', 'ts/src/cli.ts', 'pretrain', '--data', files.pretrain, '--batch', '4']
+  const cwd = fileURLToPath(new URL('../../', import.meta.url))
+  return new Promise<{ status: number | null; text: string }>((resolve) => {
+    const child = spawn(process.execPath, [...cli, ...from, ...args], { cwd })
+    let text = ''
+    for (const stream of [child.stdout, child.stderr])
+      stream.on('data', (d) => {
+        text += d
+        watch(text, () => child.kill('SIGINT'))
+      })
+    child.on('close', (status) => resolve({ status, text }))
+  })
+}
+
+test('the command says what came out, and hears a signal in the middle of an evaluation', async () => {
+  const raw = rawRecords(files.pretrain)
+  const many = write('very many.json', Array.from({ length: 100 }, () => raw).flat()) // 1400 micro-batches
+  let sent = false
+  const [whole, stopped] = await Promise.all([
+    command(path.join(scratch, 'command'), ['--steps', '4', '--eval-share', '0.3', '--eval-every', '2']),
+    command(
+      path.join(scratch, 'stopped'),
+      ['--steps', '4', '--micro-batch', '1', '--eval-data', many, '--eval-images', images, '--eval-every', '2'],
+      (text, kill) => {
+        if (sent || !text.includes('step 2/4')) return
+        sent = true
+        kill()
+      },
+    ),
+  ])
+  expect(whole.status).toBe(0)
+  expect(whole.text).toMatch(/step 2: held-out loss \d\.\d{4}, the best so far\n/)
+  expect(whole.text).toMatch(/lowest held-out loss \d\.\d{4} after step [24]: .*command\/best\n/)
+  expect(stopped.status).toBe(130)
+  expect(stopped.text).not.toContain('held-out loss')
+  const { state } = verifyCheckpoint(path.join(scratch, 'stopped/checkpoints/step-2'))
+  expect(state.evaluation).toMatchObject({ evaluated: 0, best: null })
 })
 
 test('options that do not go together are refused', async () => {
