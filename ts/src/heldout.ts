@@ -330,25 +330,31 @@ export class HeldOut {
 
   /** The most likely answers to the shown records; null when the signal came. */
   async #answers(): Promise<EvaluationInfo['answers'] | null> {
-    const { o, phase, model } = this
     this.#shown ??= await this.#choose()
     const answers: EvaluationInfo['answers'] = []
-    for (const { record } of this.#shown) {
-      if (o.signal?.aborted) return null
-      const [system] = record.conversations
-      const image = record.image === null ? undefined : readPicture(this.data.picture(record.image))
-      const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
-      const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
-        style: phase.style,
-        mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
-        maxNewTokens: SAMPLE_TOKENS,
-        ...(system.from === 'system' && { system: system.value }),
-        ...(phase.style === 'plain' && { stop: ['\n'] }), // a caption ends with its line
-      })
-      answers.push({ id: record.id, text })
-      await turn()
+    try {
+      for (const { record } of this.#shown) answers.push({ id: record.id, text: await this.#answer(record) })
+      return answers
+    } catch (e) {
+      if (this.o.signal?.aborted) return null
+      throw e
     }
-    return answers
+  }
+
+  async #answer(record: DataRecord): Promise<string> {
+    const { o, phase, model } = this
+    const [system] = record.conversations
+    const image = record.image === null ? undefined : readPicture(this.data.picture(record.image))
+    const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
+    const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
+      style: phase.style,
+      mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
+      maxNewTokens: SAMPLE_TOKENS,
+      signal: o.signal,
+      ...(system.from === 'system' && { system: system.value }),
+      ...(phase.style === 'plain' && { stop: ['\n'] }), // a caption ends with its line
+    })
+    return text
   }
 
   /** Records from all over the held-out ones, and samples.json with their pictures. Those that cannot be used are left out. */

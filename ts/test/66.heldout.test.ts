@@ -211,9 +211,29 @@ describe('parts of the loss', () => {
       }
       expect(i).toBe(place)
     }
-    expect(tasks.colours.coefficients).not.toEqual(tasks['yes/no'].coefficients)
+    // each picture's weights are its own: three of the records were in one batch
+    const single = await run('finetune', 'tasks alone', { evalData, steps: 4, lr: 1e-3, evalEvery: 1, batch: 1 })
+    const batched = await run('finetune', 'tasks again', { evalData, steps: 4, lr: 1e-3, evalEvery: 1, batch: 3 })
+    const weights = ({ evaluations: [first] }: Outcome, task: string): number[] =>
+      first.tasks?.[task].coefficients ?? []
+    for (const task of ['colours', 'description', 'yes/no'])
+      for (const [l, c] of weights(single, task).entries()) expect(weights(batched, task)[l]).toBeCloseTo(c, 5)
+    expect(weights(single, 'colours')).not.toEqual(weights(single, 'description'))
     model.dispose()
     data.close()
+  })
+
+  test('many tasks: the rarest are counted together', async () => {
+    const [record] = rawRecords(files.finetune)
+    const names = [...Array.from({ length: 20 }, (_, i) => `t${i}`), 't19', 't19', 't7']
+    const evalData = write('twenty.json', names.map((task) => ({ ...record, task }))) // biome-ignore format: one line
+    const { evaluations } = await run('finetune', 'twenty', { evalData, steps: 1 })
+    const tasks = Object.entries(evaluations[0].tasks ?? {})
+    expect(tasks.map(([name, g]) => [name, g.samples]).slice(0, 3)).toEqual([['t19', 3], ['t7', 2], ['t0', 1]]) // biome-ignore format: one line
+    expect(tasks).toHaveLength(16)
+    expect(tasks[15]).toMatchObject(['other', { samples: 5, coefficients: expect.any(Array) }])
+    expect(tasks[15][1].loss).toBeCloseTo(evaluations[0].loss, 5) // all are the same record
+    expect(tasks[15][1].coefficients?.at(-1)).toBe(1)
   })
 
   test('tasks are told by their answers where the record names none', () => {
@@ -351,8 +371,8 @@ function command(out: string, args: string[], watch: (text: string, kill: () => 
 
 test('the command says what came out, and hears a signal in the middle of an evaluation', async () => {
   const raw = rawRecords(files.pretrain)
-  const many = write('very many.json', Array.from({ length: 100 }, () => raw).flat()) // 1400 micro-batches
-  let sent = false
+  const many = write('very many.json', Array.from({ length: 1000 }, () => raw).flat()) // it would take a quarter of a minute
+  let [sent, ended] = [0, 0]
   const [whole, stopped] = await Promise.all([
     command(path.join(scratch, 'command'), ['--steps', '4', '--eval-share', '0.3', '--eval-every', '2']),
     command(
@@ -360,16 +380,19 @@ test('the command says what came out, and hears a signal in the middle of an eva
       ['--steps', '4', '--micro-batch', '1', '--eval-data', many, '--eval-images', images, '--eval-every', '2'],
       (text, kill) => {
         if (sent || !text.includes('step 2/4')) return
-        sent = true
+        sent = performance.now()
         kill()
       },
-    ),
+    ).finally(() => {
+      ended = performance.now()
+    }),
   ])
   expect(whole.status).toBe(0)
   expect(whole.text).toMatch(/step 2: held-out loss \d\.\d{4}, the best so far\n/)
   expect(whole.text).toMatch(/lowest held-out loss \d\.\d{4} after step [24]: .*command\/best\n/)
   expect(stopped.status).toBe(130)
   expect(stopped.text).not.toContain('held-out loss')
+  expect(ended - sent).toBeLessThan(3000)
   const { state } = verifyCheckpoint(path.join(scratch, 'stopped/checkpoints/step-2'))
   expect(state.evaluation).toMatchObject({ evaluated: 0, best: null })
 })
