@@ -173,6 +173,19 @@ test('the best model stays, however the loss goes on; log and result name it', a
   })
 })
 
+test('with adapters the best model has them merged, and beside it as they are', async () => {
+  const o = { evalData: files.finetune, steps: 4, lr: 1e-2, evalEvery: 2, lora: { rank: 4 } }
+  const { result } = await run('finetune', 'lora', o)
+  const { loss } = await lossOf(best('lora'), files.finetune, FINETUNE)
+  const lowest = result.best?.loss ?? 0
+  expect(Math.abs(loss - lowest)).toBeLessThan(2e-6 * lowest)
+  const adapter = path.join('adapter', 'adapter_model.safetensors')
+  expect(result.best?.step).toBe(3) // the end: the same as in `out`
+  expect(fs.readFileSync(path.join(best('lora'), adapter))).toEqual(
+    fs.readFileSync(path.join(scratch, 'lora', adapter)),
+  )
+})
+
 describe('parts of the loss', () => {
   test('of each level it is that of its records alone', async () => {
     const { evaluations } = await run('pretrain', 'levels', { evalData: files.pretrain, steps: 3, lr: 1e-2 })
