@@ -184,6 +184,12 @@ Storage::Storage(Device* device, int64_t bytes, bool ahead) : device(device), by
 }
 Storage::~Storage() { device->release(p, actual); }
 
+void Storage::written() {
+  packed.clear();
+  mirror_stale = true;
+  version++;
+}
+
 // ---- tensor -----------------------------------------------------------------------------------------
 Tensor Tensor::detached() const {
   Tensor t = *this;

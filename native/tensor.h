@@ -125,7 +125,7 @@ const AgBackend* open_backend(const std::string& file, std::string* why);
 struct Storage;
 
 // A matrix [rows, cols] once more, in the layout the backend's products want it as right-hand side (AgPack). It belongs
-// to the storage of its values: it goes with them, and whoever writes into them clears it.
+// to the storage of its values: it goes with them, and is dropped when somebody writes into them.
 struct Packed {
   int64_t offset;
   AgDtype dt;
@@ -140,10 +140,12 @@ struct Storage {
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
   std::vector<Packed> packed;
-  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Whoever writes into the
-  // storage marks it stale; its memory stays, so that what was captured with it finds the new values.
+  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Its memory stays when it is
+  // stale, so that what was captured with it finds the new values.
   std::shared_ptr<Storage> mirror;
   bool mirror_stale = false;
+  int64_t version = 0;  // how often it was written into: what the tape kept of it must have the same (Saved in tape.h)
+  void written();       // whoever writes into it says so
   Storage(Device* device, int64_t bytes, bool ahead = false);
   ~Storage();
   Storage(const Storage&) = delete;

@@ -131,7 +131,9 @@ static AgAlignMix check_args(const AlignMixIn& in) {
 
 enum Input { X, W, B, EMBED, TABLE, GW0, GB0, GW1, GB1 };
 
-static void backward_of(Grads& grads, AgAlignMix a, const Shape& shape_x) {
+// `kept` is everything `a` points to.
+static void backward_of(Grads& grads, AgAlignMix a, const std::vector<Saved>& kept, const Shape& shape_x) {
+  for (const Saved& t : kept) t.get();
   const Tensor& d_out = grads.out();
   a.d_out = d_out.data();
   Tensor dx = grads.needs(X) ? empty(d_out.device(), shape_x, d_out.dt) : Tensor();
@@ -177,14 +179,14 @@ std::vector<Tensor> align_mix(const AlignMixIn& in) {
   std::vector<Tensor> inputs = {in.x, in.weight.value_or(Tensor()), in.bias.value_or(Tensor()), in.embed, in.table};
   for (int i = 0; i < 4; i++) inputs.push_back(gate ? in.gate[i] : Tensor());
   if (recording(inputs)) {
-    // Everything `a` points to is kept by this list until backward has run.
-    std::vector<Tensor> saved = {out.detached(), mean, dots, pre, logits, coef};
-    for (const Tensor& t : inputs) saved.push_back(t.detached());
-    for (const Tensor* t : {&in.tokens, &in.image_rows, &in.align_rows}) saved.push_back(t->detached());
+    std::vector<Saved> kept;
+    auto keep = [&](const Tensor& t) { kept.emplace_back(t.detached()); };  // the values: `a` has their addresses
+    for (const Tensor& t : {out, mean, dots, pre, logits, coef, in.tokens, in.image_rows, in.align_rows}) keep(t);
+    for (const Tensor& t : inputs) keep(t);
     for (const Opt* t : {&in.levels, &in.gate_ids, &in.gate_offsets})
-      if (*t) saved.push_back((*t)->detached());
+      if (*t) keep(**t);
     Shape shape_x = in.x.shape;
-    record(op, {&out}, inputs, [a, saved, shape_x](Grads& grads) { backward_of(grads, a, shape_x); });
+    record(op, {&out}, inputs, [a, kept, shape_x](Grads& grads) { backward_of(grads, a, kept, shape_x); });
   }
   return {out, mean, dots, logits, coef};
 }

@@ -110,14 +110,15 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
   if (rec && wants_grad(hidden)) want.d_rows = empty_like(rows_RH);
   if (rec && wants_grad(weight)) want.d_weight = R ? empty(device, weight.shape, acc) : zeros(device, weight.shape, acc);
   if (R) head_chunks(rows_RH, weight, device_i32(targets, device), 1.0 / denominator, scale, chunk, nll, want);
-  Tensor loss = sum_rows(nll, 1.0 / denominator), saved_rows = rows.detached();
+  Tensor loss = sum_rows(nll, 1.0 / denominator);
   if (scale) loss = scaled(loss, *scale);
+  Saved saved_rows(rows);
   record(op, {&loss}, {hidden, weight}, [=](Grads& grads) {
     Tensor by = grads.out();
     if (grads.needs(0)) {
       Tensor d = scaled(want.d_rows, as_dtype(by, dt));
       run("lmHeadLoss", device, table(d).scatter_add,
-          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows, device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
+          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows.get(), device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
     }
     if (grads.needs(1)) {  // through col_sum of one "row": scales and lands in the slot, whatever its dtype
       const Tensor& d = want.d_weight;
