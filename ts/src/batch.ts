@@ -163,16 +163,16 @@ function extended(list: Int32Array, length: number, value: number): Int32Array {
   return out
 }
 
-/** The next multiple of a sixteenth of n's power of two: 16 sizes from each power to the next. */
+/** The next multiple of 64 and of a sixteenth of n's power of two: at most 16 sizes from each power to the next. */
 function roundedUp(n: number): number {
-  const step = 2 ** Math.max(0, Math.floor(Math.log2(Math.max(n, 1))) - 4)
+  const step = Math.max(64, 2 ** (Math.floor(Math.log2(Math.max(n, 1))) - 4))
   return Math.ceil(n / step) * step
 }
 const powerOfTwo = (n: number): number => (n === 0 ? 0 : 2 ** Math.ceil(Math.log2(n)))
 
 /**
  * The batch with a tail that counts for nothing, so that few shapes occur: one more sequence without labels, rows of the LM head without
- * a target, words of no gate. The number of rows grows to a sixteenth of its power of two, the short lists to the next power.
+ * a target, words of no gate. The number of rows grows to a multiple of 64 and of a sixteenth of its power of two, short lists to the next power.
  */
 export function padBatch(b: PackedBatch): PackedBatch {
   const rows = roundedUp(b.tokens.length)
