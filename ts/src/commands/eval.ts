@@ -105,10 +105,10 @@ async function ask(
   model: Parameters<typeof import('../evaluate.js').evaluate>[0],
   asked: Asked,
   o: EvaluateOptions,
-): Promise<{ scores: Scores; answers: (Answer & { kind: Kind })[] }> {
+): Promise<{ scores: Scores; answers: (Question & Answer & { kind: Kind })[] }> {
   const { evaluate, matches } = await import('../evaluate.js')
   const scores: Scores = {}
-  const answers: (Answer & { kind: Kind })[] = []
+  const answers: (Question & Answer & { kind: Kind })[] = []
   for (const [kind, questions] of Object.entries(asked.questions) as [Kind, Question[]][]) {
     if (!questions.length) continue
     const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
@@ -123,7 +123,7 @@ async function ask(
         blind: blindAnswers && share(blindAnswers, contains),
         chance,
       }
-    answers.push(...e.answers.map((a) => ({ ...a, kind })))
+    answers.push(...e.answers.map((a, i) => ({ ...questions[i], ...a, kind })))
   }
   return { scores, answers }
 }
