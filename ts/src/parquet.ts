@@ -12,7 +12,7 @@ import { TarWriter } from './tar.js'
 
 const VERSION = 1
 const TURNS = ['conversations', 'caption', 'question']
-const COLUMNS = ['id', 'image', ...TURNS, 'answer', 'similarity']
+const COLUMNS = ['id', 'image', ...TURNS, 'answer', 'similarity', 'task']
 
 export interface Unpacked {
   /** JSON lines */
@@ -115,8 +115,8 @@ function isUnpacked(folder: string, sources: Manifest['sources']): true | string
 
 /**
  * Unpacks Parquet files, in order, into one data file; does nothing when that has been done and the files are the same.
- * Columns: conversations (list of {from, value}), or caption, or question and answer; id, similarity, and image: a name, bytes,
- * or {bytes, path}.
+ * Columns: conversations (list of {from, value}), or caption, or question and answer; id, similarity, task, and image: a name,
+ * bytes, or {bytes, path}.
  * @param folder where to; default `<first file>.unpacked`
  * @throws AlignGPTError ERR_DATA: no Parquet, no such column, a folder that cannot be written
  */

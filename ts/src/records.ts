@@ -207,12 +207,12 @@ export function recordProblem(raw: unknown): RecordProblem | null {
 /**
  * Checks one parsed record: id (string or number; absent: its index), image (optional string), conversations
  * ([{from: human|user|gpt|assistant|system, value}]) or in short caption, or question and answer; similarity (optional level,
- * integer >= 0).
+ * integer >= 0). `task` is taken where it is a text.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 export function parseRecord(raw: unknown, file: string, index: number): DataRecord {
   const problem = recordProblem(raw)
-  const { id = index, image, similarity } = raw as Record<string, unknown>
+  const { id = index, image, similarity, task } = raw as Record<string, unknown>
   if (problem) {
     const { key, expected, got } = problem
     const what = `${file}: record ${index} (id ${show(id)}) ${key}`
@@ -226,6 +226,7 @@ export function parseRecord(raw: unknown, file: string, index: number): DataReco
       value,
     })),
     similarity: (similarity ?? null) as number | null,
+    ...(typeof task === 'string' && task !== '' && { task }),
   }
 }
 
