@@ -36,8 +36,6 @@ interface Asked {
   later: number
   /** ids of records that do not begin with a question and its answer */
   leftOut: string[]
-  /** whether every record is a conversation, which has a loss */
-  conversations: boolean
 }
 
 /** A, B, C, ... where the question lists its options so and one of them is the answer (LLaVA's multiple choice). */
@@ -62,7 +60,7 @@ function firstQuestion(r: DataRecord, options: readonly string[] | undefined): Q
 }
 
 /**
- * Reads the questions of a data file: LLaVA's records, or {id, image, question, answer}; both may have `options`.
+ * Reads the questions of a data file; a record may have `options`.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 async function readAsked(file: string, limit: number): Promise<Asked> {
@@ -75,31 +73,22 @@ async function readAsked(file: string, limit: number): Promise<Asked> {
     questions: { yesno: [], choice: [], open: [] },
     later: 0,
     leftOut: [],
-    conversations: true,
   }
   const read = (raw: Record<string, unknown>, n: number): void => {
-    const need = (key: string, fits: boolean, expected: string): void => {
-      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} ${key}`, expected, show(raw[key]))
+    const need = (fits: boolean, expected: string): void => {
+      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} options`, expected, show(raw.options))
     }
     const { options } = raw as { options?: string[] }
     const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
-    need('options', options === undefined || isList, 'an array of texts')
-    let q: Question | null
-    if (raw.question === undefined) {
-      const record = parseRecord(raw, file, n)
-      q = firstQuestion(record, options)
-      asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
-      if (!q) asked.leftOut.push(record.id)
-    } else {
-      const { id = n, image, question, answer } = raw
-      need('question', typeof question === 'string', 'a string')
-      need('answer', typeof answer === 'string', 'a string')
-      need('image', image === undefined || image === null || typeof image === 'string', 'a file name')
-      asked.conversations = false
-      q = { ...({ question, answer, options } as Question), id: String(id), image: (image ?? undefined) as string }
+    need(options === undefined || isList, 'an array of texts')
+    const record = parseRecord(raw, file, n)
+    const q = firstQuestion(record, options)
+    asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
+    if (!q) {
+      asked.leftOut.push(record.id)
+      return
     }
-    if (!q) return
-    if (q.options && !q.options.includes(q.answer)) need('options', false, `some with the answer ${show(q.answer)}`)
+    need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
     asked.questions[kindOf(q)].push(q)
   }
   await splitRecords(file, (bytes, offset) => {
@@ -116,10 +105,10 @@ async function ask(
   model: Parameters<typeof import('../evaluate.js').evaluate>[0],
   asked: Asked,
   o: EvaluateOptions,
-): Promise<{ scores: Scores; answers: (Answer & { kind: Kind })[] }> {
+): Promise<{ scores: Scores; answers: (Question & Answer & { kind: Kind })[] }> {
   const { evaluate, matches } = await import('../evaluate.js')
   const scores: Scores = {}
-  const answers: (Answer & { kind: Kind })[] = []
+  const answers: (Question & Answer & { kind: Kind })[] = []
   for (const [kind, questions] of Object.entries(asked.questions) as [Kind, Question[]][]) {
     if (!questions.length) continue
     const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
@@ -134,7 +123,7 @@ async function ask(
         blind: blindAnswers && share(blindAnswers, contains),
         chance,
       }
-    answers.push(...e.answers.map((a) => ({ ...a, kind })))
+    answers.push(...e.answers.map((a, i) => ({ ...questions[i], ...a, kind })))
   }
   return { scores, answers }
 }
@@ -168,8 +157,7 @@ async function run(file: string, o: Options): Promise<void> {
   const asked = await readAsked(records, limit)
   if (!Object.values(asked.questions).some((q) => q.length))
     throw mismatch('ERR_DATA', 'eval', file, 'at least one question with its answer', 'none')
-  const withLoss = o.loss && asked.conversations
-  const data = withLoss ? await new Dataset(records, pictures).open() : null
+  const data = o.loss ? await new Dataset(records, pictures).open() : null
   const { evaluateLoss } = await import('../evaluate.js')
   const { model, mix } = await loadModel(o)
   const { batch, style, maxNewTokens, seed, blind } = o
@@ -194,7 +182,7 @@ export function evaluation(program: Command): void {
   const command = program
     .command('eval')
     .description('loss and accuracy on a data file, and accuracy with the pictures shuffled (blind)')
-    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, or records of {id, image, question, answer, options}')
+    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, of {image, question, answer, options} too')
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
     .option('--limit <n>', 'only the first n records', positive)
     .option('--batch <n>', 'questions asked at once', positive, 16)
@@ -210,7 +198,7 @@ export function evaluation(program: Command): void {
 Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the
 record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
 the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
-The loss is of all turns; questions without conversations have none.`,
+The loss is of all turns.`,
     )
   modelOptions(command).action(run)
 }

@@ -19,12 +19,13 @@ interface Options {
 async function run(o: Options): Promise<void> {
   const [{ loadDataset }, score] = await Promise.all([import('../data.js'), import('../score.js')])
   const { data: file, images, clip, ...options } = o
+  const bar = process.stderr.isTTY
   const data = await loadDataset(file, { images })
   const result = await score.levels(data, clip, {
     ...options,
-    onProgress: (done, total) => process.stderr.write(`\r${done}/${total} pairs scored`),
+    onProgress: (done, total) => bar && process.stderr.write(`\r${done}/${total} pairs scored `),
   })
-  process.stderr.write('\n')
+  if (bar) process.stderr.write('\r\x1b[K')
   const most = Math.max(...result.histogram, 1)
   for (const [l, n] of result.histogram.entries())
     console.log(
