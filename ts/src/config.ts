@@ -417,7 +417,7 @@ export function modelTypeOf(fileOrFolder: string): string {
 /** What AlignGPT adds to the language model's own config. */
 export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_projector_type' | 'mm_vision_select_layer'> & {
   mm_vision_tower: string
-  n_indicators: number
+  n_indicators?: number
 } & Partial<
     Pick<
       AlignGPTConfig,
@@ -434,13 +434,13 @@ export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_project
 export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, torchDtype?: string): RawConfig {
   const dtype = torchDtype === undefined ? {} : 'dtype' in llama ? { dtype: torchDtype } : { torch_dtype: torchDtype }
   return {
+    mm_vision_select_feature: 'patch',
+    image_aspect_ratio: 'pad',
+    tokenizer_model_max_length: 2048,
     ...llama,
     ...dtype,
     architectures: ['AlignGPTForCausalLM'],
     model_type: 'aligngpt',
-    mm_vision_select_feature: 'patch',
-    image_aspect_ratio: 'pad',
-    tokenizer_model_max_length: 2048,
     ...fields,
     tokenizer_padding_side: 'right',
     use_mm_proj: true,

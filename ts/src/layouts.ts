@@ -1,0 +1,188 @@
+/**
+ * The checkpoint layouts of others: LLaVA 1.5 as the official code writes it, llava-hf (transformers' LlavaForConditionalGeneration)
+ * and the official AlignGPT, which is this package's own. Names of tensors that differ are in NAMES, settings in the functions below.
+ */
+import { z } from 'zod'
+import {
+  type AlignGPTConfig,
+  alignGPTConfigJson,
+  type ClipConfig,
+  check,
+  parseClipConfig,
+  patchCount,
+  type RawConfig,
+} from './config.js'
+import { mismatch, show } from './errors.js'
+
+export const FORMATS = ['aligngpt', 'llava', 'llava-hf'] as const
+export type Format = (typeof FORMATS)[number]
+
+/** The vision tower in an AlignGPT; a CLIP has `vision_model.` in its place. */
+export const VISION = 'vision_tower.vision_tower.vision_model.'
+
+/** A beginning of our names, how LLaVA's and llava-hf's files write it, and what other versions of them wrote. */
+interface Row {
+  ours: string
+  llava?: string
+  hf?: string
+  also?: string[]
+}
+const NAMES: readonly Row[] = [
+  { ours: 'model.', llava: 'model.', hf: 'language_model.model.', also: ['model.language_model.'] },
+  { ours: 'lm_head.', llava: 'lm_head.', hf: 'language_model.lm_head.' },
+  { ours: 'mm_projector.', llava: 'model.mm_projector.' },
+  {
+    ours: 'mm_projector.0.',
+    hf: 'multi_modal_projector.linear_1.',
+    also: ['model.multi_modal_projector.linear_1.'],
+  },
+  {
+    ours: 'mm_projector.2.',
+    hf: 'multi_modal_projector.linear_2.',
+    also: ['model.multi_modal_projector.linear_2.'],
+  },
+  {
+    ours: VISION,
+    llava: `model.${VISION}`,
+    hf: 'vision_tower.vision_model.',
+    also: ['vision_tower.', 'model.vision_tower.', 'model.vision_tower.vision_model.'],
+  },
+  { ours: 'align_indicators.', also: ['model.align_indicators.'] },
+  { ours: 'gated_weight_layer.', also: ['model.gated_weight_layer.'] },
+]
+/** Constants that old versions saved among the weights. */
+const CONSTANTS = /(^|\.)(rotary_emb\.inv_freq|position_ids)$/
+
+const longest = (rows: [from: string, to: string][]): [string, string][] => rows.sort(([a], [b]) => b.length - a.length)
+const renamed = (name: string, rows: readonly [string, string][]): string | null => {
+  const row = rows.find(([from]) => name.startsWith(from))
+  return row ? row[1] + name.slice(row[0].length) : null
+}
+
+const READ = longest(
+  NAMES.flatMap(({ ours, llava, hf, also = [] }) =>
+    [ours, llava, hf, ...also].filter((n) => n !== undefined).map((n): [string, string] => [n, ours]),
+  ),
+)
+const WRITE: Record<Format, [string, string][]> = {
+  aligngpt: longest(NAMES.map(({ ours }) => [ours, ours])),
+  llava: longest(NAMES.flatMap(({ ours, llava }) => (llava ? [[ours, llava]] : []))),
+  'llava-hf': longest(NAMES.flatMap(({ ours, hf }) => (hf ? [[ours, hf]] : []))),
+}
+
+/**
+ * This package's name of a tensor of any of the layouts, whichever it is: their beginnings exclude each other.
+ * @returns null for a constant, which is no weight, and undefined for a name that no layout has
+ */
+export const ourName = (name: string): string | null | undefined =>
+  CONSTANTS.test(name) ? null : (renamed(name, READ) ?? undefined)
+/** A layout's name of one of our tensors; null where it has no such tensor. */
+export const nameIn = (format: Format, name: string): string | null => renamed(name, WRITE[format])
+
+// ---- settings ---------------------------------------------------------------------------------------------------------
+
+const no = z.union([z.literal(false), z.null()], 'false').optional()
+const maybe = <T extends z.ZodType>(schema: T) => schema.nullish().transform((x) => x ?? null)
+
+/** What a LLaVA may say besides LLaMA's settings and AlignGPT's `mm_*`: versions before 1.5 and after it work otherwise. */
+const llavaSchema = z.object({
+  mm_use_im_start_end: no,
+  mm_patch_merge_type: z.union([z.literal('flat'), z.null()], "'flat'").optional(),
+  image_aspect_ratio: z
+    .string()
+    .refine((s) => !s.startsWith('anyres'), "'pad' or 'square', one picture of one size (LLaVA 1.5)")
+    .nullish(),
+})
+const hfSchema = z.object({
+  text_config: z.object({ model_type: z.literal('llama', "'llama'").optional() }).loose(),
+  vision_config: z
+    .object({ model_type: z.literal(['clip_vision_model', 'clip'], "'clip_vision_model'").optional() })
+    .loose(),
+  projector_hidden_act: z.literal('gelu', "'gelu'").optional(),
+  multimodal_projector_bias: z.literal(true, 'true').nullish(),
+  vision_feature_layer: maybe(z.int('one layer')),
+  vision_feature_select_strategy: maybe(z.literal(['default', 'full'], "'default' or 'full'")),
+  tie_word_embeddings: maybe(z.boolean()),
+})
+
+/** A model's settings in this package's form; `clip` where the file has the vision tower's as well. */
+export interface Settings {
+  format: Format
+  /** content of an AlignGPT config.json */
+  raw: RawConfig
+  /** content of a CLIP config.json */
+  clip: RawConfig | null
+}
+
+/**
+ * The settings of a folder in any of the layouts.
+ * @param raw content of its config.json
+ * @param file name for messages
+ * @throws AlignGPTError ERR_CONFIG naming what is neither, or what this package cannot do
+ */
+export function settingsOf(raw: RawConfig, file: string): Settings {
+  const { model_type, text_config } = raw
+  if (model_type === 'aligngpt') return { format: 'aligngpt', raw, clip: null }
+  if (model_type === 'llava' && text_config !== undefined) return fromHf(raw, file)
+  if (model_type === 'llava' || model_type === 'llava_llama') {
+    check(llavaSchema, raw, file)
+    return { format: 'llava', raw: { ...raw, ...OURS, mm_alignment: 'none' }, clip: null }
+  }
+  throw mismatch(
+    'ERR_CONFIG',
+    'convert',
+    `${file}: model_type`,
+    "'aligngpt', 'llava' or 'llava_llama'",
+    show(model_type),
+  )
+}
+const OURS = { model_type: 'aligngpt', architectures: ['AlignGPTForCausalLM'] }
+
+function fromHf(raw: RawConfig, file: string): Settings {
+  const c = check(hfSchema, raw, file)
+  const clip = { model_type: 'clip', vision_config: { ...c.vision_config, model_type: 'clip_vision_model' } }
+  const fields = {
+    mm_hidden_size: parseClipConfig(clip, file).vision.hidden_size,
+    mm_projector_type: 'mlp2x_gelu',
+    mm_vision_select_layer: c.vision_feature_layer ?? -2,
+    mm_vision_select_feature: c.vision_feature_select_strategy === 'full' ? ('cls_patch' as const) : ('patch' as const),
+    mm_vision_tower: 'vision_tower',
+    mm_alignment: 'none' as const,
+  }
+  const tied = c.tie_word_embeddings === null ? {} : { tie_word_embeddings: c.tie_word_embeddings }
+  return { format: 'llava-hf', raw: alignGPTConfigJson({ ...tied, ...c.text_config }, fields), clip }
+}
+
+/** Fields of config.json that are AlignGPT's or LLaVA's and not the language model's. */
+const FIELDS = /^(mm_.*|n_indicators|image_aspect_ratio|tokenizer_.*|use_mm_proj|(tune|freeze)_mm_mlp_adapter)$/
+const VARIANT = /^(mm_alignment|mm_gate_.*|n_indicators)$/
+const without = (raw: RawConfig, fields: RegExp): RawConfig =>
+  Object.fromEntries(Object.entries(raw).filter(([key]) => !fields.test(key)))
+
+/** config.json of the official LLaVA, whose code takes the vision tower from the folder or Hub name `tower`. */
+export function llavaConfigJson(raw: RawConfig, tower: string): RawConfig {
+  const own = { architectures: ['LlavaLlamaForCausalLM'], model_type: 'llava_llama', mm_vision_tower: tower }
+  return { ...without(raw, VARIANT), ...own, mm_use_im_start_end: false, mm_use_im_patch_token: false }
+}
+
+/** config.json of llava-hf; the token `imageToken` stands for a picture's rows, and there are `vocab` tokens. */
+export function hfConfigJson(c: AlignGPTConfig, clip: ClipConfig, imageToken: number, vocab: number): RawConfig {
+  if (c.mm_projector_type !== 'mlp2x_gelu')
+    throw mismatch('ERR_CONFIG', 'export', 'mm_projector_type', "'mlp2x_gelu' for llava-hf", show(c.mm_projector_type))
+  const { torch_dtype, dtype, transformers_version: _, ...text } = without(c.llm.raw, FIELDS)
+  const whole = c.mm_vision_select_feature === 'cls_patch'
+  return {
+    architectures: ['LlavaForConditionalGeneration'],
+    model_type: 'llava',
+    ...(dtype !== undefined ? { dtype } : torch_dtype !== undefined ? { torch_dtype } : {}),
+    text_config: { ...text, architectures: ['LlamaForCausalLM'], model_type: 'llama', vocab_size: vocab },
+    vision_config: { ...clip.vision, model_type: 'clip_vision_model', projection_dim: clip.projection_dim },
+    image_token_index: imageToken,
+    image_seq_length: patchCount(clip.vision) + (whole ? 1 : 0),
+    projector_hidden_act: 'gelu',
+    multimodal_projector_bias: true,
+    vision_feature_layer: c.mm_vision_select_layer,
+    vision_feature_select_strategy: whole ? 'full' : 'default',
+    tie_word_embeddings: c.llm.tie_word_embeddings,
+  }
+}
