@@ -7,7 +7,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'
 import { mismatch, show } from './errors.js'
-import { readJsonFile, writeJsonFile } from './json.js'
+import { readJsonFile, writeAtomicText } from './json.js'
 
 export type RawConfig = Record<string, unknown>
 
@@ -447,6 +447,15 @@ export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, tor
   }
 }
 
+// Python tells 8 from 8.0, JavaScript does not, and versions of transformers refuse an integer for some of these.
+const FLOATS =
+  /"(initializer_(?:range|factor)|(?:rms|layer)_norm_eps|attention_dropout|dropout|rope_theta|(?:\w+_)?factor|logit_scale_init_value)": (-?\d+)(?=,?\n)/g
+
+/** Writes a config file atomically, with whole numbers as floats where Python expects floats. */
+export function writeConfigFile(file: string, raw: RawConfig): void {
+  writeAtomicText(file, `${JSON.stringify(raw, null, 2)}\n`.replace(FLOATS, '"$1": $2.0'))
+}
+
 /** Writes an official AlignGPT config.json into a folder, atomically. */
 export function writeAlignGPTConfig(
   folder: string,
@@ -454,7 +463,7 @@ export function writeAlignGPTConfig(
   fields: AlignGPTFields,
   torchDtype?: string,
 ): void {
-  writeJsonFile(path.join(folder, 'config.json'), alignGPTConfigJson(llama, fields, torchDtype))
+  writeConfigFile(path.join(folder, 'config.json'), alignGPTConfigJson(llama, fields, torchDtype))
 }
 
 // ---- preprocessing and generation -------------------------------------------------------------------------------------

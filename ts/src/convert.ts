@@ -17,6 +17,7 @@ import {
   readJsonObject,
   readLlamaConfig,
   visionTowerFolder,
+  writeConfigFile,
 } from './config.js'
 import { mismatch, show } from './errors.js'
 import { writeAll, writeJsonFile } from './json.js'
@@ -343,9 +344,9 @@ function writeOwn(m: Ready, to: string): void {
   copyFiles(m.llm, to, LLM_FILES)
   const tower = path.join(to, 'vision_tower')
   fs.mkdirSync(tower, { recursive: true })
-  writeJsonFile(path.join(tower, 'config.json'), m.clip.raw)
-  if (m.preprocessor) writeJsonFile(path.join(tower, 'preprocessor_config.json'), m.preprocessor)
-  writeJsonFile(path.join(to, 'config.json'), ownConfig(m))
+  writeConfigFile(path.join(tower, 'config.json'), m.clip.raw)
+  if (m.preprocessor) writeConfigFile(path.join(tower, 'preprocessor_config.json'), m.preprocessor)
+  writeConfigFile(path.join(to, 'config.json'), ownConfig(m))
 }
 
 /** The Hub name of the CLIP that the official code is to load: the vision tower has not been trained. */
@@ -363,7 +364,7 @@ function writeLlava(m: Ready, to: string, visionTower?: string): void {
   const tensors = m.all.map((item) => toWrite(item, nameIn('llava', item.name) as string))
   writeSafetensors(path.join(to, 'model.safetensors'), tensors, { format: 'pt' })
   copyFiles(m.llm, to, LLM_FILES)
-  writeJsonFile(path.join(to, 'config.json'), config)
+  writeConfigFile(path.join(to, 'config.json'), config)
 }
 
 const IMAGE = '<image>'
@@ -404,7 +405,7 @@ function writeHf(m: Ready, to: string): void {
   copyFiles(m.llm, to, LLM_FILES)
   if (add) addImageToken(to, id)
   const { image_size: side, patch_size } = m.clip.vision
-  writeJsonFile(path.join(to, 'preprocessor_config.json'), {
+  writeConfigFile(path.join(to, 'preprocessor_config.json'), {
     size: { shortest_edge: side },
     crop_size: { height: side, width: side },
     ...m.preprocessor,
@@ -418,7 +419,7 @@ function writeHf(m: Ready, to: string): void {
     num_additional_image_tokens: 1, // the class row, which the strategy then drops or keeps
     vision_feature_select_strategy: config.vision_feature_select_strategy,
   })
-  writeJsonFile(path.join(to, 'config.json'), config)
+  writeConfigFile(path.join(to, 'config.json'), config)
 }
 
 function writeProjector(m: Ready, to: string): void {
@@ -429,7 +430,7 @@ function writeProjector(m: Ready, to: string): void {
     parts.map((item) => toWrite(item)),
     { format: 'pt' },
   )
-  writeJsonFile(path.join(to, 'config.json'), ownConfig(m))
+  writeConfigFile(path.join(to, 'config.json'), ownConfig(m))
 }
 
 // ---- both ways ------------------------------------------------------------------------------------------------------------
