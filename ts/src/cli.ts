@@ -9,6 +9,7 @@
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
 import { check } from './commands/check.js'
+import { download } from './commands/download.js'
 import { evaluation } from './commands/eval.js'
 import { exporting } from './commands/export.js'
 import { finetune } from './commands/finetune.js'
@@ -41,6 +42,7 @@ async function main(): Promise<number | undefined> {
     generate,
     importing,
     exporting,
+    download,
   ])
     declare(program)
   try {

@@ -448,8 +448,11 @@ export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, tor
 }
 
 // Python tells 8 from 8.0, JavaScript does not, and versions of transformers refuse an integer for some of these.
-const FLOATS =
-  /"(initializer_(?:range|factor)|(?:rms|layer)_norm_eps|attention_dropout|dropout|rope_theta|(?:\w+_)?factor|logit_scale_init_value)": (-?\d+)(?=,?\n)/g
+const FLOAT_KEYS = [
+  ...['initializer_range', 'initializer_factor', 'rms_norm_eps', 'layer_norm_eps', 'attention_dropout', 'dropout'],
+  ...['rope_theta', '(?:\\w+_)?factor', 'logit_scale_init_value'],
+]
+const FLOATS = new RegExp(`"(${FLOAT_KEYS.join('|')})": (-?\\d+)(?=,?\\n)`, 'g')
 
 /** Writes a config file atomically, with whole numbers as floats where Python expects floats. */
 export function writeConfigFile(file: string, raw: RawConfig): void {

@@ -1,30 +1,29 @@
 /**
- * Checkpoints of other layouts (layouts.ts) into AlignGPT folders and back. Tensors go from file to file one at a time; where only
- * the name changes, their bytes are copied.
+ * Checkpoints of other layouts (layouts.ts) into AlignGPT folders and back. Tensors go from file to file one at a time; where
+ * only the name changes, their bytes are copied.
  */
 import fs from 'node:fs'
 import path from 'node:path'
 import { AlignGPT, copyFiles, LLM_FILES } from './aligngpt.js'
+import { type Alignment, alignGPTConfigJson, type RawConfig, readJsonObject, writeConfigFile } from './config.js'
+import { show } from './errors.js'
 import {
-  type AlignGPTConfig,
-  type Alignment,
-  alignGPTConfigJson,
-  type ClipConfig,
-  parseAlignGPTConfig,
-  parseClipConfig,
-  type RawConfig,
-  readClipConfig,
-  readJsonObject,
-  readLlamaConfig,
-  visionTowerFolder,
-  writeConfigFile,
-} from './config.js'
-import { mismatch, show } from './errors.js'
+  ALIGNMENT,
+  fail,
+  hasWeights,
+  levelsOf,
+  openModel,
+  PROJECTOR,
+  PROJECTOR_FILES,
+  projectorFileIn,
+  type Stored,
+  TABLE,
+} from './foreign.js'
 import { writeAll, writeJsonFile } from './json.js'
-import { type Format, hfConfigJson, llavaConfigJson, nameIn, settingsOf, VISION } from './layouts.js'
+import { type Format, hfConfigJson, llavaConfigJson, nameIn } from './layouts.js'
 import { merged, openAdapter } from './lora.js'
 import { native } from './native.js'
-import { type Init, initialize } from './nn.js'
+import { initialize } from './nn.js'
 import { cast, concat, matmul } from './ops.js'
 import {
   floatToHalf,
@@ -38,7 +37,7 @@ import {
 } from './safetensors.js'
 import { type Dtype, scope, type Tensor, zeros } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
-import { checkEntry, openNamed, readTensor } from './weights.js'
+import { checkEntry, readTensor } from './weights.js'
 
 export interface ConvertOptions {
   /** CLIP folder: settings of the vision tower where the checkpoint's do not lead to any, weights where it has none */
@@ -75,18 +74,6 @@ export interface Converted {
   dropped: string[]
 }
 
-/** A model on disk: settings, and where each weight lies, under our names. */
-interface Stored {
-  format: Format | 'projector'
-  config: AlignGPTConfig
-  clip: ClipConfig
-  /** content of preprocessor_config.json; null: CLIP's defaults */
-  preprocessor: RawConfig | null
-  /** the tokenizer's folder */
-  llm: string
-  weights: Map<string, TensorEntry>
-}
-
 /** A tensor to be written under one of our names. */
 interface Item {
   name: string
@@ -94,98 +81,10 @@ interface Item {
   dtype: StoredDtype
   /** where its bytes lie as they are */
   copy?: TensorEntry
+  /** made from the seed */
+  drawn?: boolean
   /** its values, when the bytes are not there yet; in the scope of the call, or persistent and then the caller's */
   value: (dtype: Dtype) => Tensor
-}
-
-const TABLE = 'align_indicators.indicator_embs'
-const PROJECTOR = /^mm_projector\./
-const ALIGNMENT = /^(align_indicators|gated_weight_layer)\./
-/** What pre-trainings leave, the official codes' and this one's. */
-const PROJECTOR_FILES = ['mm_projector_align', 'mm_projector'].flatMap((n) => [`${n}.safetensors`, `${n}.bin`])
-const fail = (code: string, what: string, expected: string, got: string): Error =>
-  mismatch(code, 'convert', what, expected, got)
-
-// ---- reading ----------------------------------------------------------------------------------------------------------
-
-/** Weights of a CLIP folder's vision tower under our names. */
-function towerWeights(dir: string): [string, TensorEntry][] {
-  const entries = [...openCheckpoint(dir)].filter(([name]) => /^vision_model\.(?!.*position_ids$)/.test(name))
-  return entries.map(([name, e]) => [VISION + name.slice('vision_model.'.length), e])
-}
-
-/** preprocessor_config.json of the first folder that has one, or what newer versions of transformers write in its place. */
-function preprocessorOf(dirs: readonly string[]): RawConfig | null {
-  for (const dir of dirs) {
-    const [own, whole] = ['preprocessor_config.json', 'processor_config.json'].map((f) => path.join(dir, f))
-    if (fs.existsSync(own)) return readJsonObject(own)
-    const inner = fs.existsSync(whole) ? readJsonObject(whole).image_processor : undefined
-    if (typeof inner === 'object' && inner !== null) return inner as RawConfig
-  }
-  return null
-}
-
-const projectorFileIn = (dir: string): string | undefined =>
-  PROJECTOR_FILES.map((f) => path.join(dir, f)).find((f) => fs.existsSync(f))
-const hasWeights = (dir: string): boolean =>
-  fs.readdirSync(dir).some((f) => /^(model|pytorch_model)\.(safetensors|bin)(\.index\.json)?$/.test(f))
-
-function openModel(from: string, o: ConvertOptions): Stored {
-  const info = fs.statSync(from, { throwIfNoEntry: false })
-  if (!info) throw fail('ERR_FORMAT', from, 'a checkpoint', 'no such file or folder')
-  if (info.isFile()) return openProjector(from, o)
-  const projector = hasWeights(from) ? undefined : projectorFileIn(from)
-  if (projector) return openProjector(projector, o)
-  if (o.llm !== undefined) throw fail('ERR_ARGUMENT', 'llm', `nothing, ${from} has a language model`, o.llm)
-  const file = path.join(from, 'config.json')
-  const { format, raw, clip: own } = settingsOf(readJsonObject(file), file)
-  const config = parseAlignGPTConfig(raw, file)
-  const weights = openNamed(from)
-  const clipDir = own ? null : visionTowerFolder(from, config, o.clip)
-  if (![...weights.keys()].some((name) => name.startsWith(VISION))) {
-    if (!clipDir) throw fail('ERR_WEIGHTS', from, 'a vision tower', 'none')
-    for (const [name, e] of towerWeights(clipDir)) weights.set(name, e)
-  }
-  const clip = own ? parseClipConfig(own, file) : readClipConfig(clipDir as string)
-  return { format, config, clip, preprocessor: preprocessorOf([clipDir ?? from]), llm: from, weights }
-}
-
-/** A file of a pre-training, put onto the language model and the CLIP that it was trained between. */
-function openProjector(file: string, { llm, clip: clipDir }: ConvertOptions): Stored {
-  if (llm === undefined || clipDir === undefined)
-    throw fail('ERR_ARGUMENT', `${file} holds a projector alone`, 'the folders of its language model and CLIP', 'none')
-  const weights = openNamed(file)
-  for (const name of weights.keys())
-    if (!PROJECTOR.test(name) && !ALIGNMENT.test(name))
-      throw fail('ERR_WEIGHTS', `${file}: '${name}'`, 'tensors of projector, alignment vectors and gate', 'another')
-  const clip = readClipConfig(clipDir)
-  const settings = path.join(path.dirname(file), 'config.json')
-  const beside = fs.existsSync(settings) ? settingsOf(readJsonObject(settings), settings).raw : {}
-  const llama = readLlamaConfig(llm).raw
-  const last = Math.max(0, ...[...weights.keys()].map((n) => Number(/^mm_projector\.(\d+)\./.exec(n)?.[1] ?? 0)))
-  const fields = {
-    mm_vision_select_layer: -2,
-    ...Object.fromEntries(Object.entries(beside).filter(([k]) => /^mm_(vision_select_.*|gate_.*|alignment)$/.test(k))),
-    mm_hidden_size: clip.vision.hidden_size,
-    mm_projector_type: weights.has('mm_projector.weight') ? 'linear' : `mlp${last / 2 + 1}x_gelu`,
-    mm_vision_tower: 'vision_tower',
-    ...(weights.has(TABLE) ? {} : { mm_alignment: 'none' as const }),
-  }
-  for (const [name, e] of [...openNamed(llm), ...towerWeights(clipDir)]) if (!weights.has(name)) weights.set(name, e)
-  const config = parseAlignGPTConfig(alignGPTConfigJson(llama, fields), settings)
-  return { format: 'projector', config, clip, preprocessor: preprocessorOf([clipDir]), llm, weights }
-}
-
-/** How many levels there are or shall be, and what that makes of a model without alignment vectors. */
-function levelsOf(s: Stored, wanted?: number): { levels: number; alignment: Alignment } {
-  const stored = s.weights.get(TABLE)?.shape[0]
-  const { mm_alignment } = s.config
-  if (wanted !== undefined && !(Number.isInteger(wanted) && wanted >= 2))
-    throw fail('ERR_ARGUMENT', 'levels', 'an integer >= 2', show(wanted))
-  if (stored !== undefined && wanted !== undefined && stored !== wanted)
-    throw fail('ERR_ARGUMENT', 'levels', `the ${stored} that ${TABLE} has`, `${wanted}`)
-  const alignment = wanted !== undefined && stored === undefined ? 'adaptive' : mm_alignment
-  return { levels: stored ?? wanted ?? s.config.n_indicators ?? 8, alignment }
 }
 
 // ---- the tensors --------------------------------------------------------------------------------------------------------
@@ -194,12 +93,11 @@ const dtypes = { f32: 'F32', bf16: 'BF16' } as const
 const computing = (dtype: StoredDtype): Dtype => (dtype === 'BF16' ? 'bf16' : dtype === 'F64' ? 'f64' : 'f32')
 
 /** Every tensor of the model with where it comes from; all names and shapes are checked here, before anything is written. */
-function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignment): { all: Item[]; fresh: string[] } {
+function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignment): Item[] {
   const expected = AlignGPT.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
   for (const [name, e] of s.weights)
     if (!expected.has(name)) throw fail('ERR_WEIGHTS', `${e.path}: '${e.name}'`, 'a tensor of such a model', 'this')
   const usual = s.weights.get('model.embed_tokens.weight')?.dtype ?? 'F32'
-  const fresh: string[] = []
   const all: Item[] = []
   for (const [name, { shape, init }] of expected) {
     const e = s.weights.get(name)
@@ -210,14 +108,13 @@ function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignmen
       all.push({ name, shape, dtype, value, ...(dtype === e.dtype && { copy: e }) })
     } else if (mayBeDrawn(s, name, o)) {
       if (alignment === 'none') continue
-      fresh.push(name)
-      all.push({ name, shape, dtype, value: (d) => initialize(name, shape, init as Init, o.seed ?? 0, d) })
+      all.push({ name, shape, dtype, drawn: true, value: (d) => initialize(name, shape, init, o.seed ?? 0, d) })
     } else throw fail('ERR_WEIGHTS', `'${name}' [${shape}]`, 'a tensor', `none in the ${s.format} checkpoint`)
   }
-  return { all: o.adapter === undefined ? all : withAdapter(all, o.adapter), fresh }
+  return o.adapter === undefined ? all : withAdapter(all, o.adapter)
 }
 
-/** Whether a missing tensor is one that need not be there: a gate, which pre-training does not make; a table that is asked for. */
+/** Whether a missing tensor may be missing: a gate, which pre-training does not make; a table that is asked for. */
 const mayBeDrawn = (s: Stored, name: string, o: ConvertOptions): boolean =>
   name === TABLE ? s.config.mm_alignment === 'none' || o.levels !== undefined : ALIGNMENT.test(name)
 
@@ -235,7 +132,7 @@ function withAdapter(all: readonly Item[], dir: string): Item[] {
     if (other) {
       checkEntry(other, item.shape)
       const value = (d: Dtype): Tensor => readTensor(other, item.shape, { dtype: d })
-      return { ...item, value, copy: other.dtype === item.dtype ? other : undefined }
+      return { ...item, value, copy: other.dtype === item.dtype ? other : undefined, drawn: false }
     }
     const pair = modules.get(item.name.replace(/\.weight$/, ''))
     if (!pair) return item
@@ -435,14 +332,14 @@ function writeProjector(m: Ready, to: string): void {
 
 // ---- both ways ------------------------------------------------------------------------------------------------------------
 
-function ready(from: string, o: ConvertOptions): { model: Ready; fresh: string[] } {
+function ready(from: string, o: ConvertOptions): Ready {
   const stored = openModel(from, o)
   const { levels, alignment } = levelsOf(stored, o.levels)
-  const { all, fresh } = items(stored, o, levels, alignment)
-  return { model: { ...stored, all, levels, alignment }, fresh }
+  return { ...stored, levels, alignment, all: items(stored, o, levels, alignment) }
 }
 
-function summary(m: Ready, to: string, fresh: string[], dropped: string[]): Converted {
+function summary(m: Ready, to: string, dropped: string[]): Converted {
+  const fresh = m.all.filter(({ drawn }) => drawn).map(({ name }) => name)
   const written = openWritten(to)
   const bytes = written.reduce((n, e) => n + e.bytes, 0)
   return { from: m.format, tensors: written.length, bytes, alignment: m.alignment, fresh, dropped }
@@ -452,17 +349,18 @@ const openWritten = (to: string): TensorEntry[] => [
 ]
 
 /**
- * Makes an AlignGPT folder of a checkpoint: official AlignGPT, official LLaVA 1.5 or llava-hf (folders, safetensors or `.bin`, sharded
- * or not), or a pre-training's projector (`mm_projector_align.bin`, `mm_projector.bin`, .safetensors), which needs `llm` and `clip`.
+ * Makes an AlignGPT folder of a checkpoint: official AlignGPT, official LLaVA 1.5 or llava-hf (folders, safetensors or `.bin`,
+ * sharded or not), or a pre-training's file (`mm_projector_align.bin`, `mm_projector.bin`, .safetensors), which needs `llm` and
+ * `clip`.
  * A LLaVA has no alignment vectors: the model is one of the variant `none`, or with `levels` gets new ones for a pre-training.
  * @throws ERR_WEIGHTS, ERR_SHAPE, ERR_DTYPE naming the tensor; ERR_CONFIG; ERR_FORMAT; ERR_ARGUMENT
  */
 export async function importModel(from: string, to: string, o: ConvertOptions = {}): Promise<Converted> {
-  const { model, fresh } = ready(from, o)
+  const model = ready(from, o)
   Tokenizer.load(model.llm) // a folder that cannot be used is not worth gigabytes
   prepareFolder(to)
   writeOwn(model, to)
-  return summary(model, to, fresh, [])
+  return summary(model, to, [])
 }
 
 /**
@@ -470,7 +368,7 @@ export async function importModel(from: string, to: string, o: ConvertOptions = 
  * @throws as `importModel`; ERR_ARGUMENT for a model with alignment vectors in a format without, unless `dropAlignment`
  */
 export async function exportModel(from: string, to: string, o: ExportOptions): Promise<Converted> {
-  const { model, fresh } = ready(from, o)
+  const model = ready(from, o)
   const drops = o.dropAlignment || (o.format !== 'aligngpt' && model.alignment === 'none')
   if (drops && o.format === 'aligngpt')
     throw fail('ERR_ARGUMENT', 'dropAlignment', 'another format than aligngpt', 'it')
@@ -489,5 +387,5 @@ export async function exportModel(from: string, to: string, o: ExportOptions): P
   else if (o.format === 'llava') writeLlava(left, to, o.visionTower)
   else if (o.format === 'llava-hf') writeHf(left, to)
   else writeProjector(left, to)
-  return summary(left, to, drops ? [] : fresh, dropped)
+  return summary(left, to, dropped)
 }
