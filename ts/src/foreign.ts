@@ -1,4 +1,4 @@
-/** Reads checkpoints of any layout (layouts.ts) as what this package would have: its names, its settings. No tensor is read yet. */
+/** Checkpoints of any layout (layouts.ts) as this package would have them: its names, its settings. No tensor is read yet. */
 import fs from 'node:fs'
 import path from 'node:path'
 import {

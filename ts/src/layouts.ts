@@ -1,7 +1,7 @@
 /**
  * The checkpoint layouts of others: LLaVA 1.5 as the official code writes it, llava-hf (transformers'
- * LlavaForConditionalGeneration) and the official AlignGPT, which is this package's own. Names of tensors that differ are in NAMES,
- * settings in the functions below.
+ * LlavaForConditionalGeneration) and the official AlignGPT, which is this package's own. Names of tensors that differ are in
+ * NAMES, settings in the functions below.
  */
 import { z } from 'zod'
 import {

@@ -203,7 +203,9 @@ test('bytes stay as they are, F16 too; --dtype rounds once', async () => {
     expect(e.dtype, name).toBe('F16')
     expect(readEntry(e).equals(readEntry(source.get(toLlava(name)) as TensorEntry)), name).toBe(true)
   }
+  const held = memory().inUse
   const { to } = await into(half, { clip, dtype: 'bf16' })
+  expect(memory().inUse).toBe(held)
   expect(json(to, 'config.json').torch_dtype).toBe('bfloat16')
   for (const [name, v] of values(to)) {
     const exact = ownValues.get(name) as Float32Array
@@ -211,6 +213,23 @@ test('bytes stay as they are, F16 too; --dtype rounds once', async () => {
     expect(wrong, name).toBe(-1)
   }
   expect(openCheckpoint(to).get('model.norm.weight')?.dtype).toBe('BF16')
+})
+
+test('a tensor of more bytes than are moved at once', async () => {
+  const rows = 100_000 // of 48 floats: 19 MB
+  const data = new Uint8Array(Float32Array.from({ length: rows * 48 }, (_, i) => i).buffer)
+  const dir = foreign(toLlava, { ...llavaConfig, vocab_size: rows }, { drop: /^(lm_head|model\.embed_tokens)/ })
+  const small = [...openCheckpoint(dir)].map(([name, e]) => ({ ...e, name, data: readEntry(e) }))
+  const big = ['model.embed_tokens.weight', 'lm_head.weight'].map((name) => ({
+    name,
+    dtype: 'F32' as const,
+    shape: [rows, 48],
+    data,
+  }))
+  writeSafetensors(path.join(dir, 'model.safetensors'), [...small, ...big])
+  const { to } = await into(dir, { clip })
+  for (const { name } of big)
+    expect(readEntry(openCheckpoint(to).get(name) as TensorEntry).equals(data), name).toBe(true)
 })
 
 test('halves: every one comes back, and what lies between is rounded to even', () => {
