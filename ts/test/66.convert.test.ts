@@ -426,6 +426,38 @@ test('everything that does not fit is named before anything is written, and noth
   expect(folders.every((f) => fs.existsSync(path.join(scratch, f, 'config.json')))).toBe(true)
 })
 
+test('an imported LLaVA with new alignment vectors goes into pre-training', async () => {
+  const { to } = await into(LAYOUTS['official LLaVA'](), { clip, levels: 8 })
+  const run = (...args: string[]) => {
+    const all = [
+      '--import',
+      'tsx',
+      'ts/src/cli.ts',
+      'pretrain',
+      '--out',
+      trained,
+      '--steps',
+      '2',
+      '--batch',
+      '2',
+      ...args,
+    ]
+    return spawnSync(process.execPath, all, { cwd: new URL('../..', import.meta.url), encoding: 'utf8' })
+  }
+  const trained = fresh()
+  const data = ['--data', path.join(golden, 'base/data_phase1.json'), '--images', path.join(golden, 'base/images')]
+  const { status, stderr } = run('--model', to, ...data)
+  expect(status, stderr).toBe(0)
+  const [before, after] = [values(to), values(trained)]
+  const moved = [...after].filter(([n, v]) => before.get(n)?.some((x, i) => x !== v[i])).map(([n]) => n.split('.')[0])
+  expect([...new Set(moved)].sort()).toEqual(['align_indicators', 'mm_projector'])
+  expect(run('--model', to, '--levels', '4', ...data).stderr).toMatch(/--levels does not go with --model/)
+  expect(run(...data)).toMatchObject({
+    status: 2,
+    stderr: expect.stringMatching(/expected --llm and --clip, or --model/),
+  })
+})
+
 test('the commands say what they did; their help has examples', () => {
   const run = (...args: string[]) =>
     spawnSync(process.execPath, ['--import', 'tsx', 'ts/src/cli.ts', ...args], {
