@@ -155,7 +155,7 @@ function fromHf(raw: RawConfig, file: string): Settings {
 }
 
 /** Fields of config.json that are AlignGPT's or LLaVA's and not the language model's. */
-const FIELDS = /^(mm_.*|n_indicators|image_aspect_ratio|tokenizer_.*|use_mm_proj|(tune|freeze)_mm_mlp_adapter)$/
+const FIELDS = /^(mm_.*|(tune|freeze|unfreeze)_mm_.*|n_indicators|image_.*|tokenizer_.*|use_mm_proj|use_s2)$/
 const VARIANT = /^(mm_alignment|mm_gate_.*|n_indicators)$/
 const without = (raw: RawConfig, fields: RegExp): RawConfig =>
   Object.fromEntries(Object.entries(raw).filter(([key]) => !fields.test(key)))

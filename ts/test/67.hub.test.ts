@@ -52,7 +52,7 @@ function answer(req: http.IncomingMessage, res: http.ServerResponse): unknown {
     void res.writeHead(200, { 'Content-Type': 'application/json' }).end(JSON.stringify(value))
   if (hub.token && req.headers.authorization !== `Bearer ${hub.token}`) return status(401)
   const [, info, tree, at, name] =
-    /^\/api\/models\/own\/tiny\/(?:revision\/(\w+)|tree\/(\w+))$|^\/own\/tiny\/resolve\/(\w+)\/(.+)$/.exec(
+    /^\/api\/(?:models|datasets)\/own\/tiny\/(?:revision\/(\w+)|tree\/(\w+))$|^(?:\/datasets)?\/own\/tiny\/resolve\/(\w+)\/(.+)$/.exec(
       url.pathname,
     ) ?? []
   const files = commits[tree ?? at]
@@ -189,6 +189,12 @@ test('globs choose files and are remembered; one that fits nothing is an error',
   expect(there()).toEqual(['download.json', 'sub', 'tf_model.h5'])
   await get({ include: ['*.json'] })
   expect(there()).toEqual(['config.json', 'download.json', 'sub'])
+})
+
+test('a data set is fetched whole', async () => {
+  const m = await downloadRepo('datasets/own/tiny', folder, { endpoint })
+  expect(m.files.map((f) => f.path)).toEqual(Object.keys(commits[FIRST]))
+  expect(hub.requests.every((r) => /^\/(api\/)?datasets\/own\/tiny\//.test(r))).toBe(true)
 })
 
 test('names that leave the folder are refused', async () => {
