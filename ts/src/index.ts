@@ -11,7 +11,6 @@ export { saveTokenizer, trainBpe, trainClipBpe } from './bpe.js'
 export { type CheckOptions, type CheckReport, checkDataset, type Finding, PROBLEMS, type ProblemKind } from './check.js'
 export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from './checkpoint.js'
 export type { Alignment, Gate, GateText } from './config.js'
-export { type Converted, type ConvertOptions, type ExportOptions, exportModel, importModel } from './convert.js'
 export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data.js'
 export { AlignGPTError } from './errors.js'
 export {
@@ -32,7 +31,6 @@ export {
   type Sampling,
 } from './generate.js'
 export type { OutlierOptions } from './guard.js'
-export { type DownloadManifest, type DownloadOptions, downloadRepo } from './hub.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
 export { addLora, type LoraOptions, loadAdapter, mergeLora, saveAdapter } from './lora.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'
