@@ -12,10 +12,22 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 run = Path(sys.argv[1])
-log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+log = [l for l in lines if "evaluation" not in l]
 expected = {f"train/{k}": {l["step"]: l[k] for l in log} for k in ("loss", "lr", "gradNorm", "tokensPerSecond", "waited")}
 for level in range(len(log[0]["coefficients"])):
     expected[f"coefficients/level_{level}"] = {l["step"]: l["coefficients"][level] for l in log}
+for line in lines:
+    evaluation = line.get("evaluation", {})
+    groups = {f"level_{i}": g for i, g in enumerate(evaluation.get("levels", []))}
+    groups |= {f"task_{task}": g for task, g in evaluation.get("tasks", {}).items()}
+    values = {f"eval/{name}": g["loss"] for name, g in groups.items() if g["loss"] is not None}
+    for task, g in evaluation.get("tasks", {}).items():
+        values |= {f"gate/{task}/level_{level}": c for level, c in enumerate(g["coefficients"] or [])}
+    if evaluation:
+        values["eval/loss"] = evaluation["loss"]
+    for tag, value in values.items():
+        expected.setdefault(tag, {})[line["step"]] = value
 
 events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()  # 0: all points, not a sample
 tags = events.Tags()["scalars"]

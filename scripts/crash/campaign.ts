@@ -17,7 +17,11 @@ const EVERY = 2
 
 type Variant = Pick<ChildJob, 'phase' | 'dtype' | 'options'>
 const VARIANTS: Record<string, Variant> = {
-  'f32, pre-training': { phase: 'pretrain', dtype: 'f32', options: { batch: 4 } },
+  'f32, pre-training, evaluation': {
+    phase: 'pretrain',
+    dtype: 'f32',
+    options: { batch: 4, evalShare: 0.3, evalEvery: 3, lr: 0.02 },
+  },
   'bf16, instruction tuning, accumulation': {
     phase: 'finetune',
     dtype: 'bf16',
@@ -64,14 +68,17 @@ function run(job: ChildJob, killAt?: { steps: number; ms: number }): Promise<End
   })
 }
 
-/** What must be the same: each step's numbers and the weights. */
+/** What must be the same: each step's numbers, those of each evaluation, the weights and those of the best model. */
 function outcome(out: string): { steps: string[]; weights: Buffer } {
   const lines = fs.readFileSync(path.join(out, 'log.jsonl'), 'utf8').trim().split('\n')
   const steps = lines.map((line) => {
-    const { step, loss, lr, gradNorm, coefficients, skipped } = JSON.parse(line)
-    return JSON.stringify({ step, loss, lr, gradNorm, coefficients, skipped })
+    const { step, loss, lr, gradNorm, coefficients, skipped, evaluation } = JSON.parse(line)
+    const evaluated = evaluation && { ...evaluation, seconds: undefined }
+    return JSON.stringify({ step, loss, lr, gradNorm, coefficients, skipped, evaluated })
   })
-  return { steps, weights: fs.readFileSync(path.join(out, 'model.safetensors')) }
+  const folders = [out, path.join(out, 'best')].filter((f) => fs.existsSync(f))
+  const weights = Buffer.concat(folders.map((f) => fs.readFileSync(path.join(f, 'model.safetensors'))))
+  return { steps, weights }
 }
 
 export interface CrashReport {

@@ -11,13 +11,22 @@ export interface Line {
   points: readonly Point[]
   /** CSS colour */
   colour: string
+  /** few values, each worth seeing: dots on a dashed line, and no average */
+  dots?: boolean
 }
 
 /** Goes into the style of a page with charts. */
 export const CHART_STYLE = `svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--muted)}
 svg .strong{fill:var(--ink);font-weight:600}.grid{stroke:var(--line)}.axis{stroke:var(--muted)}
-.raw,.curve{fill:none}.raw{opacity:.35}.curve{stroke-width:2.2;stroke-linejoin:round}.cell{fill:var(--accent)}
+.raw,.curve{fill:none}.raw{opacity:.35}.dots{fill:none;stroke-width:1.6;stroke-dasharray:4 3}.curve{stroke-width:2.2;stroke-linejoin:round}.cell{fill:var(--accent)}
 `
+
+// Neighbours in this order are far apart in hue, however many there are; the page says how light.
+/** CSS colour of a run, and a square of it. */
+export const colour = (run: number): string => `hsl(${(215 + 137.5 * run) % 360} 65% var(--tone))`
+export const swatch = (run: number): string => `<i class="swatch" style="background:${colour(run)}"></i>`
+
+export const fixed = (v: number, digits: number): string => (Number.isFinite(v) ? v.toFixed(digits) : '–')
 
 /** A few round numbers that cover a range. */
 export function ticks(low: number, high: number, wanted = 4): number[] {
@@ -85,15 +94,18 @@ function stepTicks(low: number, high: number, height: number): string {
     .join('')
 }
 
-/** Of each line all its values, thin, and their moving average; the few far above the rest are drawn at the upper edge. */
-export function lineChart(lines: readonly Line[], label: string): string {
+/**
+ * Of each line all its values, thin, and their moving average; the few far above the rest are drawn at the upper edge.
+ * @param low the axis begins there or below; Infinity: at the smallest value
+ */
+export function lineChart(lines: readonly Line[], label: string, low = 0): string {
   const finite = lines
     .map((l) => ({ ...l, points: l.points.filter(([, y]) => Number.isFinite(y)) }))
-    .filter((l) => l.points.length > 1)
+    .filter((l) => l.points.length > (l.dots ? 0 : 1))
   if (finite.length === 0) return '<p class="muted">no steps recorded</p>'
   const sorted = Float64Array.from(finite.flatMap((l) => l.points.map(([, y]) => y))).sort()
   // A first step far above the rest must not flatten the curve.
-  const lowest = Math.min(sorted[0], 0)
+  const lowest = Math.min(sorted[0], low)
   const usual = sorted[Math.ceil(0.98 * (sorted.length - 1))]
   const highest = Math.min(sorted[sorted.length - 1], lowest + 1.25 * (usual - lowest))
   const from = Math.min(...finite.map((l) => l.points[0][0]))
@@ -102,11 +114,15 @@ export function lineChart(lines: readonly Line[], label: string): string {
     const share = (Math.min(v, highest) - lowest) / Math.max(highest - lowest, 1e-12)
     return (HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * share).toFixed(1)
   }
-  const polyline = (kind: string, points: Point[], colour: string): string => {
-    const x = (v: number): string => (LEFT + ((WIDTH - LEFT - RIGHT) * (v - from)) / (to - from)).toFixed(1)
+  const x = (v: number): string => (LEFT + ((WIDTH - LEFT - RIGHT) * (v - from)) / Math.max(to - from, 1)).toFixed(1)
+  const polyline = (kind: string, points: readonly Point[], colour: string): string => {
     const places = points.map(([a, b]) => `${x(a)},${y(b)}`).join(' ')
     return `<polyline class="${kind}" style="stroke:${colour}" points="${places}"/>`
   }
+  const dot = (p: Point, colour: string): string =>
+    `<circle cx="${x(p[0])}" cy="${y(p[1])}" r="3" style="fill:${colour}"/>`
+  const curved = finite.filter((l) => !l.dots)
+  const dotted = finite.filter((l) => l.dots)
   const grid = ticks(lowest, highest).map(
     (t) =>
       `<line class="grid" x1="${LEFT}" x2="${WIDTH - RIGHT}" y1="${y(t)}" y2="${y(t)}"/>` +
@@ -114,8 +130,9 @@ export function lineChart(lines: readonly Line[], label: string): string {
   )
   return `${open(HEIGHT, label)}
 ${grid.join('')}${stepTicks(from, to, HEIGHT)}
-${finite.map((l) => polyline('raw', thin(l.points, 400), l.colour)).join('\n')}
-${finite.map((l) => polyline('curve', thin(smoothed(l.points), 200), l.colour)).join('\n')}
+${curved.map((l) => polyline('raw', thin(l.points, 400), l.colour)).join('\n')}
+${curved.map((l) => polyline('curve', thin(smoothed(l.points), 200), l.colour)).join('\n')}
+${dotted.map((l) => polyline('dots', l.points, l.colour) + l.points.map((p) => dot(p, l.colour)).join('')).join('\n')}
 </svg>`
 }
 

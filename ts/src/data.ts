@@ -18,6 +18,7 @@ export { type LoadedBatch, type Loader, type LoaderOptions, openLoader } from '.
 
 /** A record that was left out of its batch, and why. */
 export interface Dropped {
+  /** its place in the file, from 0 */
   index: number
   id: string
   /** file name of the picture, null for text */
@@ -31,7 +32,7 @@ export interface DatasetState {
   bad: Dropped[]
   /** samples that do not fit the length limit */
   skipped: Dropped[]
-  /** indices of samples whose text was cut */
+  /** places of samples whose text was cut */
   truncated: number[]
 }
 
@@ -46,12 +47,17 @@ export interface OrderOptions {
   shuffle?: boolean
 }
 
+/** The order of the epochs uses the streams below, augmentation those above. */
+const HOLD_OUT_STREAM = 2 ** 32 - 1
+
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
   private offsets: Float64Array = new Float64Array(0)
   private sizes: Uint32Array = new Uint32Array(0)
   /** words, negative for text-only records (as LLaVA's modality_lengths) */
   private words: Int32Array = new Int32Array(0)
+  /** of a part of the file: the place of each record in the file */
+  private numbers: Uint32Array | null = null
   private fd: number | null = null
   private readonly bad = new Map<number, Dropped>()
   private readonly skipped = new Map<number, Dropped>()
@@ -82,6 +88,7 @@ export class Dataset {
   /** Takes the index saved beside the file, or reads every record. @throws AlignGPTError ERR_DATA */
   async open(fresh = false): Promise<this> {
     this.close()
+    this.numbers = null
     const { offsets, sizes, words } = await savedArrays(this.file, 'records', this.saved, () => this.read(), fresh)
     this.offsets = offsets as Float64Array
     this.sizes = sizes as Uint32Array
@@ -123,6 +130,35 @@ export class Dataset {
     }
   }
 
+  /** Place of a record in the file. */
+  private number(index: number): number {
+    return this.numbers ? this.numbers[index] : index
+  }
+
+  /** Some of the records, in the order of their indices here, as a data set that has only them. */
+  subset(indices: readonly number[] | Int32Array): Dataset {
+    const part = new Dataset(this.file, this.pictures, this.saved)
+    part.offsets = Float64Array.from(indices, (i) => this.offsets[i])
+    part.sizes = Uint32Array.from(indices, (i) => this.sizes[i])
+    part.words = Int32Array.from(indices, (i) => this.words[i])
+    part.numbers = Uint32Array.from(indices, (i) => this.number(i))
+    return part
+  }
+
+  /**
+   * Takes a random share of the records out, at least one: a pure function of (number of records, share, seed). Both parts keep the
+   * file's order.
+   * @throws AlignGPTError ERR_DATA when no record would be left
+   */
+  holdOut(share: number, seed: number): { rest: Dataset; held: Dataset } {
+    const count = Math.max(1, Math.round(share * this.length))
+    if (count >= this.length)
+      throw mismatch('ERR_DATA', 'data', `${this.file}: records`, `more than the ${count} held out`, `${this.length}`)
+    const order = permutation(this.length, seed, HOLD_OUT_STREAM)
+    const [held, rest] = [order.slice(0, count).sort(), order.slice(count).sort()]
+    return { rest: this.subset(rest), held: this.subset(held) }
+  }
+
   /** Byte range of a record in the file. */
   range(index: number): RecordRange {
     if (!Number.isInteger(index) || index < 0 || index >= this.length)
@@ -146,7 +182,7 @@ export class Dataset {
         throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${offset + done}`, 'the record seen before', 'the end')
       done += n
     }
-    return parseRecord(parseBytes(b, this.file, offset), this.file, index)
+    return parseRecord(parseBytes(b, this.file, offset), this.file, this.number(index))
   }
 
   /** Every record in file order. */
@@ -182,17 +218,17 @@ export class Dataset {
       yield order.slice(i, i + options.batch)
   }
 
-  /** Notes a picture that could not be used. */
+  /** Notes a picture that could not be used; `index` is that of the record here, the state has its place in the file. */
   noteBad(d: Dropped): void {
-    if (!this.bad.has(d.index)) this.bad.set(d.index, d)
+    note(this.bad, { ...d, index: this.number(d.index) })
   }
   /** Notes a sample that does not fit. */
   noteSkipped(d: Dropped): void {
-    if (!this.skipped.has(d.index)) this.skipped.set(d.index, d)
+    note(this.skipped, { ...d, index: this.number(d.index) })
   }
   /** Notes a sample whose text was cut. */
   noteTruncated(index: number): void {
-    this.truncated.add(index)
+    this.truncated.add(this.number(index))
   }
   /** What was left out so far. */
   get state(): DatasetState {
@@ -200,9 +236,9 @@ export class Dataset {
   }
   /** Continues from a saved state. */
   restore(state: DatasetState): void {
-    for (const d of state.bad) this.noteBad(d)
-    for (const d of state.skipped) this.noteSkipped(d)
-    for (const i of state.truncated) this.noteTruncated(i)
+    for (const d of state.bad) note(this.bad, d)
+    for (const d of state.skipped) note(this.skipped, d)
+    for (const i of state.truncated) this.truncated.add(i)
   }
   /**
    * Stops a run whose data is broken.
@@ -223,6 +259,10 @@ export class Dataset {
       got,
     )
   }
+}
+
+function note(list: Map<number, Dropped>, d: Dropped): void {
+  if (!list.has(d.index)) list.set(d.index, d)
 }
 
 /**

@@ -31,6 +31,7 @@ export {
   type Sampling,
 } from './generate.js'
 export type { OutlierOptions } from './guard.js'
+export type { Best, EvaluationInfo, EvaluationOptions, HeldOutGroup } from './heldout.js'
 export { type Buckets, bucketLevels, type Levels, writeLevels } from './levels.js'
 export { addLora, type LoraOptions, loadAdapter, mergeLora, saveAdapter } from './lora.js'
 export { largestMicroBatch, type MemoryPlan, type PlanModel, type PlanOptions, plan } from './plan.js'

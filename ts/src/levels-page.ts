@@ -1,9 +1,9 @@
 /** What the levels of a data set look like: one HTML page that needs nothing besides itself. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { escapeHtml, htmlPage } from './html.js'
+import { escapeHtml, htmlPage, thumbnail } from './html.js'
 import type { Buckets, Levels } from './levels.js'
-import { type PictureSource, readPicture } from './pictures.js'
+import type { PictureSource } from './pictures.js'
 
 export interface LevelExample {
   level: number
@@ -36,17 +36,9 @@ td.bar { width: 60%; text-align: left } td.bar i { display: block; height: 1rem;
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; overflow-wrap: anywhere }
 figure img { display: block; max-width: 100%; margin: 0 auto .5rem; border-radius: 4px }`
 
-/** The picture, small, as a data URI. */
-async function thumbnail(source: PictureSource): Promise<string> {
-  const { default: sharp } = await import('sharp')
-  const resize = { width: SIDE, height: SIDE, fit: 'inside', withoutEnlargement: true } as const
-  const small = sharp(readPicture(source)).resize(resize).webp({ quality: 80 })
-  return `data:image/webp;base64,${(await small.toBuffer()).toString('base64')}`
-}
-
 async function figure(e: LevelExample): Promise<string> {
   const caption = e.caption.length > CAPTION ? `${e.caption.slice(0, CAPTION)}...` : e.caption
-  return `<figure><img src="${await thumbnail(e.image)}" alt=""><figcaption>${escapeHtml(caption)}<br>
+  return `<figure><img src="${await thumbnail(e.image, SIDE)}" alt=""><figcaption>${escapeHtml(caption)}<br>
 <small>${e.score.toFixed(4)} · ${escapeHtml(e.id)}</small></figcaption></figure>`
 }
 

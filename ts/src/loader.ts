@@ -61,6 +61,8 @@ export interface LoadedBatch {
   microCount: number
   /** null when every sample of it had to be left out */
   packed: PackedBatch | null
+  /** of the records in `packed` */
+  indices: number[]
 }
 
 /** A micro-batch in preparation. */
@@ -309,6 +311,7 @@ export class Loader {
   private finish(job: Job, result: (i: number) => Uint8Array | Error): LoadedBatch {
     const { patches, gateText, align, preprocess, maxBad = 0.01 } = this.options
     const kept: Sample[] = []
+    const indices: number[] = []
     const pixels: (Uint8Array | null)[] = []
     job.samples.forEach((sample, k) => {
       const u8 = job.picture[k] < 0 ? null : result(job.picture[k])
@@ -317,6 +320,7 @@ export class Loader {
         return
       }
       kept.push(sample)
+      indices.push(job.indices[k])
       pixels.push(u8)
     })
     for (const d of job.skipped) this.dataset.noteSkipped(d)
@@ -326,7 +330,7 @@ export class Loader {
       normaliseInto(pixels[b] as Uint8Array, this.table, out, offset)
     const packed = kept.length ? packBatch(kept, patches, { gateText, align, size: preprocess.crop, fill }) : null
     const { step, epoch, micro, microCount } = job
-    return { step, epoch, micro, microCount, packed }
+    return { step, epoch, micro, microCount, packed, indices }
   }
 
   private take(): Job | undefined {

@@ -1,6 +1,7 @@
 /** What a run says of each step: log.jsonl always, TensorBoard's event files where asked for, a bar on a terminal. */
 import fs from 'node:fs'
 import path from 'node:path'
+import type { EvaluationInfo } from './heldout.js'
 import { writeAtomicText } from './json.js'
 import { Bar } from './progress.js'
 import { EventFile } from './tensorboard.js'
@@ -21,6 +22,18 @@ function scalars(s: StepInfo): Record<string, number> {
   return Object.fromEntries([...train, ...coefficients.map((c, level) => [`coefficients/level_${level}`, c])])
 }
 
+/** Those of an evaluation. */
+function evaluationScalars({ loss, levels = [], tasks = {} }: EvaluationInfo): Record<string, number> {
+  const named = Object.entries(tasks)
+  const groups = [
+    ...levels.map((g, level) => [`level_${level}`, g] as const),
+    ...named.map(([t, g]) => [`task_${t}`, g] as const),
+  ]
+  const losses = groups.flatMap(([name, g]) => (g.loss === null ? [] : [[`eval/${name}`, g.loss]]))
+  const gate = named.flatMap(([t, g]) => g.coefficients?.map((c, level) => [`gate/${t}/level_${level}`, c]) ?? [])
+  return Object.fromEntries([['eval/loss', loss], ...losses, ...gate])
+}
+
 export class Log {
   #bar: Bar | undefined
   #events: EventFile | undefined
@@ -32,12 +45,15 @@ export class Log {
     private readonly tell: (text: string) => void,
   ) {}
 
-  /** @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes */
-  static async open(phase: string, o: LogOptions, start: number): Promise<Log> {
+  /**
+   * @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes
+   * @param evaluated of those, at the last evaluation
+   */
+  static async open(phase: string, o: LogOptions, start: number, evaluated = 0): Promise<Log> {
     const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'), o.onMessage)
     if (o.out && log.file) {
       fs.mkdirSync(o.out, { recursive: true })
-      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start) : '')
+      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start, evaluated) : '')
       if (o.tensorboard) log.#events = new EventFile(o.out, start)
     }
     if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase, o.steps, start)
@@ -45,8 +61,14 @@ export class Log {
   }
   step(s: StepInfo): void {
     if (this.file) this.#append(this.file, JSON.stringify({ phase: this.phase, ...s, time: new Date().toISOString() }))
-    if (this.#events) this.#addEvent(this.#events, s)
+    if (this.#events) this.#addEvent(this.#events, s.step, scalars(s))
     this.#bar?.step(s)
+  }
+  evaluation({ step, steps, ...evaluation }: EvaluationInfo): void {
+    const line = { phase: this.phase, step, steps, evaluation, time: new Date().toISOString() }
+    if (this.file) this.#append(this.file, JSON.stringify(line))
+    if (this.#events) this.#addEvent(this.#events, step, evaluationScalars({ step, steps, ...evaluation }))
+    this.#bar?.evaluation(evaluation.loss)
   }
   /** A full disk is no reason to stop training. */
   #append(file: string, line: string): void {
@@ -58,9 +80,9 @@ export class Log {
       this.#broken = true
     }
   }
-  #addEvent(events: EventFile, s: StepInfo): void {
+  #addEvent(events: EventFile, step: number, values: Record<string, number>): void {
     try {
-      events.step(s.step, scalars(s))
+      events.step(step, values)
       this.#eventsBroken = false
     } catch (e) {
       if (!this.#eventsBroken) this.tell(`${events.file}: ${(e as Error).message}; training goes on`)
@@ -73,11 +95,12 @@ export class Log {
   }
 }
 
-/** The lines of a log that are whole and of steps before `start`. */
-function linesBefore(file: string, start: number): string {
+/** The lines of a log that are whole and of steps before `start`, or of evaluations after those before `evaluated`. */
+function linesBefore(file: string, start: number, evaluated: number): string {
   const before = (line: string): boolean => {
     try {
-      return JSON.parse(line).step < start
+      const { step, evaluation } = JSON.parse(line)
+      return step < (evaluation ? evaluated : start)
     } catch {
       return false
     }

@@ -11,7 +11,7 @@ import { type SavedOptions, type Stamp, stampOf } from './saved.js'
 import { TarWriter } from './tar.js'
 
 const VERSION = 1
-const COLUMNS = ['id', 'image', 'conversations', 'similarity']
+const COLUMNS = ['id', 'image', 'conversations', 'similarity', 'task']
 
 export interface Unpacked {
   /** JSON lines */
@@ -114,7 +114,7 @@ function isUnpacked(folder: string, sources: Manifest['sources']): true | string
 
 /**
  * Unpacks Parquet files, in order, into one data file; does nothing when that has been done and the files are the same.
- * Columns: conversations (list of {from, value}), id, similarity, and image: a name, bytes, or {bytes, path}.
+ * Columns: conversations (list of {from, value}), id, similarity, task, and image: a name, bytes, or {bytes, path}.
  * @param folder where to; default `<first file>.unpacked`
  * @throws AlignGPTError ERR_DATA: no Parquet, no such column, a folder that cannot be written
  */

@@ -25,6 +25,8 @@ export interface DataRecord {
   conversations: Turn[]
   /** alignment level of phase 1, null when the pair has not been scored */
   similarity: number | null
+  /** what kind of question it is, where the data says so (held-out loss is given for each) */
+  task?: string
 }
 
 /** Rendered text, learned or not, or the place of the picture. */

@@ -181,12 +181,12 @@ export function recordProblem(raw: unknown): RecordProblem | null {
 
 /**
  * Checks one parsed record: id (string or number; absent: its index), image (optional string), conversations
- * ([{from: human|user|gpt|assistant|system, value}]), similarity (optional level, integer >= 0).
+ * ([{from: human|user|gpt|assistant|system, value}]), similarity (optional level, integer >= 0). `task` is taken where it is a text.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 export function parseRecord(raw: unknown, file: string, index: number): DataRecord {
   const problem = recordProblem(raw)
-  const { id = index, image, conversations, similarity } = raw as Record<string, unknown>
+  const { id = index, image, conversations, similarity, task } = raw as Record<string, unknown>
   if (problem) {
     const { key, expected, got } = problem
     const what = `${file}: record ${index} (id ${show(id)}) ${key}`
@@ -197,6 +197,7 @@ export function parseRecord(raw: unknown, file: string, index: number): DataReco
     image: (image ?? null) as string | null,
     conversations: (conversations as Turn[]).map(({ from, value }) => ({ from: ROLES[from], value })),
     similarity: (similarity ?? null) as number | null,
+    ...(typeof task === 'string' && task !== '' && { task }),
   }
 }
 

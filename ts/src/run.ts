@@ -6,6 +6,7 @@
 import fs from 'node:fs'
 import type { Worker } from 'node:worker_threads'
 import { AlignGPTError } from './errors.js'
+import type { EvaluationInfo } from './heldout.js'
 import { native } from './native.js'
 import { Bar } from './progress.js'
 import { startThread } from './thread.js'
@@ -36,6 +37,10 @@ class Progress {
       this.#bar = bar
     })
     this.#bar?.step(s)
+  }
+  evaluation({ step, loss, best }: EvaluationInfo): void {
+    if (process.stderr.isTTY) this.#bar?.evaluation(loss)
+    else console.log(`step ${step + 1}: held-out loss ${loss.toFixed(4)}${best ? ', the best so far' : ''}`)
   }
   async end(): Promise<void> {
     await this.#opening
@@ -75,6 +80,7 @@ function listen(worker: Worker, progress: Progress): Promise<TrainResult> {
   return new Promise((resolve, reject) => {
     worker.on('message', (news: TrainNews) => {
       if ('step' in news) progress.step(news.step)
+      else if ('evaluation' in news) progress.evaluation(news.evaluation)
       else if ('text' in news) console.error(news.text)
       else if ('result' in news) resolve(news.result)
       else reject(rebuilt(news.error))

@@ -2,6 +2,7 @@
 import type { MessagePort } from 'node:worker_threads'
 import { AlignGPT, type AlignmentOptions, type CreateOptions, type LoadOptions } from './aligngpt.js'
 import { loadDataset } from './data.js'
+import type { EvaluationInfo } from './heldout.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from './train.js'
 
 /** What to train; nothing in it is a function. */
@@ -11,12 +12,13 @@ export interface TrainJob {
   model: { create: CreateOptions } | ({ load: string; clip?: string } & AlignmentOptions)
   place: LoadOptions
   data: { file: string; images?: string }
-  options: Omit<TrainOptions, 'signal' | 'onStep' | 'onMessage'>
+  options: Omit<TrainOptions, 'signal' | 'onStep' | 'onEvaluation' | 'onMessage'>
 }
 
 /** What the thread tells while it runs, and at its end. */
 export type TrainNews =
   | { step: StepInfo }
+  | { evaluation: EvaluationInfo }
   | { text: string }
   | { result: TrainResult }
   | { error: { code?: string; message: string; stack?: string } }
@@ -39,6 +41,7 @@ async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) =
       signal,
       progress: false, // this thread has no terminal
       onStep: (step) => tell({ step }),
+      onEvaluation: (evaluation) => tell({ evaluation }),
       onMessage: (text) => tell({ text }),
     })
   } finally {

@@ -10,6 +10,14 @@ import type { Dataset, DatasetState, Dropped } from './data.js'
 import { fingerprint } from './disk.js'
 import { AlignGPTError } from './errors.js'
 import { describeRecords, dumpStep, type OutlierOptions, type OutlierState, Outliers } from './guard.js'
+import {
+  type Best,
+  type EvaluationInfo,
+  type EvaluationOptions,
+  HeldOut,
+  type HeldOutState,
+  holdOut,
+} from './heldout.js'
 import { type Loader, openLoader } from './loader.js'
 import { Log } from './log.js'
 import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
@@ -19,7 +27,7 @@ import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
 import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
 
-export interface TrainOptions {
+export interface TrainOptions extends EvaluationOptions {
   /** folder for the model, log.jsonl, state.json and checkpoints; without one nothing is written */
   out?: string
   /** samples of a step (the phase's: 256 in pre-training, 128 in instruction tuning) */
@@ -72,6 +80,8 @@ export interface TrainOptions {
   /** leaves out the update of steps whose loss or gradient norm is far above those before (default: never) */
   skipOutliers?: boolean | OutlierOptions
   onStep?: (step: StepInfo) => void
+  /** told of each evaluation on held-out records (evalShare, evalData) */
+  onEvaluation?: (evaluation: EvaluationInfo) => void
   /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
   onMessage?: (text: string) => void
   /** TensorBoard event files in `out`, beside log.jsonl */
@@ -114,6 +124,9 @@ export interface TrainResult {
   skipped: Dropped[]
   /** steps without an update (skipOutliers) */
   outliers: number
+  /** the evaluation with the lowest loss, null without evalShare or evalData; its model is in `out/best` */
+  best: Best | null
+  /** stopped by the signal: steps or the last evaluation are missing */
   aborted: boolean
 }
 
@@ -216,7 +229,7 @@ function resolve(model: AlignGPT, data: Dataset, phase: Phase, o: TrainOptions):
 }
 
 /** What the numbers of a run depend on, besides its start. */
-function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved): Record<string, unknown> {
+function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
   const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
   return {
     phase: phase.name,
@@ -235,6 +248,7 @@ function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved): Re
     augment: o.augment ?? false,
     skipOutliers: o.skipOutliers ?? false,
     data: { records: data.length, ...fingerprint(data.file) },
+    evaluation: held?.settings,
   }
 }
 
@@ -245,6 +259,7 @@ interface RunState {
   position: { epoch: number; step: number }
   dropped: DatasetState
   outliers: OutlierState | null
+  evaluation: HeldOutState | null
 }
 
 /** One training run. */
@@ -265,6 +280,7 @@ class Run {
     readonly data: Dataset,
     readonly phase: Phase,
     readonly o: Resolved,
+    readonly held: HeldOut | null,
   ) {
     const { weightDecay, optimizerState: state, offloadOptimizer: offload, seed, skipOutliers } = o
     this.outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
@@ -274,7 +290,17 @@ class Run {
       !!o.saveEvery && !o.allowLongInterval,
     )
     this.optimizer = new AdamW(trainable(model, phase), { weightDecay, state, offload, seed })
-    this.result = { steps: 0, resumed: 0, loss: [], seconds: 0, bad: [], skipped: [], outliers: 0, aborted: false }
+    this.result = {
+      steps: 0,
+      resumed: 0,
+      loss: [],
+      seconds: 0,
+      bad: [],
+      skipped: [],
+      outliers: 0,
+      best: null,
+      aborted: false,
+    }
   }
 
   private tensors(): StateTensor[] {
@@ -282,9 +308,9 @@ class Run {
   }
 
   async open(): Promise<void> {
-    const { model, data, phase, o } = this
+    const { model, data, phase, o, held } = this
     if (o.out || o.resume) {
-      this.origin = { config: settings(model, data, phase, o), maker: maker(model.device) }
+      this.origin = { config: settings(model, data, phase, o, held), maker: maker(model.device) }
       const found = findResume(o, this.origin, o.onMessage)
       if (found) this.restore(found.folder, found.manifest)
     }
@@ -304,21 +330,23 @@ class Run {
       align: o.mix.mode !== 'none',
       startStep: this.done,
     })
-    this.log = await Log.open(phase.name, o, this.done)
+    this.log = await Log.open(phase.name, o, this.done, held?.state.evaluated)
   }
 
   private restore(folder: string, { step, state }: Manifest): void {
-    const { optimizerStep, dropped, outliers } = state as unknown as RunState
+    const { optimizerStep, dropped, outliers, evaluation } = state as unknown as RunState
     readCheckpoint(folder, this.tensors())
     this.optimizer.resume(optimizerStep)
     this.data.restore(dropped)
     if (outliers) this.outliers?.restore(outliers)
+    if (evaluation) this.held?.restore(evaluation, path.resolve(folder, '../..'))
     this.done = step
   }
 
   /** Steps until the end or the signal. */
   async go(): Promise<void> {
     const { o } = this
+    await this.evaluate() // a signal may have come in the middle of it
     for (const start = this.done; this.done < o.steps && !o.signal?.aborted; ) {
       const info = await this.step()
       this.done++
@@ -326,13 +354,27 @@ class Run {
       this.log.step(info)
       o.onStep?.(info)
       if (this.done === start + 2) this.schedule.measured(info.tokens / info.tokensPerSecond)
+      await this.evaluate()
       if (this.done < o.steps && this.schedule.due(this.done)) await this.save()
       this.saver?.check()
       await turn() // signals and decoding get their turn
     }
-    const stopped = this.done < o.steps && this.done > this.result.resumed
+    const stopped = this.unfinished && this.done > this.result.resumed
     if (stopped && this.saver?.last !== this.done) await this.save()
     await this.saver?.settled()
+  }
+
+  /** Whether steps or the last evaluation are missing. */
+  private get unfinished(): boolean {
+    return this.done < this.o.steps || !!this.held?.due(this.done)
+  }
+
+  /** The evaluation on held-out records, when it is due. */
+  private async evaluate(): Promise<void> {
+    const info = await this.held?.evaluate(this.done)
+    if (!info) return
+    this.log.evaluation(info)
+    this.o.onEvaluation?.(info)
   }
 
   private async step(): Promise<StepInfo> {
@@ -403,6 +445,7 @@ class Run {
       position: { epoch: Math.floor(step / perEpoch), step: step % perEpoch },
       dropped: data.state,
       outliers: outliers?.state ?? null,
+      evaluation: this.held?.state ?? null,
     }
     await this.saver?.save({ step, ...origin, state: { ...state } }, this.tensors())
   }
@@ -410,6 +453,7 @@ class Run {
   async close(): Promise<void> {
     this.log?.end()
     await this.loader?.close()
+    await this.held?.close()
     await this.saver?.close()
     this.optimizer.dispose()
     native.trim(this.model.device) // what lay idle between the steps
@@ -417,9 +461,10 @@ class Run {
 
   /** The result, and the model in `out`. */
   async finish(seconds: number): Promise<TrainResult> {
-    const { result, done, o, data, phase } = this
-    const { bad, skipped } = data.state
-    Object.assign(result, { steps: done, aborted: done < o.steps, seconds, bad, skipped })
+    const { result, done, o, data, phase, held } = this
+    const states = held ? [data.state, held.state.dropped] : [data.state]
+    const [bad, skipped] = [states.flatMap((s) => s.bad), states.flatMap((s) => s.skipped)]
+    Object.assign(result, { steps: done, aborted: this.unfinished, seconds, bad, skipped, best: held?.best ?? null })
     result.outliers = this.outliers?.skipped ?? 0
     if (o.out) {
       await this.model.save(o.out)
@@ -432,7 +477,9 @@ class Run {
 
 async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
   checkOptions(options, data)
-  const run = new Run(model, data, phase, resolve(model, data, phase, options))
+  const { trained, held } = await holdOut(data, options.seed ?? 0, options)
+  const o = resolve(model, trained, phase, options)
+  const run = new Run(model, trained, phase, o, held && new HeldOut(model, phase, held, o))
   const began = performance.now()
   try {
     await run.open()

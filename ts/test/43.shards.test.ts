@@ -401,9 +401,10 @@ describe('Parquet', () => {
         { name: 'conversations', data: conversations },
         { name: 'similarity', data: [3n, null, null, 0n, 7n] },
         { name: 'source', data: ids },
+        { name: 'task', data: ['vqa', null, null, '', 'ocr'] },
       ],
-      [text('id'), ...imageSchema, ...turnSchema('conversations'), int('similarity'), text('source')],
-      5,
+      [text('id'), ...imageSchema, ...turnSchema('conversations'), int('similarity'), text('source'), text('task')],
+      6,
     )
   const quiet = { onNotice: (): void => {} }
 
@@ -418,6 +419,7 @@ describe('Parquet', () => {
       ['d', 0],
       ['e', 7],
     ])
+    expect(got.map((r) => r.task)).toEqual(['vqa', undefined, undefined, undefined, 'ocr'])
     expect(got.map((r) => r.image)).toEqual(['000000000.png', '000000001', null, '000000003.png', '000000004.png'])
     expect(got.map((r) => r.conversations)).toEqual(conversations)
     for (const [i, r] of got.entries())

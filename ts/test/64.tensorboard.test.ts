@@ -7,7 +7,7 @@ import { afterAll, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { loadDataset } from '../src/data.js'
 import { EventFile, maskedCrc32c } from '../src/tensorboard.js'
-import { pretrain } from '../src/train.js'
+import { finetune, pretrain } from '../src/train.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'tensorboard test '))
@@ -158,6 +158,40 @@ test('a run and its continuation: the numbers of log.jsonl, each step once', asy
     }
   }
   expect(log[1].coefficients.length).toBeGreaterThan(1)
+})
+
+test('evaluations: losses of levels, of tasks, and the gate by task', async () => {
+  for (const phase of ['pretrain', 'finetune'] as const) {
+    const out = path.join(scratch, `evaluated ${phase}`)
+    const model = await AlignGPT.load(path.join(base, 'model/aligngpt'))
+    const file = path.join(base, phase === 'pretrain' ? 'data_phase1.json' : 'data_phase2.json')
+    const data = await loadDataset(file, { images: path.join(base, 'images') })
+    const options = { batch: 3, steps: 4, workers: 0, progress: false, evalData: file, evalEvery: 3 }
+    await (phase === 'pretrain' ? pretrain : finetune)(model, data, { ...options, out, tensorboard: true })
+    model.dispose()
+    data.close()
+    const log = fs.readFileSync(path.join(out, 'log.jsonl'), 'utf8').trim().split('\n')
+    const lines = log.map((l) => JSON.parse(l)).filter((l) => l.evaluation)
+    const events = eventFiles(out).flatMap(readEvents)
+    const read = events.filter((e) => 'eval/loss' in e.scalars)
+    expect(read.map((e) => e.step)).toEqual([2, 3])
+    for (const [i, { evaluation }] of lines.entries()) {
+      const expected: [string, number][] = [['eval/loss', evaluation.loss]]
+      if (phase === 'pretrain')
+        for (let l = 0; l < 8; l++) expected.push([`eval/level_${l}`, evaluation.levels[l].loss])
+      else
+        for (const [task, c] of [
+          ['short', 8],
+          ['description', 8],
+          ['yes/no', 8],
+          ['text', 0],
+        ] as const) {
+          expected.push([`eval/task_${task}`, evaluation.tasks[task].loss])
+          for (let l = 0; l < c; l++) expected.push([`gate/${task}/level_${l}`, evaluation.tasks[task].coefficients[l]])
+        }
+      expect(read[i].scalars).toEqual(Object.fromEntries(expected.map(([k, v]) => [k, Math.fround(v)])))
+    }
+  }
 })
 
 test('event files want a folder', async () => {

@@ -1,4 +1,5 @@
 /** What the commands share: parsers of options, those of both training commands, the last line. */
+import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { AlignGPT, AlignmentOptions, LoadOptions, Mix } from '../aligngpt.js'
 import type { Sampling } from '../generate.js'
@@ -78,6 +79,10 @@ export function trainingOptions(command: Command): Command {
     .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
     .option('--allow-long-interval', 'an interval longer than the run is no mistake')
     .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
+    .option('--eval-share <share>', 'share of the records that is held out and evaluated', number)
+    .option('--eval-data <file>', 'or a data file to evaluate')
+    .option('--eval-images <dir>', 'its pictures (default: --images)')
+    .option('--eval-every <n>', 'steps between evaluations (default: a tenth of the run)', integer)
     .option('--tensorboard', 'TensorBoard event files in --out, beside log.jsonl')
     .option('--alignment <variant>', 'adaptive (default), local, global, average, random or none')
     .option('--gate <form>', 'mlp (default), or linear as in the paper')
@@ -100,11 +105,13 @@ export async function train(
 }
 
 function summary(result: TrainResult, out: string): void {
-  const { bad, skipped, resumed, outliers } = result
+  const { bad, skipped, resumed, outliers, best } = result
   console.log(
     `${result.steps} steps in ${result.seconds.toFixed(1)} s, loss ${result.loss[0]?.toFixed(4)} -> ${result.loss.at(-1)?.toFixed(4)}; saved to ${out}`,
   )
   if (resumed) console.log(`${resumed} of the steps were done before`)
+  if (best)
+    console.log(`lowest held-out loss ${best.loss.toFixed(4)} after step ${best.step + 1}: ${path.join(out, 'best')}`)
   if (outliers) console.log(`${outliers} steps were outliers and not used`)
   for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
   for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
