@@ -20,7 +20,7 @@ import {
   TABLE,
 } from './foreign.js'
 import { writeAll, writeJsonFile } from './json.js'
-import { type Format, hfConfigJson, llavaConfigJson, nameIn } from './layouts.js'
+import { type Format, nameIn } from './layouts.js'
 import { merged, openAdapter } from './lora.js'
 import { native } from './native.js'
 import { initialize } from './nn.js'
@@ -35,6 +35,7 @@ import {
   withFile,
   writeSafetensors,
 } from './safetensors.js'
+import { hfConfigJson, llavaConfigJson } from './settings.js'
 import { type Dtype, scope, type Tensor, zeros } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
 import { checkEntry, readTensor } from './weights.js'

@@ -15,8 +15,9 @@ import {
   visionTowerFolder,
 } from './config.js'
 import { mismatch, show } from './errors.js'
-import { type Format, settingsOf, VISION } from './layouts.js'
+import { type Format, VISION } from './layouts.js'
 import { openCheckpoint, type TensorEntry } from './safetensors.js'
+import { settingsOf } from './settings.js'
 import { openNamed } from './weights.js'
 
 /** A model on disk: settings, and where each weight lies, under our names. */
