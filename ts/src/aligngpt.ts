@@ -30,13 +30,14 @@ import {
   type GenerateRequest,
   generate,
 } from './generate.js'
+import { VISION } from './layouts.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
 import { mergedWeights } from './lora.js'
 import { type Device, resolveDevice } from './native.js'
-import { Linear, Module, type Source } from './nn.js'
+import { type Init, Linear, Module, Source } from './nn.js'
 import { type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
 import { openCheckpoint, writeSafetensors } from './safetensors.js'
-import { backward, type Dtype, noGrad, scope, type Tensor, tensor } from './tensor.js'
+import { backward, type Dtype, noGrad, scope, type Tensor, tensor, zeros } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './weights.js'
 
@@ -75,8 +76,6 @@ export interface CreateOptions extends AlignmentOptions {
 }
 
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
-
-const VISION = 'vision_tower.vision_tower.vision_model.'
 
 class VisionTowerShell extends Module {
   constructor(readonly vision_model: CLIPVisionTransformer) {
@@ -181,6 +180,26 @@ export class AlignGPT extends Module {
     this.align_indicators = new AlignIndicators(table.at('align_indicators'), levels, config.llm.hidden_size)
     const { mm_gate_type } = config
     this.gated_weight_layer = new GatedWeightLayer(gate.at('gated_weight_layer'), mm_gate_type, this.patches, levels)
+  }
+
+  /**
+   * What parameters a model of these settings has, without making any.
+   * @param holds whether there are weights of a name; a tied LM head is a parameter only where there are
+   */
+  static parameters(
+    settings: Pick<Parts, 'config' | 'clip' | 'levels'>,
+    holds: (name: string) => boolean,
+  ): Map<string, { shape: number[]; init: Init }> {
+    const found = new Map<string, { shape: number[]; init: Init }>()
+    const nothing = zeros([0]).persist()
+    const s = new Source((name, shape, init) => {
+      found.set(name, { shape, init })
+      return nothing
+    }, holds)
+    const from = { llm: s, vision: s, projector: s, table: s, gate: s }
+    new AlignGPT(from, settings as Parts, { dtype: 'f32', device: 'cpu' })
+    nothing.dispose()
+    return found
   }
 
   /** A new AlignGPT from a LLaMA and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
@@ -440,13 +459,7 @@ export class AlignGPT extends Module {
       },
       torchNames[this.dtype],
     )
-    copyFiles(this.#parts.llmDir, dir, [
-      'tokenizer.json',
-      'tokenizer.model',
-      'tokenizer_config.json',
-      'special_tokens_map.json',
-      'generation_config.json',
-    ])
+    copyFiles(this.#parts.llmDir, dir, LLM_FILES)
     copyFiles(this.#parts.clipDir, path.join(dir, 'vision_tower'), ['config.json', 'preprocessor_config.json'])
   }
 
@@ -457,7 +470,17 @@ export class AlignGPT extends Module {
   }
 }
 
-function copyFiles(from: string, to: string, names: string[]): void {
+/** What lies beside a language model's weights and config.json. */
+export const LLM_FILES = [
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'generation_config.json',
+]
+
+/** Copies those of the files that are there. */
+export function copyFiles(from: string, to: string, names: readonly string[]): void {
   if (path.resolve(from) === path.resolve(to)) return
   for (const name of names) {
     const file = path.join(from, name)
