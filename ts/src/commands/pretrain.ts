@@ -16,9 +16,10 @@ function run(this: Command, o: Options): Promise<void> {
   const { model, llm, clip, levels, projector, selectLayer, selectFeature, ...rest } = o
   const { alignment, gate, gateText, ...options } = rest
   if (model !== undefined) {
-    for (const name of ['llm', 'levels', 'projector', 'selectLayer', 'selectFeature'])
-      if (this.getOptionValueSource(name) === 'cli')
-        this.error(`error: --${name} does not go with --model, which has one`)
+    const fixed = ['llm', 'levels', 'projector', 'selectLayer', 'selectFeature']
+    for (const { name, long } of this.options.map((x) => ({ name: x.attributeName(), long: x.long })))
+      if (fixed.includes(name) && this.getOptionValueSource(name) === 'cli')
+        this.error(`error: ${long} does not go with --model, which has one`)
     return train('pretrain', { load: model, clip, alignment, gate, gateText }, options)
   }
   if (llm === undefined || clip === undefined) this.error('error: expected --llm and --clip, or --model')
