@@ -68,7 +68,6 @@ beforeAll(async () => {
 test('levels, pretrain, finetune, chat', async () => {
   const levels = await aligngpt(
     'levels',
-    '--data',
     pairs,
     '--images',
     pictures,
@@ -164,15 +163,7 @@ test('levels, pretrain, finetune, chat', async () => {
 
 test('mistakes are answered in one line', async () => {
   const runs = await Promise.all([
-    aligngpt(
-      'levels',
-      '--data',
-      path.join(dir, 'none.json'),
-      '--images',
-      pictures,
-      '--clip',
-      path.join(golden, 'clip'),
-    ),
+    aligngpt('levels', path.join(dir, 'none.json'), '--images', pictures, '--clip', path.join(golden, 'clip')),
     aligngpt(
       'pretrain',
       '--llm',

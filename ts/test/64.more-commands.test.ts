@@ -81,13 +81,14 @@ test('generate: one question streams, a file is answered in batches, the gate ca
     { prompt: 'Hello?' },
     { prompt: 'And this?', image: 'b.png' },
   ]
-  const questions = file('asked.jsonl', asked)
+  const [{ prompt: question, ...first }, ...rest] = asked
+  const questions = file('asked.jsonl', [{ ...first, question }, ...rest]) // as eval and training call it
   const out = path.join(dir, 'answers.jsonl')
   const usual = ['generate', ...model, '--max-new-tokens', '6']
   const many = [...usual, questions, '--images', dir, '--show-gate', '--temperature', '2', '--seed', '4']
   const one = [...usual, '--prompt', 'What is it?', '--image', path.join(dir, 'a.png')]
   const alpha = '0.5,0,0,0,0,0,0,-1'
-  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { question: 'no prompt' }])
+  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { text: 'no prompt' }])
   const [pair, single, gate, level, weights, few, bad, both, none, nowhere] = await Promise.all([
     aligngpt(...many, '--batch', '2', '--out', out),
     aligngpt(...many, '--batch', '1'),

@@ -31,7 +31,7 @@ export function candidates(program: Command, words: readonly string[]): string[]
   const command = program.commands.find((c) => c.name() === before[0])
   const starting = (list: readonly string[]): string[] => list.filter((word) => word.startsWith(at))
   if (!command) return starting(before.length ? [] : visible(program))
-  const flag = command.options.find((o) => o.is(before[before.length - 1]))
+  const flag = command.options.find((o) => [o.short, o.long].includes(before[before.length - 1]))
   if (flag && takesValue(flag)) return starting(flag.argChoices ?? [])
   if (!at.startsWith('-')) return starting(command.registeredArguments[0]?.argChoices ?? [])
   return starting([...command.options.filter((o) => !o.hidden).map((o) => o.long as string), '--help'])
