@@ -180,7 +180,7 @@ test('mistakes are answered in one line', async () => {
     aligngpt('chat', '--model', path.join(golden, 'aligngpt'), '--image', path.join(dir, 'missing.png'), 'What?'),
     aligngpt('finetune', '--data', instructions, '--images', pictures, '--out', path.join(dir, 'y')),
   ])
-  const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /required option '--model/]
+  const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /--model is missing/]
   for (const [i, run] of runs.entries()) {
     expect(run.status).toBe(i === 3 ? 2 : 1)
     expect(run.err).toMatch(expected[i])
