@@ -361,33 +361,11 @@ std::tuple<std::decay_t<A>...> arguments(const Napi::CallbackInfo& info, const C
   return {From<std::decay_t<A>>::value(c, info[I], What(int64_t(I + 1)))...};
 }
 
-// An export that returns nothing may have written into its tensors: copies of their values in other layouts and places are not theirs any more.
-template <class T>
-void forget_packed(const T&) {}
-void forget_packed(const Tensor& t) {
-  if (!t.defined()) return;
-  t.storage->packed.clear();
-  t.storage->mirror_stale = true;
-}
-template <class T>
-void forget_packed(const std::optional<T>& t) {
-  if (t) forget_packed(*t);
-}
-template <class T>
-void forget_packed(const std::vector<T>& list) {
-  for (const T& t : list) forget_packed(t);
-}
-void forget_packed(const ops::AdamWIn& in) {
-  for (const auto* list : {&in.params, &in.m, &in.v}) forget_packed(*list);
-  forget_packed(in.masters);
-}
-
 template <auto F, class R, class... A>
 Napi::Value invoke(const Napi::CallbackInfo& info, R (*)(A...)) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
     auto args = arguments<A...>(info, c, std::index_sequence_for<A...>());
     if constexpr (std::is_void_v<R>) {
-      std::apply([](const auto&... a) { (forget_packed(a), ...); }, args);
       std::apply(F, args);
       return env.Undefined();
     } else {
@@ -432,7 +410,7 @@ void write_data(const Call& c, const Tensor& t, const TypedData& d) {
   check(int64_t(d.n) == t.numel(), "ERR_SHAPE", "[", c.op, "] data: expected ", t.numel(), " elements for shape ", t.shape, ", got ", d.n);
   check(is_float(d.dt) == is_float(t.dt), "ERR_DTYPE", "[", c.op, "] data: expected ", dtype_name(t.dt), ", got ", dtype_name(d.dt));
   if (d.n == 0) return;
-  forget_packed(t);
+  t.storage->written();
   if (d.dt == t.dt) return copy_bytes(t.device(), t.data(), d.p, t.bytes());
   Tensor staged = empty(t.device(), t.shape, d.dt);
   copy_bytes(t.device(), staged.data(), d.p, staged.bytes());
@@ -555,11 +533,13 @@ Napi::Value dispose(const Napi::CallbackInfo& info) {
 Napi::Value is_live(const Napi::CallbackInfo& info) {
   return with_number(info, [](Napi::Env env, State& s, double h) { return to_js(env, s, s.live(h)); });
 }
-// graphBegin(device) -> number; graphEnd, graphLaunch, graphDispose(number)
+// graphBegin(device, beside: a graph or null) -> number; graphEnd, graphLaunch, graphDispose(number)
 Napi::Value graph_begin(const Napi::CallbackInfo& info) {
   return guarded(info, [&](Napi::Env env, Call& c) -> Napi::Value {
-    check(info.Length() == 1, "ERR_ARGUMENT", "[graphBegin] arguments: expected 1, got ", info.Length());
-    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"))));
+    check(info.Length() == 2, "ERR_ARGUMENT", "[graphBegin] arguments: expected 2, got ", info.Length());
+    const auto beside = From<std::optional<double>>::value(c, info[1], "beside");
+    const Graph* other = beside ? &c.state.graph(c.op, *beside) : nullptr;
+    return to_js(env, c.state, c.state.put(std::make_unique<Graph>(From<Device*>::value(c, info[0], "device"), other)));
   });
 }
 Napi::Value graph_end(const Napi::CallbackInfo& info) {

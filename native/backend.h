@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define AG_BACKEND_VERSION 4
+#define AG_BACKEND_VERSION 5
 
 typedef enum { AG_F32 = 0, AG_BF16 = 1, AG_F64 = 2, AG_I32 = 3, AG_I64 = 4 } AgDtype;
 
@@ -367,9 +367,9 @@ typedef struct {
   const int32_t* token;  // [tokens] id, AG_ALIGN_TOKEN or AG_IMAGE_TOKEN
   const int32_t* image_row;     // [images]
   const int32_t* align_row;     // [images]
-  const int32_t* gate_ids;      // [gate_entries]
+  const int32_t* gate_ids;      // [gate_entries]; -1 behind the last offset
   const int32_t* gate_offsets;  // [images + 1]; an empty list gives a mean of zero
-  int64_t gate_entries;         // gate_offsets[images], which a device's host does not read
+  int64_t gate_entries;
   const void* table;            // [levels, hidden]
   AgMixMode mode;
   const int32_t* level;  // [images]
@@ -393,16 +393,18 @@ typedef struct {
 } AgAlignMix;
 
 // ---- loss -------------------------------------------------------------------------------------------
+#define AG_IGNORE (-100) /* target of a row without a label, as in PyTorch */
 // nll[i] = logsumexp(logits[i]) - logits[i, target[i]];
 // dlogits (when not NULL) = (softmax(logits) - onehot) * grad_scale; may be logits itself when the dtypes are equal;
 // dt_d counts only then.
 typedef struct {
   const void* logits;  // [rows, cols] dt
   int64_t rows, cols;
-  const int32_t* target;  // [rows], 0 <= target < cols
+  const int32_t* target;  // [rows], below cols; negative: the row counts for nothing, nll and dlogits are 0
   void* nll;              // [rows] acc
   void* dlogits;          // dt_d
   double grad_scale;
+  const void* scale;  // [] acc or NULL: grad_scale is multiplied with it, so that recorded work can be launched with another one
   AgDtype dt, dt_d;
 } AgCrossEntropy;
 

@@ -98,6 +98,7 @@ void read_file(const Tensor& t, const std::string& path, int64_t offset, const s
   file.seek(offset);
   int64_t n = t.numel(), chunk = std::min(n, kChunk);
   Device* device = t.device();
+  t.storage->written();
   if (!half && from == t.dt && device == &cpu()) return file.read(t.data(), t.bytes());
   Tensor staged = empty(&cpu(), Shape{chunk}, from);
   std::vector<uint16_t> halves(half ? chunk : 0);

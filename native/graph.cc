@@ -8,7 +8,9 @@ static AgCtx on_compute(const Device* device) {
   return ctx;
 }
 
-Graph::Graph(Device* device) : device_(device), turn_(device->turn()) {
+Graph::Graph(Device* device, const Graph* beside) : device_(device), turn_(device->turn()) {
+  check(!beside || beside->device_ == device, "ERR_DEVICE", "[graph] beside: expected a graph of the same device, got one of another");
+  pool_ = beside ? beside->pool_ : std::make_shared<GraphPool>(device);
   check(!device->recording, "ERR_ARGUMENT", "[graph] begin: expected no other graph being recorded, got one");
   AgCtx ctx = on_compute(device);
   check_status("graph", device->backend->graph_begin(&ctx), ctx);
@@ -28,7 +30,6 @@ Graph::~Graph() {
     device_->backend->synchronize(&ctx);  // its last launch may still run
     device_->backend->graph_destroy(work_);
   }
-  device_->forget(this);
 }
 
 void Graph::end() {

@@ -9,10 +9,19 @@
 
 namespace ag {
 
+// Blocks that recorded work uses between its own steps: nobody else may have them while it can be launched.
+struct GraphPool {
+  Device* const device;
+  std::multimap<int64_t, void*> idle;
+  explicit GraphPool(Device* device) : device(device) {}
+  ~GraphPool() { device->forget(this); }
+};
+
 class Graph {
  public:
-  // Other threads' work on the device waits until end(). Throws ERR_UNSUPPORTED on a device without graphs.
-  explicit Graph(Device* device);
+  // Other threads' work on the device waits until end(). Throws ERR_UNSUPPORTED on a device without graphs. `beside`: works in the
+  // same memory as that one, so that what it leaves there besides its results is gone once the other one is launched.
+  explicit Graph(Device* device, const Graph* beside = nullptr);
   ~Graph();
   Graph(const Graph&) = delete;
   void end();
@@ -25,8 +34,7 @@ class Graph {
   void* work_ = nullptr;
   bool recording_ = true;
   std::unique_lock<std::recursive_mutex> turn_;
-  // Blocks that the recorded work uses between its own steps: nobody else may have them while it can be launched.
-  std::multimap<int64_t, void*> idle_;
+  std::shared_ptr<GraphPool> pool_;
   std::vector<std::shared_ptr<Storage>> indices_;
 };
 

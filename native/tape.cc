@@ -8,6 +8,7 @@ namespace ag {
 
 static thread_local bool t_grad_enabled = true;
 static thread_local uint64_t t_sequence = 0;
+static thread_local const char* t_running = "";  // the op whose closure runs
 
 bool grad_enabled() { return t_grad_enabled; }
 bool set_grad_enabled(bool on) {
@@ -31,6 +32,16 @@ Node::~Node() {
     v.reset();
   }
   pending = nullptr;
+}
+
+Tensor Saved::get() const {
+  if (again_) {
+    if (!again_->value.defined()) again_->value = again_->make();
+    return again_->value;
+  }
+  check(!values_.defined() || values_.storage->version == version_, "ERR_AUTOGRAD", "[backward] ", t_running, ": a tensor ", values_.shape,
+        " it keeps, expected as in the forward pass, got it written into since");
+  return values_;
 }
 
 bool wants_grad(const Tensor& t) { return t.defined() && t.var != nullptr; }
@@ -108,11 +119,11 @@ static void accumulate(Var& v, Tensor g) {
     g = Tensor();
     own_leaf_grad(v);
   } else if (v.stale) {  // a leaf's own buffer
-    v.grad.storage->packed.clear();
+    v.grad.storage->written();
     run("cast", v.device, v.device->backend->cast, AgCast{v.grad.data(), v.grad.dt, g.data(), g.dt, g.numel()});
     v.stale = false;
   } else if (v.node == nullptr || v.grad.storage.use_count() == 1) {
-    v.grad.storage->packed.clear();
+    v.grad.storage->written();
     add_into(v.grad, v.grad, cast_to(g, v.grad.dt));
   } else {  // the storage is someone else's gradient too: do not write into it
     Tensor sum = empty(v.device, v.shape, v.grad.dt);
@@ -149,7 +160,7 @@ AgGrad Grads::slot(int input) {
     copy_bytes(v->device, copy.data(), v->grad.data(), copy.bytes());
     v->grad = copy;
   }
-  v->grad.storage->packed.clear();  // a buffer that is written to may be anyone's
+  v->grad.storage->written();  // a buffer may be anyone's
   bool fresh = v->stale;
   v->stale = false;
   return AgGrad{v->grad.data(), v->grad.dt, fresh ? 0 : 1};
@@ -176,6 +187,7 @@ static void run_node(Node& node) {
   node.backward = nullptr;
   node.done = true;
   if (any) {
+    t_running = node.op;
     Grads grads{&node};
     fn(grads);
   }
@@ -222,6 +234,7 @@ Tensor grad_of(const Tensor& leaf) {
   if (!leaf.var || !leaf.var->grad.defined()) return Tensor();
   Var& v = *leaf.var;
   if (v.stale) {
+    v.grad.storage->written();
     run("grad", v.device, v.device->backend->fill, AgFill{v.grad.data(), v.grad.dt, v.grad.numel(), 0.0});
     v.stale = false;
   }

@@ -56,25 +56,25 @@ struct Again {
   std::function<Tensor()> make;
   Tensor value;  // while closures that want it are left
 };
-// What a closure keeps of a tensor: its values, or the way to compute them again, once for all closures that want them.
+// What a closure keeps of a tensor: its values, or the way to compute them again, once for all closures that want them. Values that
+// were written into meanwhile are refused (PyTorch's version counters): the gradient would be that of something else.
 class Saved {
  public:
   Saved() = default;
   explicit Saved(const Tensor& t) : again_(t.again) {
-    if (!again_) values_ = t.detached();
+    if (again_ || !t.defined()) return;
+    values_ = t.detached();
+    version_ = t.storage->version;
   }
-  Tensor get() const {
-    if (!again_) return values_;
-    if (!again_->value.defined()) again_->value = again_->make();
-    return again_->value;
-  }
+  Tensor get() const;  // throws ERR_AUTOGRAD
 
  private:
   Tensor values_;
+  int64_t version_ = 0;
   std::shared_ptr<Again> again_;
 };
 
-// Makes the outputs differentiable. Closures must save tensors as Saved or detached (Tensor::detached).
+// Makes the outputs differentiable. Closures must save tensors as Saved; those that nobody else has may be saved as they are.
 void record(const char* op, std::initializer_list<Tensor*> outputs, const std::vector<Tensor>& inputs, Backward fn);
 
 void set_requires_grad(Tensor& t, bool on);

@@ -100,24 +100,26 @@ void Device::drop_idle(int64_t reserved) {
   }
 }
 
-// A block of `idle` for *bytes, which become its size, or null.
-void* Device::take(std::multimap<int64_t, void*>& idle, int64_t* bytes) {
+// A block of `idle` for *bytes, which become its size, of at most `most`; or null.
+void* Device::take(std::multimap<int64_t, void*>& idle, int64_t* bytes, int64_t most) {
   auto it = idle.lower_bound(*bytes);
-  if (it == idle.end() || it->first > *bytes + *bytes / 8) return nullptr;
+  if (it == idle.end() || it->first > most) return nullptr;
   void* p = it->second;
   *bytes = it->first;
   idle.erase(it);
   return p;
 }
 
-void* Device::allocate(int64_t bytes, int64_t* actual) {
+void* Device::allocate(int64_t bytes, int64_t* actual, bool ahead) {
   int64_t want = rounded(bytes);
   auto turn = this->turn();
   std::lock_guard<std::mutex> lock(mutex_);
   if (fail_after_ >= 0 && fail_after_-- == 0)
     fail("ERR_MEMORY", "[memory] allocation of ", bytes, " bytes failed (test hook)");
-  void* p = recording ? take(recording->idle_, &want) : nullptr;
-  if (!p) p = take(idle_, &want);
+  // Graphs that share a pool are recorded with other sizes each, and nothing is given back meanwhile.
+  GraphPool* pool = recording && !ahead ? recording->pool_.get() : nullptr;
+  void* p = pool ? take(pool->idle, &want, 2 * want) : nullptr;
+  if (!p) p = take(idle_, &want, want + want / 8);
   if (!p) {
     // While work is recorded nothing may be given back.
     const int64_t most = recording ? INT64_MAX : std::max(c_.peak, c_.in_use + want) + kSlack - want;
@@ -130,7 +132,7 @@ void* Device::allocate(int64_t bytes, int64_t* actual) {
     }
     c_.reserved += want;
   }
-  if (recording) owners_[p] = recording;
+  if (pool) owners_[p] = pool;
   *actual = want;
   c_.in_use += want;
   c_.blocks++;
@@ -144,17 +146,17 @@ void Device::release(void* p, int64_t actual) {
   c_.in_use -= actual;
   c_.blocks--;
   const auto owner = owners_.find(p);
-  (owner == owners_.end() ? idle_ : owner->second->idle_).emplace(actual, p);
+  (owner == owners_.end() ? idle_ : owner->second->idle).emplace(actual, p);
 }
 
 std::unique_lock<std::recursive_mutex> Device::turn() {
   return this == &cpu() ? std::unique_lock<std::recursive_mutex>() : std::unique_lock<std::recursive_mutex>(turn_);
 }
 
-void Device::forget(Graph* graph) {
+void Device::forget(GraphPool* pool) {
   std::lock_guard<std::mutex> lock(mutex_);
-  idle_.insert(graph->idle_.begin(), graph->idle_.end());
-  for (auto it = owners_.begin(); it != owners_.end();) it = it->second == graph ? owners_.erase(it) : std::next(it);
+  idle_.insert(pool->idle.begin(), pool->idle.end());
+  for (auto it = owners_.begin(); it != owners_.end();) it = it->second == pool ? owners_.erase(it) : std::next(it);
 }
 
 MemoryCounters Device::counters() {
@@ -177,10 +179,16 @@ void Device::fail_after(int64_t allocations) {
   fail_after_ = allocations;
 }
 
-Storage::Storage(Device* device, int64_t bytes) : device(device), bytes(bytes) {
-  p = device->allocate(bytes, &actual);
+Storage::Storage(Device* device, int64_t bytes, bool ahead) : device(device), bytes(bytes) {
+  p = device->allocate(bytes, &actual, ahead);
 }
 Storage::~Storage() { device->release(p, actual); }
+
+void Storage::written() {
+  packed.clear();
+  mirror_stale = true;
+  version++;
+}
 
 // ---- tensor -----------------------------------------------------------------------------------------
 Tensor Tensor::detached() const {
@@ -235,7 +243,7 @@ void* mirror_of(const std::shared_ptr<Storage>& storage, Device* device) {
   auto turn = device->turn();
   Storage& s = *storage;
   if (!s.mirror || s.mirror->device != device) {
-    s.mirror = std::make_shared<Storage>(device, s.bytes);
+    s.mirror = std::make_shared<Storage>(device, s.bytes, true);
     s.mirror_stale = true;
   }
   if (device->recording)

@@ -82,6 +82,7 @@ struct MemoryCounters {
 };
 
 class Graph;  // graph.h
+struct GraphPool;
 
 class Device {
  public:
@@ -91,9 +92,11 @@ class Device {
   Graph* recording = nullptr;  // to be looked at in one's turn
   // Held while something is enqueued: a graph that is being recorded keeps it, and other threads wait. The CPU has no queue.
   std::unique_lock<std::recursive_mutex> turn();
-  void forget(Graph* graph);  // its blocks are everybody's again
+  void forget(GraphPool* pool);  // its blocks are everybody's again
 
-  void* allocate(int64_t bytes, int64_t* actual);  // throws ERR_MEMORY; actual is what to give back to release
+  // Throws ERR_MEMORY; actual is what to give back to release. `ahead`: written before recorded work is launched, so that none of it
+  // may use the memory, even before it was wanted.
+  void* allocate(int64_t bytes, int64_t* actual, bool ahead = false);
   void release(void* p, int64_t actual);
   MemoryCounters counters();
   void reset_peak();
@@ -103,11 +106,11 @@ class Device {
 
  private:
   void drop_idle(int64_t reserved);
-  void* take(std::multimap<int64_t, void*>& idle, int64_t* bytes);
+  void* take(std::multimap<int64_t, void*>& idle, int64_t* bytes, int64_t most);
   std::mutex mutex_;
   std::recursive_mutex turn_;
   std::multimap<int64_t, void*> idle_;
-  std::map<void*, Graph*> owners_;  // of blocks that a graph's recorded work uses
+  std::map<void*, GraphPool*> owners_;  // of blocks that recorded work uses
   int64_t fail_after_ = -1;
   MemoryCounters c_;
 };
@@ -122,7 +125,7 @@ const AgBackend* open_backend(const std::string& file, std::string* why);
 struct Storage;
 
 // A matrix [rows, cols] once more, in the layout the backend's products want it as right-hand side (AgPack). It belongs
-// to the storage of its values: it goes with them, and whoever writes into them clears it.
+// to the storage of its values: it goes with them, and is dropped when somebody writes into them.
 struct Packed {
   int64_t offset;
   AgDtype dt;
@@ -137,11 +140,13 @@ struct Storage {
   int64_t bytes = 0;   // asked for
   int64_t actual = 0;  // got
   std::vector<Packed> packed;
-  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Whoever writes into the
-  // storage marks it stale; its memory stays, so that what was captured with it finds the new values.
+  // The same bytes on another device, for indices, which ops check and keep on the CPU (device_i32). Its memory stays when it is
+  // stale, so that what was captured with it finds the new values.
   std::shared_ptr<Storage> mirror;
   bool mirror_stale = false;
-  Storage(Device* device, int64_t bytes);
+  int64_t version = 0;  // how often it was written into: what the tape kept of it must have the same (Saved in tape.h)
+  void written();       // whoever writes into it says so
+  Storage(Device* device, int64_t bytes, bool ahead = false);
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;

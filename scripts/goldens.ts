@@ -241,7 +241,7 @@ async function runPhase(
     samples: samples.map((s) => ({ id: s.id, text: s.text, input_ids: [...s.ids], labels: [...s.labels] })),
   }
   for (let step = 0; step < STEPS; step++) {
-    result.loss.push(model.lossAndGradients(batch, phase.mix).loss)
+    result.loss.push(scope(() => model.lossAndGradients(batch, phase.mix).loss.item()))
     result.lr.push(rate(step))
     if (step === 0) {
       optimizer.gradientNorm() // zeroes what no gradient reached

@@ -136,7 +136,7 @@ void loss(Gpu& g) {
   gemm.m = rows, gemm.n = cols, gemm.k = width, gemm.a = hidden, gemm.lda = width, gemm.b = w, gemm.ldb = width, gemm.c = logits, gemm.ldc = cols;
   gemm.dt = gemm.dt_c = AG_BF16, gemm.trans_b = 1;
   g.row("lmHead product bf16 600x32000x4096", g.b.gemm, gemm, AG_K_GEMM, 2.0 * rows * cols * width, false);
-  const AgCrossEntropy a{logits, rows, cols, static_cast<const int32_t*>(g.copy(labels)), nll, logits, 1.0 / rows, AG_BF16, AG_BF16};
+  const AgCrossEntropy a{logits, rows, cols, static_cast<const int32_t*>(g.copy(labels)), nll, logits, 1.0 / rows, nullptr, AG_BF16, AG_BF16};
   g.row("lmHead loss bf16 600x32000", g.b.cross_entropy, a, AG_K_CROSS_ENTROPY, 4.0 * rows * cols, true);
   g.release();
 }

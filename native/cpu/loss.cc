@@ -39,16 +39,22 @@ template <class S, class D>
 void cross_entropy_rows(const AgCrossEntropy* a) {
   typedef Acc<S> C;
   int64_t cols = a->cols;
+  const double by = a->scale ? double(*static_cast<const C*>(a->scale)) : 1;
   parallel_range(a->rows, row_grain(cols), [&](int64_t lo, int64_t hi) {
     for (int64_t r = lo; r < hi; r++) {
       const S* x = static_cast<const S*>(a->logits) + r * cols;
       int64_t target = a->target[r];
+      D* d = a->dlogits ? static_cast<D*>(a->dlogits) + r * cols : nullptr;
+      if (target < 0) {
+        static_cast<C*>(a->nll)[r] = 0;
+        if (d) each_vector<C>(cols, [&](int64_t i, int64_t n) { set(d + i, splat(C(0)), n); });
+        continue;
+      }
       C top = highest(x, cols), total = sum_exp(x, cols, top), at = to_acc(x[target]);
       // A NaN anywhere must reach the loss: the maximum may have skipped it, the sum has not.
       static_cast<C*>(a->nll)[r] = C(log(double(total)) - (double(at) - double(top)));
-      if (!a->dlogits) continue;
-      D* d = static_cast<D*>(a->dlogits) + r * cols;
-      C scale = C(a->grad_scale), factor = scale / total;
+      if (!d) continue;
+      C scale = C(a->grad_scale * by), factor = scale / total;
       each_vector<C>(cols, [&](int64_t i, int64_t n) { set(d + i, vexp(get(x + i, n) - top) * factor, n); });
       put(d + target, double(C(exp(double(at - top))) * factor - scale));
     }

@@ -3,7 +3,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cublas.h"
@@ -14,6 +16,15 @@ namespace {
 
 typedef std::vector<std::function<void()>> Graph;
 std::unique_ptr<Graph> recording;
+std::mutex mutex;
+std::map<const char*, int64_t> blocks;  // the device's memory, and pinned memory of the host
+
+bool known(const void* p) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const char* at = static_cast<const char*>(p);
+  auto it = blocks.upper_bound(at);
+  return it != blocks.begin() && at < std::prev(it)->first + std::prev(it)->second;
+}
 
 void enqueue(std::function<void()> work) {
   if (recording)
@@ -34,16 +45,27 @@ void capabilities(AgCapabilities* c) {
 AgStatus alloc(void*, int64_t bytes, void** out) {
   if (posix_memalign(out, 256, bytes > 0 ? size_t(bytes) : 1)) return AG_OUT_OF_MEMORY;
   std::memset(*out, 0xff, size_t(bytes));
+  std::lock_guard<std::mutex> lock(mutex);
+  blocks[static_cast<const char*>(*out)] = bytes > 0 ? bytes : 1;
   return AG_OK;
 }
-void release(void*, void* p) { std::free(p); }
+void free_host(void* p) {
+  std::lock_guard<std::mutex> lock(mutex);
+  blocks.erase(static_cast<const char*>(p));
+  std::free(p);
+}
+void release(void*, void* p) { free_host(p); }
 AgStatus alloc_host(int64_t bytes, void** out) { return alloc(nullptr, bytes, out); }
 void* stream(AgStream) { return nullptr; }
-AgStatus copy(AgCtx*, void* dst, const void* src, int64_t bytes) {
+// What a GPU refuses while work is recorded is refused here too.
+AgStatus copy(AgCtx* ctx, void* dst, const void* src, int64_t bytes) {
+  if (recording && !(known(dst) && known(src))) return gpu::fail(ctx, AG_UNSUPPORTED, "[copy] ordinary host memory cannot be part of a graph");
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
   return AG_OK;
 }
-AgStatus synchronize(AgCtx*) { return AG_OK; }
+AgStatus synchronize(AgCtx* ctx) {
+  return recording ? gpu::fail(ctx, AG_DEVICE_ERROR, "[synchronize] not while work is recorded") : AG_OK;
+}
 AgStatus event_create(void** out) {
   *out = nullptr;
   return AG_OK;
@@ -88,7 +110,7 @@ bool open_services(AgBackend& b, char* message, int64_t message_bytes) {
   b.alloc = alloc;
   b.free = release;
   b.alloc_host = alloc_host;
-  b.free_host = std::free;
+  b.free_host = free_host;
   b.copy = copy;
   b.synchronize = synchronize;
   b.event_create = event_create;

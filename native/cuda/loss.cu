@@ -25,13 +25,15 @@ struct Online {
 
 template <int W, class T, class D>
 __global__ void __launch_bounds__(kThreads)
-    cross_entropy_kernel(const T* logits, int64_t cols, const int32_t* target, float* nll, D* dlogits, float scale) {
+    cross_entropy_kernel(const T* logits, int64_t cols, const int32_t* target, float* nll, D* dlogits, float scale, const float* by) {
   SMEM(raw);
   float* scratch = reinterpret_cast<float*>(raw);
   const int64_t r = blockIdx.x;
   const T* x = logits + r * cols;
   const int64_t label = target[r];
-  const float at = to_float(x[label]);  // before anyone writes: dlogits may be logits
+  const bool counts = label >= 0;
+  const float at = counts ? to_float(x[label]) : 0;  // before anyone writes: dlogits may be logits
+  if (by) scale *= *by;
   Online own;
   for (int64_t i = threadIdx.x * W; i < cols; i += kThreads * W) {
     float v[W];
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   const float top = block_reduce<Max, kThreads>(own.top, scratch);
   const float part = own.top == top ? own.sum : own.sum * expf(own.top - top);
   const float total = block_reduce<Add, kThreads>(part, scratch + kWarps);
-  if (threadIdx.x == 0) nll[r] = logf(total) - (at - top);
+  if (threadIdx.x == 0) nll[r] = counts ? logf(total) - (at - top) : 0;
   if (!dlogits) return;
   D* d = dlogits + r * cols;
   const float factor = scale / total;
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     float v[W];
     load_lanes<W>(v, x + i);
 #pragma unroll
-    for (int j = 0; j < W; j++) v[j] = expf(v[j] - top) * factor - (i + j == label ? scale : 0);
+    for (int j = 0; j < W; j++) v[j] = counts ? expf(v[j] - top) * factor - (i + j == label ? scale : 0) : 0;
     store_lanes<W>(d + i, v);
   }
 }
@@ -61,7 +63,7 @@ AgStatus cross_entropy_of(AgCtx* ctx, const AgCrossEntropy* a) {
     constexpr int W = decltype(width)::value;
     return launch(ctx, "cross_entropy", cross_entropy_kernel<W, T, D>, dim3(unsigned(a->rows)), kThreads, 2 * kWarps * sizeof(float),
                   static_cast<const T*>(a->logits), a->cols, a->target, static_cast<float*>(a->nll), static_cast<D*>(a->dlogits),
-                  float(a->grad_scale));
+                  float(a->grad_scale), static_cast<const float*>(a->scale));
   };
   return vector ? run(Width<8>()) : run(Width<1>());
 }

@@ -56,8 +56,12 @@ static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
   for (const Tensor& t : in.gate) want_dtype(op, "gate", t, in.x.dt);
   for (const Tensor& t : in.gate) want_same_device(op, {&in.x, &t});
   const Tensor &ids = given("gateIds", in.gate_ids), &offsets = given("gateOffsets", in.gate_offsets);
-  want_index(op, "gateIds", ids, 0, a.vocab);
-  int64_t n = want_offsets(op, "gateOffsets", offsets, ids.numel());
+  want_index(op, "gateIds", ids, -1, a.vocab);
+  const int32_t* id = host_i32(ids);
+  int64_t entries = ids.numel();
+  while (entries && id[entries - 1] < 0) entries--;
+  for (int64_t i = 0; i < entries; i++) check(id[i] >= 0, "ERR_RANGE", "[alignMix] gateIds[", i, "]: expected -1 at the end alone, got -1");
+  int64_t n = want_offsets(op, "gateOffsets", offsets, entries);
   check(n == a.images, "ERR_SHAPE", "[alignMix] gateOffsets: expected ", a.images + 1, " offsets, got ", n + 1);
   a.gw0 = in.gate[0].data();
   a.gb0 = in.gate[1].data();
@@ -127,7 +131,9 @@ static AgAlignMix check_args(const AlignMixIn& in) {
 
 enum Input { X, W, B, EMBED, TABLE, GW0, GB0, GW1, GB1 };
 
-static void backward_of(Grads& grads, AgAlignMix a, const Shape& shape_x) {
+// `kept` is everything `a` points to.
+static void backward_of(Grads& grads, AgAlignMix a, const std::vector<Saved>& kept, const Shape& shape_x) {
+  for (const Saved& t : kept) t.get();
   const Tensor& d_out = grads.out();
   a.d_out = d_out.data();
   Tensor dx = grads.needs(X) ? empty(d_out.device(), shape_x, d_out.dt) : Tensor();
@@ -173,14 +179,14 @@ std::vector<Tensor> align_mix(const AlignMixIn& in) {
   std::vector<Tensor> inputs = {in.x, in.weight.value_or(Tensor()), in.bias.value_or(Tensor()), in.embed, in.table};
   for (int i = 0; i < 4; i++) inputs.push_back(gate ? in.gate[i] : Tensor());
   if (recording(inputs)) {
-    // Everything `a` points to is kept by this list until backward has run.
-    std::vector<Tensor> saved = {out.detached(), mean, dots, pre, logits, coef};
-    for (const Tensor& t : inputs) saved.push_back(t.detached());
-    for (const Tensor* t : {&in.tokens, &in.image_rows, &in.align_rows}) saved.push_back(t->detached());
+    std::vector<Saved> kept;
+    auto keep = [&](const Tensor& t) { kept.emplace_back(t.detached()); };  // the values: `a` has their addresses
+    for (const Tensor& t : {out, mean, dots, pre, logits, coef, in.tokens, in.image_rows, in.align_rows}) keep(t);
+    for (const Tensor& t : inputs) keep(t);
     for (const Opt* t : {&in.levels, &in.gate_ids, &in.gate_offsets})
-      if (*t) saved.push_back((*t)->detached());
+      if (*t) keep(**t);
     Shape shape_x = in.x.shape;
-    record(op, {&out}, inputs, [a, saved, shape_x](Grads& grads) { backward_of(grads, a, shape_x); });
+    record(op, {&out}, inputs, [a, kept, shape_x](Grads& grads) { backward_of(grads, a, kept, shape_x); });
   }
   return {out, mean, dots, logits, coef};
 }

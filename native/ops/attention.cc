@@ -40,12 +40,13 @@ Tensor rope(const Tensor& x, const Tensor& position, const Tensor& cos, const Te
   want_shape("rope", "position", position, Shape{x.shape[0]});
   want_index("rope", "position", position, 0, cos.shape[0]);
   want_same_device("rope", {&x, &cos, &sin});
-  Tensor y = empty_like(x), sp = position.detached(), sc = cos.detached(), ss = sin.detached();
+  Tensor y = empty_like(x);
+  Saved sp(position), sc(cos), ss(sin);
   rotate(x.device(), y, x, position, cos, sin, heads, dim, 1.0);
   record("rope", {&y}, {x}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     Tensor dx = empty_like(dy);
-    rotate(dy.device(), dx, dy, sp, sc, ss, heads, dim, -1.0);
+    rotate(dy.device(), dx, dy, sp.get(), sc.get(), ss.get(), heads, dim, -1.0);
     grads.add(0, std::move(dx));
   });
   return y;
@@ -94,10 +95,10 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.dt = q.dt;
   run(op, q.device(), table(q).attention, a, AG_K_ATTENTION);
   if (!recording({&q, &k, &v})) return o;
-  Tensor sq = q.detached(), sk = k.detached(), sv = v.detached(), so = o.detached();
-  Tensor oq = q_offsets.detached(), ok = k_offsets.detached();
+  Saved kept_q(q), kept_k(k), kept_v(v), kept_o(o), oq(q_offsets), ok(k_offsets);
   record(op, {&o}, {q, k, v}, [=](Grads& grads) {
     const Tensor& d_o = grads.out();
+    const Tensor sq = kept_q.get(), sk = kept_k.get(), sv = kept_v.get(), so = kept_o.get();
     Tensor dq = empty_like(sq), dk = empty_like(sk), dv = empty_like(sv);
     AgAttention g = a;  // the saved tensors below keep its pointers alive
     g.q = sq.data();
@@ -105,8 +106,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     g.v = sv.data();
     g.o = so.data();
     g.lse = lse.data();
-    g.q_offsets = device_i32(oq, d_o.device());
-    g.k_offsets = device_i32(ok, d_o.device());
+    g.q_offsets = device_i32(oq.get(), d_o.device());
+    g.k_offsets = device_i32(ok.get(), d_o.device());
     g.d_o = d_o.data();
     g.dq = dq.data();
     g.dk = dk.data();

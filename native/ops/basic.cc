@@ -204,11 +204,11 @@ static Tensor gather_op(const char* op, const Tensor& x, const Tensor& index) {
   shape.d[0] = n;
   Tensor y = empty(x.device(), Shape(std::vector<int64_t>(shape.d, shape.d + shape.rank)), x.dt);
   run(op, x.device(), table(x).gather_rows, AgGatherRows{y.data(), x.data(), device_i32(index, x.device()), n, cols, rows, x.dt});
-  Tensor saved = index.detached();
+  Saved saved(index);
   record(op, {&y}, {x}, [=](Grads& g) {
     const Tensor& dy = g.out();
     run(op, dy.device(), table(dy).scatter_add,
-        AgScatterAdd{g.slot(0), dy.data(), device_i32(saved, dy.device()), n, cols, rows, dy.dt, 1.0}, AG_K_SCATTER_ADD);
+        AgScatterAdd{g.slot(0), dy.data(), device_i32(saved.get(), dy.device()), n, cols, rows, dy.dt, 1.0}, AG_K_SCATTER_ADD);
   });
   return y;
 }
@@ -272,10 +272,12 @@ Tensor sub(const Tensor& a, const Tensor& b) { return add_sub("sub", AG_SUB, -1.
 
 Tensor mul(const Tensor& a, const Tensor& b) {
   check_suffix("mul", a, b);
-  Tensor y = binary_raw("mul", AG_MUL, a, b), sa = a.detached(), sb = b.detached();
-  record("mul", {&y}, {a, b}, [sa, sb](Grads& g) {
-    if (g.needs(0)) g.add(0, binary_raw("mul", AG_MUL, g.out(), sb));
-    if (g.needs(1)) add_broadcast(g, 1, binary_raw("mul", AG_MUL, g.out(), sa), sb.shape, 1.0);
+  Tensor y = binary_raw("mul", AG_MUL, a, b);
+  Saved sa(a), sb(b);
+  Shape shape_b = b.shape;
+  record("mul", {&y}, {a, b}, [=](Grads& g) {
+    if (g.needs(0)) g.add(0, binary_raw("mul", AG_MUL, g.out(), sb.get()));
+    if (g.needs(1)) add_broadcast(g, 1, binary_raw("mul", AG_MUL, g.out(), sa.get()), shape_b, 1.0);
   });
   return y;
 }
@@ -290,13 +292,14 @@ Tensor scale(const Tensor& x, double alpha) {
 Tensor unary(const Tensor& x, const std::string& name) {
   AgUnaryOp kind = parse_activation("unary", name);
   want_float(name.c_str(), "x", x);
-  Tensor y = empty_like(x), saved = x.detached();
+  Tensor y = empty_like(x);
+  Saved saved(x);
   run("unary", x.device(), table(x).unary, AgUnary{kind, y.data(), x.data(), x.numel(), x.dt, 1.0});
   record("unary", {&y}, {x}, [kind, saved](Grads& g) {
     const Tensor& dy = g.out();
     Tensor dx = empty_like(dy);
     run("unary", dy.device(), table(dy).unary_grad,
-        AgUnaryGrad{kind, dx.data(), dy.data(), saved.data(), dy.numel(), dy.dt, 1.0});
+        AgUnaryGrad{kind, dx.data(), dy.data(), saved.get().data(), dy.numel(), dy.dt, 1.0});
     g.add(0, std::move(dx));
   });
   return y;
@@ -307,13 +310,14 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   want_dtype("siluMul", "up", up, gate.dt);
   want_shape("siluMul", "up", up, gate.shape);
   want_same_device("siluMul", {&gate, &up});
-  Tensor y = empty_like(gate), sg = gate.detached(), su = up.detached();
+  Tensor y = empty_like(gate);
+  Saved sg(gate), su(up);
   run("siluMul", y.device(), table(y).silu_mul, AgSiluMul{y.data(), gate.data(), up.data(), y.numel(), y.dt});
   record("siluMul", {&y}, {gate, up}, [sg, su](Grads& g) {
     const Tensor& dy = g.out();
     Tensor dg = empty_like(dy), du = empty_like(dy);
     run("siluMul", dy.device(), table(dy).silu_mul_grad,
-        AgSiluMulGrad{dg.data(), du.data(), dy.data(), sg.data(), su.data(), dy.numel(), dy.dt});
+        AgSiluMulGrad{dg.data(), du.data(), dy.data(), sg.get().data(), su.get().data(), dy.numel(), dy.dt});
     g.add(0, std::move(dg));
     g.add(1, std::move(du));
   });
@@ -343,12 +347,14 @@ Tensor mean(const Tensor& x) {
 
 // ---- in place, outside the tape ---------------------------------------------------------------------
 void fill(const Tensor& x, double value) {
+  x.storage->written();
   run("fill", x.device(), table(x).fill, AgFill{x.data(), x.dt, x.numel(), value});
 }
 
 void copy(const Tensor& dst, const Tensor& src) {
   want_shape("copy", "source", src, dst.shape);
   want_same_device("copy", {&dst, &src});
+  dst.storage->written();
   if (dst.dt == src.dt) {
     if (dst.data() != src.data()) copy_bytes(dst.device(), dst.data(), src.data(), dst.bytes());
   } else {
@@ -362,6 +368,7 @@ void random(const Tensor& x, const std::string& kind, double a, double b, double
   for (double v : {seed, offset})
     check(v >= 0 && v < 9007199254740992.0 && std::floor(v) == v, "ERR_ARGUMENT",
           "[random] seed and offset: expected integers in 0..2^53-1, got ", v);
+  x.storage->written();
   run("random", x.device(), table(x).random,
       AgRandom{x.data(), x.dt, x.numel(), kind == "uniform" ? AG_UNIFORM : AG_NORMAL, a, b, uint64_t(seed), uint64_t(offset)});
 }

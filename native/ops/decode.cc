@@ -16,6 +16,7 @@ void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot) {
   int64_t places = cache.shape[0] * cache.shape[1];
   want_index(op, "slot", slot, 0, places);
   want_same_device(op, {&cache, &rows});
+  cache.storage->written();
   run(op, cache.device(), table(cache).scatter_rows,
       AgScatterRows{cache.data(), rows.data(), device_i32(slot, cache.device()), slot.numel(), cache.shape[2], places, cache.dt},
       AG_K_SCATTER_ROWS);

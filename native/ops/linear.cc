@@ -78,7 +78,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
   gemm("linear", x.device(), g);
   if (!rec) return y;
   Saved sx = wants_grad(w) ? Saved(x) : Saved();
-  Tensor sw = wants_grad(x) ? w.detached() : Tensor();
+  Saved sw = wants_grad(x) ? Saved(w) : Saved();
   record("linear", {&y}, {x, w, b}, [=](Grads& grads) {
     Tensor dy = grads.out();
     if (act != AG_NONE) {
@@ -95,7 +95,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias, const std::stri
     if (grads.needs(2))
       run("linear", dy.device(), table(dy).col_sum, AgColSum{grads.slot(2), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (grads.needs(0)) {
-      AgGemm gx = product(dy, false, sw, false, m, k, n);
+      AgGemm gx = product(dy, false, sw.get(), false, m, k, n);
       into(gx, grads.slot(0));
       gemm("linear", dy.device(), gx);
     }
@@ -130,9 +130,10 @@ Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, co
   g.c = y.data();
   g.bias = b.defined() ? b.data() : nullptr;
   gemm(op, gate.device(), g);
-  Tensor sg = gate.detached(), su = up.detached(), sw = w.detached();
+  Saved kept_gate(gate), kept_up(up), sw(w);
   record(op, {&y}, {gate, up, w, b}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
+    const Tensor sg = kept_gate.get(), su = kept_up.get();
     if (grads.needs(2)) {
       Tensor again = activated(sg, su);
       AgGemm gw = product(dy, true, again, false, n, k, m);
@@ -143,7 +144,7 @@ Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, co
       run(op, dy.device(), table(dy).col_sum, AgColSum{grads.slot(3), dy.data(), m, n, n, dy.dt, 1.0, nullptr}, AG_K_COL_SUM);
     if (!grads.needs(0) && !grads.needs(1)) return;
     Tensor dh = empty(dy.device(), sg.shape, dy.dt), dg = empty_like(dh);
-    AgGemm gh = product(dy, false, sw, false, m, k, n);
+    AgGemm gh = product(dy, false, sw.get(), false, m, k, n);
     gh.c = dh.data();
     gemm(op, dy.device(), gh);
     run(op, dy.device(), table(dy).silu_mul_grad,
@@ -162,19 +163,20 @@ Tensor matmul(const Tensor& a, const Tensor& b, bool trans_a, bool trans_b) {
   want_same_device("matmul", {&a, &b});
   int64_t m = a.shape[trans_a ? 1 : 0], k = a.shape[trans_a ? 0 : 1], n = b.shape[trans_b ? 0 : 1];
   check(b.shape[trans_b ? 1 : 0] == k, "ERR_SHAPE", "[matmul] inner dimension: expected ", k, ", got ", b.shape);
-  Tensor y = empty(a.device(), Shape{m, n}, a.dt), sa = a.detached(), sb = b.detached();
+  Tensor y = empty(a.device(), Shape{m, n}, a.dt);
+  Saved sa(a), sb(b);
   AgGemm g = product(a, trans_a, b, trans_b, m, n, k);
   g.c = y.data();
   gemm("matmul", a.device(), g);
   record("matmul", {&y}, {a, b}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     if (grads.needs(0)) {  // dA = dY op(B)^T, stored transposed when A is
-      AgGemm ga = trans_a ? product(sb, trans_b, dy, true, k, m, n) : product(dy, false, sb, !trans_b, m, k, n);
+      AgGemm ga = trans_a ? product(sb.get(), trans_b, dy, true, k, m, n) : product(dy, false, sb.get(), !trans_b, m, k, n);
       into(ga, grads.slot(0));
       gemm("matmul", dy.device(), ga);
     }
     if (grads.needs(1)) {
-      AgGemm gb = trans_b ? product(dy, true, sa, trans_a, n, k, m) : product(sa, !trans_a, dy, false, k, n, m);
+      AgGemm gb = trans_b ? product(dy, true, sa.get(), trans_a, n, k, m) : product(sa.get(), !trans_a, dy, false, k, n, m);
       into(gb, grads.slot(1));
       gemm("matmul", dy.device(), gb);
     }

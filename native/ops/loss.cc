@@ -34,8 +34,8 @@ struct HeadGrads {
 };
 
 // One pass over the chunks: nll of every row and, when wanted, the gradients for a loss gradient of 1.
-static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32_t* targets, double grad_scale, int64_t chunk,
-                        Tensor& nll, HeadGrads& want) {
+static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32_t* targets, double grad_scale, const Opt& scale,
+                        int64_t chunk, Tensor& nll, HeadGrads& want) {
   Device* device = rows_RH.device();
   const AgBackend& t = *device->backend;
   AgDtype dt = rows_RH.dt, acc = acc_dtype(dt);
@@ -58,6 +58,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
     ce.nll = nll.as<char>() + at * dtype_size(acc);
     ce.dlogits = grads ? d_logits.data() : nullptr;
     ce.grad_scale = grad_scale;
+    ce.scale = scale ? scale->data() : nullptr;
     ce.dt = acc, ce.dt_d = dt;
     run("lmHeadLoss", device, t.cross_entropy, ce, AG_K_CROSS_ENTROPY);
     if (want.d_rows.defined()) {  // [n, V] x [V, H]
@@ -80,7 +81,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
 }
 
 std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& targets,
-                                 double denominator, int64_t chunk) {
+                                 double denominator, int64_t chunk, const Opt& scale) {
   const char* op = "lmHeadLoss";
   want_float(op, "hidden", hidden);
   want_rank(op, "hidden", hidden, 2);
@@ -91,26 +92,33 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
   want_rank(op, "rows", rows, 1);
   want_shape(op, "targets", targets, Shape{R});
   want_index(op, "rows", rows, 0, T);
-  want_index(op, "targets", targets, 0, V);
+  want_index(op, "targets", targets, AG_IGNORE, V);
   check(denominator > 0, "ERR_ARGUMENT", "[lmHeadLoss] denominator: expected > 0, got ", denominator);
   check(chunk > 0, "ERR_ARGUMENT", "[lmHeadLoss] chunk: expected > 0, got ", chunk);
   want_same_device(op, {&hidden, &weight});
   Device* device = hidden.device();
   AgDtype dt = hidden.dt, acc = acc_dtype(dt);
+  if (scale) {
+    want_dtype(op, "scale", *scale, acc);
+    check(scale->numel() == 1, "ERR_SHAPE", "[lmHeadLoss] scale: expected one element, got ", scale->shape);
+    want_same_device(op, {&hidden, &*scale});
+  }
   Tensor rows_RH = empty(device, Shape{R, H}, dt), nll = empty(device, Shape{R}, acc);
   run(op, device, table(hidden).gather_rows, AgGatherRows{rows_RH.data(), hidden.data(), device_i32(rows, device), R, H, T, dt});
   HeadGrads want;
   bool rec = recording({&hidden, &weight});
   if (rec && wants_grad(hidden)) want.d_rows = empty_like(rows_RH);
   if (rec && wants_grad(weight)) want.d_weight = R ? empty(device, weight.shape, acc) : zeros(device, weight.shape, acc);
-  if (R) head_chunks(rows_RH, weight, device_i32(targets, device), 1.0 / denominator, chunk, nll, want);
-  Tensor loss = sum_rows(nll, 1.0 / denominator), saved_rows = rows.detached();
+  if (R) head_chunks(rows_RH, weight, device_i32(targets, device), 1.0 / denominator, scale, chunk, nll, want);
+  Tensor loss = sum_rows(nll, 1.0 / denominator);
+  if (scale) loss = scaled(loss, *scale);
+  Saved saved_rows(rows);
   record(op, {&loss}, {hidden, weight}, [=](Grads& grads) {
     Tensor by = grads.out();
     if (grads.needs(0)) {
       Tensor d = scaled(want.d_rows, as_dtype(by, dt));
       run("lmHeadLoss", device, table(d).scatter_add,
-          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows, device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
+          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows.get(), device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
     }
     if (grads.needs(1)) {  // through col_sum of one "row": scales and lands in the slot, whatever its dtype
       const Tensor& d = want.d_weight;

@@ -20,8 +20,9 @@ static Tensor norm(const char* op, const Tensor& x, const Tensor& w, const Tenso
   int64_t rows = x.shape.rows(), cols = x.shape.cols();
   Tensor rstd = empty(x.device(), Shape{rows}, acc_dtype(x.dt)), mean;
   if (layer) mean = empty_like(rstd);
-  Tensor sx = x.detached(), sw = w.detached(), sb = layer ? b.detached() : Tensor();
+  Saved kept_x(x), kept_w(w), kept_b(b);
   auto forward = [=] {
+    const Tensor sx = kept_x.get(), sw = kept_w.get(), sb = kept_b.get();
     Tensor y = empty_like(sx);
     AgNorm a{};
     a.y = y.data();
@@ -42,6 +43,7 @@ static Tensor norm(const char* op, const Tensor& x, const Tensor& w, const Tenso
   y.again = std::make_shared<Again>(Again{forward, Tensor()});
   record(op, {&y}, {x, w, b}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
+    const Tensor sx = kept_x.get(), sw = kept_w.get();
     AgNormGrad g{};
     Tensor dx = grads.needs(0) ? empty_like(dy) : Tensor();
     g.dx = dx.defined() ? dx.data() : nullptr;
@@ -70,11 +72,11 @@ Tensor softmax(const Tensor& x) {
   int64_t rows = x.shape.rows(), cols = x.shape.cols();
   Tensor y = empty_like(x);
   run("softmax", x.device(), table(x).softmax, AgSoftmax{y.data(), x.data(), rows, cols, x.dt});
-  Tensor saved = y.detached();
+  Saved saved(y);
   record("softmax", {&y}, {x}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     Tensor dx = empty_like(dy);
-    run("softmax", dy.device(), table(dy).softmax_grad, AgSoftmaxGrad{dx.data(), dy.data(), saved.data(), rows, cols, dy.dt});
+    run("softmax", dy.device(), table(dy).softmax_grad, AgSoftmaxGrad{dx.data(), dy.data(), saved.get().data(), rows, cols, dy.dt});
     grads.add(0, std::move(dx));
   });
   return y;
@@ -86,12 +88,12 @@ Tensor l2_normalize(const Tensor& x) {
   int64_t rows = x.shape.rows(), cols = x.shape.cols();
   Tensor y = empty_like(x), length = empty(x.device(), Shape{rows}, acc_dtype(x.dt));
   run("l2Normalize", x.device(), table(x).l2norm, AgL2Norm{y.data(), x.data(), length.data(), rows, cols, x.dt});
-  Tensor saved = y.detached();
+  Saved saved(y);
   record("l2Normalize", {&y}, {x}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     Tensor dx = empty_like(dy);
     run("l2Normalize", dy.device(), table(dy).l2norm_grad,
-        AgL2NormGrad{dx.data(), dy.data(), saved.data(), length.data(), rows, cols, dy.dt});
+        AgL2NormGrad{dx.data(), dy.data(), saved.get().data(), length.data(), rows, cols, dy.dt});
     grads.add(0, std::move(dx));
   });
   return y;

@@ -99,9 +99,10 @@ std::vector<Tensor> align_mix(const AlignMixIn& in);
 
 // ---- loss.cc ----------------------------------------------------------------------------------------
 // mean over `denominator` of the cross entropy of hidden[rows] W^T against targets, in chunks of rows.
+// `scale`, one number on the device, multiplies loss and gradients; rows with a negative target count for nothing.
 // -> loss [], nll [rows]
 std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& targets,
-                                 double denominator, int64_t chunk);
+                                 double denominator, int64_t chunk, const Opt& scale);
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets);  // mean, -> []
 // image, text [B, D] unit rows, log_scale [1] -> symmetric InfoNCE loss []
 Tensor contrastive_loss(const Tensor& image, const Tensor& text, const Tensor& log_scale);

@@ -168,6 +168,8 @@ void adamw(const AdamWIn& in) {
   for (size_t i = 0; i < in.params.size(); i++) {
     list.push_back(checked(in, i, first));
     first += in.params[i].numel();
+    for (const Tensor& t : {in.params[i], in.m[i], in.v[i]}) t.storage->written();
+    if (in.masters[i]) in.masters[i]->storage->written();
   }
   if (in.norm_squared) {
     want_shape("adamw", "normSquared", *in.norm_squared, Shape{});

@@ -292,9 +292,9 @@ void test_cross_entropy(Test& t) {
   for (auto& s : shapes)
     for (AgDtype to : {AG_F32, AG_BF16}) {
       const int64_t rows = s[0], cols = s[1];
-      Buffer &x = t.in(rows * cols, -8, 8), &target = t.ids(rows, cols), &nll = t.out("nll", AG_F32, rows), &d = t.out("dlogits", to, rows * cols);
+      Buffer &x = t.in(rows * cols, -8, 8), &target = t.ids(rows, cols, -2), &by = t.in(AG_F32, 1, 0.5, 2), &nll = t.out("nll", AG_F32, rows), &d = t.out("dlogits", to, rows * cols);
       auto args = [&](const void* logits, void* dlogits, AgDtype dt_d) {
-        return AgCrossEntropy{logits, rows, cols, target.i32(), nll.p(), dlogits, 0.125, t.dt, dt_d};
+        return AgCrossEntropy{logits, rows, cols, target.i32(), nll.p(), dlogits, 0.125, by.p(), t.dt, dt_d};
       };
       t.run("cross_entropy", &AgBackend::cross_entropy, [&] { return args(x.p(), d.p(), to); }, AG_K_CROSS_ENTROPY);
       t.run("loss only", &AgBackend::cross_entropy, [&] { return args(x.p(), nullptr, to); }, AG_K_CROSS_ENTROPY);
@@ -303,11 +303,11 @@ void test_cross_entropy(Test& t) {
       t.clear();
       Buffer &place = t.in_place("dlogits in logits", t.dt, rows * cols, -8, 8), &label = t.ids(rows, cols), &loss = t.out("nll", AG_F32, rows);
       t.run("cross_entropy in place", &AgBackend::cross_entropy, [&] {
-        return AgCrossEntropy{place.p(), rows, cols, label.i32(), loss.p(), place.p(), 0.125, t.dt, t.dt};
+        return AgCrossEntropy{place.p(), rows, cols, label.i32(), loss.p(), place.p(), 0.125, nullptr, t.dt, t.dt};
       }, AG_K_CROSS_ENTROPY);
       if (rows) place.set(rows * cols / 2, NAN);
       t.run("cross_entropy of a NaN", &AgBackend::cross_entropy, [&] {
-        return AgCrossEntropy{place.p(), rows, cols, label.i32(), loss.p(), nullptr, 0.125, t.dt, t.dt};
+        return AgCrossEntropy{place.p(), rows, cols, label.i32(), loss.p(), nullptr, 0.125, nullptr, t.dt, t.dt};
       }, AG_K_CROSS_ENTROPY);
       t.clear();
     }

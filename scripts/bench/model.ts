@@ -13,6 +13,7 @@ import { AdamW } from '../../ts/src/optim.js'
 import { FINETUNE, PRETRAIN, trainable } from '../../ts/src/phases.js'
 import { IGNORE, IMAGE_TOKEN, type Sample } from '../../ts/src/prompt.js'
 import { writeSafetensors } from '../../ts/src/safetensors.js'
+import { scope } from '../../ts/src/tensor.js'
 import { initSource, type Placement } from '../../ts/src/weights.js'
 import { floats, integers, running } from './data.js'
 
@@ -175,8 +176,8 @@ export class TrainStep {
   }
   run(): void {
     const { mix } = this.phase === 1 ? PRETRAIN : FINETUNE
-    const { loss } = this.model.lossAndGradients(this.batch, mix, { recompute: this.recompute })
-    this.losses.push(loss)
+    const step = () => this.model.lossAndGradients(this.batch, mix, { recompute: this.recompute })
+    this.losses.push(scope(() => step().loss.item()))
     this.#optimizer.update(RATE, null)
   }
   dispose(): void {

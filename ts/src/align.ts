@@ -1,5 +1,5 @@
 /** What AlignGPT adds to LLaVA (arXiv 2405.14129, section 3): projector, alignment embeddings, gate. */
-import type { PackedBatch } from './batch.js'
+import type { BatchTensors, PackedBatch } from './batch.js'
 import type { Alignment, Gate } from './config.js'
 import { AlignGPTError } from './errors.js'
 import { Linear, Module, Sequential, type Source } from './nn.js'
@@ -121,22 +121,29 @@ export class GatedWeightLayer extends Module {
   }
 }
 
+/** @throws ERR_DATA naming the first record whose level is not there or none of the model's */
+export function checkLevels(b: PackedBatch, levels: number): void {
+  const wrong = b.levels.findIndex((l) => l < 0 || l >= levels)
+  if (wrong < 0) return
+  const [record, got] = [b.ids[b.imageSamples[wrong]], b.levels[wrong]]
+  const expected =
+    got < 0 ? "a level in 'similarity', got none; run levels first" : `a level 0..${levels - 1}, got ${got}`
+  throw new AlignGPTError('ERR_DATA', `[AlignGPT] record '${record}': expected ${expected}`)
+}
+
 /** What alignMix needs to know to make the vectors of a batch. */
 export function mixArgs(
   b: PackedBatch,
   mix: Exclude<Mix, { mode: 'none' }>,
+  at: BatchTensors,
   m: { levels: number; dtype: Dtype; device: Device; gate: GatedWeightLayer },
 ): AlignMixArgs['mix'] {
   const images = b.imageRows.length
   if (mix.mode === 'level') {
-    const levels = mix.level === undefined ? b.levels : Int32Array.from({ length: images }, () => mix.level as number)
-    const missing = levels.findIndex((l) => l < 0)
-    if (missing >= 0)
-      throw new AlignGPTError(
-        'ERR_DATA',
-        `[AlignGPT] record '${b.ids[b.imageSamples[missing]]}': expected a level in 'similarity', got none; run levels first`,
-      )
-    return { mode: 'level', levels: tensor(levels) }
+    const { level } = mix
+    if (level !== undefined) return { mode: 'level', levels: tensor(new Int32Array(images).fill(level)) }
+    checkLevels(b, m.levels)
+    return { mode: 'level', levels: at('levels') }
   }
   if (mix.mode === 'fixed') {
     if (mix.coefficients.length !== m.levels)
@@ -148,8 +155,13 @@ export function mixArgs(
     const acc = m.dtype === 'f64' ? 'f64' : 'f32'
     return { mode: 'fixed', coefficients: tensor(Float64Array.from(rows), [images, m.levels], acc, m.device) }
   }
-  const [ids, offsets] = [tensor(b.gateIds), tensor(b.gateOffsets)]
-  return { mode: 'gate', ids, offsets, gate: m.gate.tensors(), global: mix.global ?? true }
+  return {
+    mode: 'gate',
+    ids: at('gateIds'),
+    offsets: at('gateOffsets'),
+    gate: m.gate.tensors(),
+    global: mix.global ?? true,
+  }
 }
 
 /**

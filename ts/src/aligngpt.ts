@@ -2,7 +2,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { AlignIndicators, GatedWeightLayer, type Mix, mixArgs, mixOf, Projector, splice } from './align.js'
-import type { PackedBatch } from './batch.js'
+import { type BatchTensors, type PackedBatch, tensorsOf } from './batch.js'
 import { CLIPModel, CLIPVisionTransformer } from './clip.js'
 import {
   type AlignGPTConfig,
@@ -31,13 +31,14 @@ import {
   type GenerateRequest,
   generate,
 } from './generate.js'
+import { VISION } from './layouts.js'
 import { LlamaModel, type Packing, RopeTable } from './llama.js'
 import { mergedWeights } from './lora.js'
 import { type Device, resolveDevice } from './native.js'
-import { Linear, Module, type Source } from './nn.js'
+import { type Init, Linear, Module, Source } from './nn.js'
 import { type AlignMixResult, alignMix, cast, lmHeadLoss } from './ops.js'
 import { openCheckpoint, writeSafetensors } from './safetensors.js'
-import { backward, type Dtype, noGrad, scope, type Tensor, tensor } from './tensor.js'
+import { backward, type Dtype, noGrad, scope, type Tensor, tensor, zeros } from './tensor.js'
 import { Tokenizer } from './tokenizer.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './weights.js'
 
@@ -76,8 +77,6 @@ export interface CreateOptions extends AlignmentOptions {
 }
 
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
-
-const VISION = 'vision_tower.vision_tower.vision_model.'
 
 class VisionTowerShell extends Module {
   constructor(readonly vision_model: CLIPVisionTransformer) {
@@ -132,6 +131,15 @@ export interface Embedded extends AlignMixResult {
   visionFeatures: Tensor
 }
 
+export interface LossOptions {
+  /** the sum over the labelled rows is divided by it; default: their number */
+  denominator?: number
+  /** and multiplied by this number on the model's device, which may change from one launch of a graph to the next */
+  scale?: Tensor
+  /** the tensors of the batch's lists, where they are there already */
+  tensors?: BatchTensors
+}
+
 export class AlignGPT extends Module {
   readonly model: LlamaModel
   readonly lm_head?: Linear
@@ -173,6 +181,26 @@ export class AlignGPT extends Module {
     this.align_indicators = new AlignIndicators(table.at('align_indicators'), levels, config.llm.hidden_size)
     const { mm_gate_type } = config
     this.gated_weight_layer = new GatedWeightLayer(gate.at('gated_weight_layer'), mm_gate_type, this.patches, levels)
+  }
+
+  /**
+   * What parameters a model of these settings has, without making any.
+   * @param holds whether there are weights of a name; a tied LM head is a parameter only where there are
+   */
+  static parameters(
+    settings: Pick<Parts, 'config' | 'clip' | 'levels'>,
+    holds: (name: string) => boolean,
+  ): Map<string, { shape: number[]; init: Init }> {
+    const found = new Map<string, { shape: number[]; init: Init }>()
+    const nothing = zeros([0]).persist()
+    const s = new Source((name, shape, init) => {
+      found.set(name, { shape, init })
+      return nothing
+    }, holds)
+    const from = { llm: s, vision: s, projector: s, table: s, gate: s }
+    new AlignGPT(from, settings as Parts, { dtype: 'f32', device: 'cpu' })
+    nothing.dispose()
+    return found
   }
 
   /** A new AlignGPT from a LLaMA and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
@@ -287,11 +315,11 @@ export class AlignGPT extends Module {
 
   // ---- forward --------------------------------------------------------------------------------------------
   /** Pictures and text -> the packed input of the language model [T, H]. */
-  embed(b: PackedBatch, mix: Mix): Embedded {
+  embed(b: PackedBatch, mix: Mix, at: BatchTensors = tensorsOf(b, this.device)): Embedded {
     const { config } = this.#parts
     const images = b.imageRows.length
     const seen = (): Tensor => {
-      const pixels = tensor(b.pixels, [images, 3, b.imageSize, b.imageSize], 'f32', this.device)
+      const pixels = at('pixels')
       const vision = this.vision_tower.vision_tower.vision_model
       const input = this.dtype === 'f32' ? pixels : cast(pixels, this.dtype)
       const withClass = config.mm_vision_select_feature === 'cls_patch'
@@ -311,11 +339,11 @@ export class AlignGPT extends Module {
       ...last,
       embed,
       table: this.align_indicators.indicator_embs,
-      tokens: tensor(b.tokens),
-      imageRows: tensor(b.imageRows),
-      alignRows: tensor(b.alignRows),
+      tokens: at('tokens'),
+      imageRows: at('imageRows'),
+      alignRows: at('alignRows'),
       patches: this.patches,
-      mix: mixArgs(b, mix, { levels, dtype, device, gate }),
+      mix: mixArgs(b, mix, at, { levels, dtype, device, gate }),
     })
     return { ...result, visionFeatures }
   }
@@ -325,9 +353,10 @@ export class AlignGPT extends Module {
     return this.#rope.get(length)
   }
   /** Offsets, positions and rotary tables of a packed batch. */
-  packing(b: { offsets: Int32Array; positions: Int32Array }): Packing {
+  packing(b: { offsets: Int32Array; positions: Int32Array }, at?: BatchTensors): Packing {
     const longest = b.positions.reduce((n, p) => Math.max(n, p + 1), 1)
-    return { offsets: tensor(b.offsets), positions: tensor(b.positions), ...this.rotary(longest) }
+    const [offsets, positions] = [at?.('offsets') ?? tensor(b.offsets), at?.('positions') ?? tensor(b.positions)]
+    return { offsets, positions, ...this.rotary(longest) }
   }
 
   /** inputs_embeds [T, H] -> last hidden state after the final norm [T, H]. */
@@ -345,42 +374,43 @@ export class AlignGPT extends Module {
   loss(
     b: PackedBatch,
     mix: Mix,
-    denominator?: number,
+    o: LossOptions = {},
   ): { loss: Tensor; nll: Tensor; hidden: Tensor; embedded: Embedded } {
-    const embedded = this.embed(b, mix)
-    const hidden = this.hidden(embedded.inputsEmbeds, this.packing(b))
-    return { ...this.#head(hidden, b, denominator), hidden, embedded }
+    const embedded = this.embed(b, mix, o.tensors)
+    const hidden = this.hidden(embedded.inputsEmbeds, this.packing(b, o.tensors))
+    return { ...this.#head(hidden, b, o), hidden, embedded }
   }
 
-  #head(hidden: Tensor, b: PackedBatch, denominator?: number): { loss: Tensor; nll: Tensor } {
-    const count = denominator ?? Math.max(b.lossRows.length, 1)
-    return lmHeadLoss(hidden, this.headWeight, tensor(b.lossRows), tensor(b.lossTargets), count)
+  #head(hidden: Tensor, b: PackedBatch, o: LossOptions): { loss: Tensor; nll: Tensor } {
+    const count = o.denominator ?? Math.max(b.lossRows.length, 1)
+    const at = o.tensors ?? tensorsOf(b, this.device)
+    return lmHeadLoss(hidden, this.headWeight, at('lossRows'), at('lossTargets'), count, undefined, o.scale)
   }
 
   /**
-   * Loss and its gradients, collected in the parameters that require one.
+   * Loss and its gradients, collected in the parameters that require one. Nothing is read here, so a GPU need not be waited for.
    * @param o.recompute layers are run again on the way back instead of keeping their activations
-   * @returns the loss, and the gate's mean weights over the batch's pictures (N rows of the table)
+   * @returns the loss [], and the weights of the alignment vectors [M, N] of the batch's pictures
    */
   lossAndGradients(
     b: PackedBatch,
     mix: Mix,
-    o: { denominator?: number; recompute?: boolean } = {},
-  ): { loss: number; coefficients: number[] } {
+    o: LossOptions & { recompute?: boolean } = {},
+  ): { loss: Tensor; coefficients: Tensor } {
     return scope(() => {
       if (!o.recompute) {
-        const { loss, embedded } = this.loss(b, mix, o.denominator)
+        const { loss, embedded } = this.loss(b, mix, o)
         backward(loss)
-        return { loss: loss.item(), coefficients: this.#meanCoefficients(embedded) }
+        return { loss, coefficients: embedded.coefficients }
       }
-      const embedded = this.embed(b, mix)
-      const p = this.packing(b)
+      const embedded = this.embed(b, mix, o.tensors)
+      const p = this.packing(b, o.tensors)
       const inputs = [embedded.inputsEmbeds.detach()]
       noGrad(() => {
         for (const [i, layer] of this.model.layers.entries()) inputs.push(scope(() => layer.forward(inputs[i], p, i)))
       })
       const top = (inputs.pop() as Tensor).detach().requiresGrad()
-      const { loss } = this.#head(this.model.norm.forward(top), b, o.denominator)
+      const { loss } = this.#head(this.model.norm.forward(top), b, o)
       backward(loss)
       let gradient = top.grad() as Tensor
       for (let i = this.model.layers.length - 1; i >= 0; i--) {
@@ -395,17 +425,7 @@ export class AlignGPT extends Module {
         inputs[i].dispose()
       }
       backward(embedded.inputsEmbeds, gradient)
-      return { loss: loss.item(), coefficients: this.#meanCoefficients(embedded) }
-    })
-  }
-
-  #meanCoefficients(e: Embedded): number[] {
-    const c = e.coefficients.toFloats()
-    const images = c.length / this.levels
-    return Array.from({ length: this.levels }, (_, l) => {
-      let s = 0
-      for (let m = 0; m < images; m++) s += c[m * this.levels + l]
-      return images ? s / images : 0
+      return { loss, coefficients: embedded.coefficients }
     })
   }
 
@@ -443,13 +463,7 @@ export class AlignGPT extends Module {
       },
       torchNames[this.dtype],
     )
-    copyFiles(this.#parts.llmDir, dir, [
-      'tokenizer.json',
-      'tokenizer.model',
-      'tokenizer_config.json',
-      'special_tokens_map.json',
-      'generation_config.json',
-    ])
+    copyFiles(this.#parts.llmDir, dir, LLM_FILES)
     copyFiles(this.#parts.clipDir, path.join(dir, 'vision_tower'), ['config.json', 'preprocessor_config.json'])
   }
 
@@ -460,7 +474,17 @@ export class AlignGPT extends Module {
   }
 }
 
-function copyFiles(from: string, to: string, names: string[]): void {
+/** What lies beside a language model's weights and config.json. */
+export const LLM_FILES = [
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'generation_config.json',
+]
+
+/** Copies those of the files that are there. */
+export function copyFiles(from: string, to: string, names: readonly string[]): void {
   if (path.resolve(from) === path.resolve(to)) return
   for (const name of names) {
     const file = path.join(from, name)

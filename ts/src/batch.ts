@@ -4,6 +4,7 @@
  */
 import { mismatch, show } from './errors.js'
 import { IGNORE, IMAGE_TOKEN, type Sample } from './prompt.js'
+import { type Device, type Tensor, tensor } from './tensor.js'
 
 /** Marks in PackedBatch.tokens. */
 export const ALIGN_ROW = -1
@@ -136,5 +137,54 @@ export function packBatch(samples: readonly Sample[], patches: number, options: 
     imageSize: size,
     ids: samples.map((s) => s.id),
     images: withImage.map((s) => s.image as string),
+  }
+}
+
+/** Lists of a batch that ops take as tensors. */
+export const BATCH_TENSORS = [
+  ...(['tokens', 'offsets', 'positions', 'lossRows', 'lossTargets', 'imageRows', 'alignRows'] as const),
+  ...(['gateIds', 'gateOffsets', 'levels', 'pixels'] as const),
+]
+export type BatchTensor = (typeof BATCH_TENSORS)[number]
+
+/** Where a list becomes a tensor: on the CPU, pixels [M, 3, S, S] on the model's device. */
+export type BatchTensors = (key: BatchTensor) => Tensor
+
+/** New tensors in the scope of the call. */
+export function tensorsOf(b: PackedBatch, device: Device): BatchTensors {
+  return (key) => (key === 'pixels' ? tensor(b.pixels, pixelShape(b), 'f32', device) : tensor(b[key]))
+}
+
+export const pixelShape = (b: PackedBatch): number[] => [b.imageRows.length, 3, b.imageSize, b.imageSize]
+
+function extended(list: Int32Array, length: number, value: number): Int32Array {
+  const out = new Int32Array(length).fill(value)
+  out.set(list)
+  return out
+}
+
+/** The next multiple of 64 and of a sixteenth of n's power of two: at most 16 sizes from each power to the next. */
+function roundedUp(n: number): number {
+  const step = Math.max(64, 2 ** (Math.floor(Math.log2(Math.max(n, 1))) - 4))
+  return Math.ceil(n / step) * step
+}
+const powerOfTwo = (n: number): number => (n === 0 ? 0 : 2 ** Math.ceil(Math.log2(n)))
+
+/**
+ * The batch with a tail that counts for nothing, so that few shapes occur: one more sequence without labels, rows of the LM head without
+ * a target, words of no gate. The number of rows grows to a multiple of 64 and of a sixteenth of its power of two, short lists to the next power.
+ */
+export function padBatch(b: PackedBatch): PackedBatch {
+  const rows = roundedUp(b.tokens.length)
+  const losses = powerOfTwo(b.lossRows.length)
+  return {
+    ...b,
+    tokens: extended(b.tokens, rows, 0),
+    labels: extended(b.labels, rows, IGNORE),
+    offsets: extended(b.offsets, b.offsets.length + 1, rows),
+    positions: extended(b.positions, rows, 0),
+    lossRows: extended(b.lossRows, losses, 0),
+    lossTargets: extended(b.lossTargets, losses, IGNORE),
+    gateIds: extended(b.gateIds, powerOfTwo(b.gateIds.length), -1),
   }
 }

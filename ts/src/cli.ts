@@ -9,9 +9,12 @@
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
 import { check } from './commands/check.js'
+import { download } from './commands/download.js'
 import { evaluation } from './commands/eval.js'
+import { exporting } from './commands/export.js'
 import { finetune } from './commands/finetune.js'
 import { generate } from './commands/generate.js'
+import { importing } from './commands/import.js'
 import { info } from './commands/info.js'
 import { levels } from './commands/levels.js'
 import { complain } from './commands/options.js'
@@ -26,7 +29,21 @@ async function main(): Promise<number | undefined> {
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
-  for (const declare of [info, check, levels, plan, pretrain, finetune, evaluation, report, chat, generate])
+  for (const declare of [
+    info,
+    check,
+    levels,
+    plan,
+    pretrain,
+    finetune,
+    evaluation,
+    report,
+    chat,
+    generate,
+    importing,
+    exporting,
+    download,
+  ])
     declare(program)
   try {
     await program.parseAsync()

@@ -7,7 +7,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'
 import { mismatch, show } from './errors.js'
-import { readJsonFile, writeJsonFile } from './json.js'
+import { readJsonFile, writeAtomicText } from './json.js'
 
 export type RawConfig = Record<string, unknown>
 
@@ -417,7 +417,7 @@ export function modelTypeOf(fileOrFolder: string): string {
 /** What AlignGPT adds to the language model's own config. */
 export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_projector_type' | 'mm_vision_select_layer'> & {
   mm_vision_tower: string
-  n_indicators: number
+  n_indicators?: number
 } & Partial<
     Pick<
       AlignGPTConfig,
@@ -434,17 +434,29 @@ export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_project
 export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, torchDtype?: string): RawConfig {
   const dtype = torchDtype === undefined ? {} : 'dtype' in llama ? { dtype: torchDtype } : { torch_dtype: torchDtype }
   return {
+    mm_vision_select_feature: 'patch',
+    image_aspect_ratio: 'pad',
+    tokenizer_model_max_length: 2048,
     ...llama,
     ...dtype,
     architectures: ['AlignGPTForCausalLM'],
     model_type: 'aligngpt',
-    mm_vision_select_feature: 'patch',
-    image_aspect_ratio: 'pad',
-    tokenizer_model_max_length: 2048,
     ...fields,
     tokenizer_padding_side: 'right',
     use_mm_proj: true,
   }
+}
+
+// Python tells 8 from 8.0, JavaScript does not, and versions of transformers refuse an integer for some of these.
+const FLOAT_KEYS = [
+  ...['initializer_range', 'initializer_factor', 'rms_norm_eps', 'layer_norm_eps', 'attention_dropout', 'dropout'],
+  ...['rope_theta', '(?:\\w+_)?factor', 'logit_scale_init_value'],
+]
+const FLOATS = new RegExp(`"(${FLOAT_KEYS.join('|')})": (-?\\d+)(?=,?\\n)`, 'g')
+
+/** Writes a config file atomically, with whole numbers as floats where Python expects floats. */
+export function writeConfigFile(file: string, raw: RawConfig): void {
+  writeAtomicText(file, `${JSON.stringify(raw, null, 2)}\n`.replace(FLOATS, '"$1": $2.0'))
 }
 
 /** Writes an official AlignGPT config.json into a folder, atomically. */
@@ -454,7 +466,7 @@ export function writeAlignGPTConfig(
   fields: AlignGPTFields,
   torchDtype?: string,
 ): void {
-  writeJsonFile(path.join(folder, 'config.json'), alignGPTConfigJson(llama, fields, torchDtype))
+  writeConfigFile(path.join(folder, 'config.json'), alignGPTConfigJson(llama, fields, torchDtype))
 }
 
 // ---- preprocessing and generation -------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ export async function evaluateLoss(
     const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))
     const mix = o.mix ?? model.mix
     const batch = packWithPixels(model, samples, pixels, mix, model.config.mm_gate_text)
-    sum += scope(() => noGrad(() => model.loss(batch, mix, 1).loss.item()))
+    sum += scope(() => noGrad(() => model.loss(batch, mix, { denominator: 1 }).loss.item()))
     tokens += batch.lossRows.length
     done += records.length
     await new Promise((resolve) => setImmediate(resolve))

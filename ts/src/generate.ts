@@ -8,7 +8,7 @@ import { native } from './native.js'
 import { cast, embedding, gather, linear } from './ops.js'
 import { buildPrompt, type Sample, type Style, type Turn } from './prompt.js'
 import { Rng } from './rng.js'
-import { Graph, Indices, noGrad, scope, type Tensor, tensor } from './tensor.js'
+import { Graph, Indices, noGrad, scope, type Tensor, tensor, wantsGraphs } from './tensor.js'
 
 export interface Sampling {
   /** 0: always the most likely token (default) */
@@ -57,9 +57,6 @@ export interface Generated {
   /** end: end token or stop text; length: maxNewTokens reached */
   finish: 'end' | 'length'
 }
-
-/** On a GPU a step can be launched as one graph: no measurement has shown yet that it helps, so it is asked for. */
-const wantsGraphs = (model: AlignGPT): boolean => model.device === 'cuda' && process.env.ALIGNGPT_CUDA_GRAPHS === '1'
 
 /** A batch of sequences being continued. Frees its cache on `dispose`. */
 export class Decoding {
@@ -143,7 +140,7 @@ export class Decoding {
     this.#logits.dispose()
     this.#graph?.dispose()
     this.#graph = undefined
-    if (wantsGraphs(this.model) && before === this.#going) {
+    if (wantsGraphs(this.model.device) && before === this.#going) {
       this.#graph = new Graph(this.model.device, () => this.#next()) // the step before warmed everything up
       this.#logits = this.#graph.result
       this.#graph.launch()

@@ -426,18 +426,18 @@ export function augment(image: RgbImage, rng: Rng): RgbImage {
   return { data: out, width: w, height: h }
 }
 
-/** Decoded pictures as long as there is room: a small data set is decoded in its first epoch only. */
+/** Pictures as long as there is room: those of a small data set are decoded in its first epoch only. */
 export class PictureCache {
   readonly #kept = new Map<string, RgbImage>()
   /** @param room bytes */
   constructor(private room = 64 * 2 ** 20) {}
-  async load(source: PictureSource, options: ImageLimits & { alpha?: boolean }): Promise<RgbImage> {
-    const key = JSON.stringify([source, options])
+  /** The picture of this key, made when it is not kept. */
+  async get(key: string, make: () => Promise<RgbImage>): Promise<RgbImage> {
     const known = this.#kept.get(key)
     if (known) return known
-    const image = await loadImage(source, options)
+    const image = await make()
     const bytes = image.data.length + (image.alpha?.length ?? 0)
-    // Somebody else may have loaded it meanwhile.
+    // Somebody else may have made it meanwhile.
     if (bytes > this.room || this.#kept.has(key)) return image
     this.room -= bytes
     this.#kept.set(key, image)
@@ -450,12 +450,20 @@ export class PictureCache {
  * @returns uint8 [crop, crop, 3]
  */
 export async function preparePicture(task: PictureTask, cache?: PictureCache): Promise<Uint8Array> {
-  const { source, preprocess, augmentation } = task
-  const options = { ...task.limits, alpha: augmentation !== null }
-  const image = await (cache ? cache.load(source, options) : loadImage(source, options))
-  if (!augmentation) return preprocessImage(image, preprocess)
-  const [seed, stream] = augmentation
-  return preprocessImage(augment(image, new Rng(seed, stream)), preprocess)
+  const { source, preprocess, augmentation, limits } = task
+  const keep = (key: unknown[], make: () => Promise<RgbImage>): Promise<RgbImage> =>
+    cache ? cache.get(JSON.stringify(key), make) : make()
+  if (augmentation) {
+    const decoded = await keep([source, limits], () => loadImage(source, { ...limits, alpha: true }))
+    return preprocessImage(augment(decoded, new Rng(...augmentation)), preprocess)
+  }
+  // Always the same, and smaller than what was decoded: the result is kept.
+  const { crop } = preprocess
+  const make = async (): Promise<RgbImage> => {
+    const data = preprocessImage(await loadImage(source, limits), preprocess)
+    return { data, width: crop, height: crop }
+  }
+  return (await keep([source, limits, preprocess], make)).data
 }
 
 /** Everything needed to prepare a picture, in plain values that can be sent to a worker. */

@@ -11,7 +11,13 @@ import { AlignGPTError, mismatch, show } from './errors.js'
 import { writeJsonFile } from './json.js'
 import { Linear, type Source } from './nn.js'
 import { add, cast, matmul, scale } from './ops.js'
-import { openCheckpoint, openSafetensors, type TensorToWrite, writeSafetensors } from './safetensors.js'
+import {
+  openCheckpoint,
+  openSafetensors,
+  type TensorEntry,
+  type TensorToWrite,
+  writeSafetensors,
+} from './safetensors.js'
 import { scope, type Tensor } from './tensor.js'
 import { checkpointSource, initSource, readTensor, tensorToWrite } from './weights.js'
 
@@ -88,12 +94,14 @@ export function addLora(model: AlignGPT, o: LoraOptions = {}, seed = 0): void {
   attach(model, chosen, rank, alpha, initSource(seed, model))
 }
 
-/** W + (alpha / r) B A, computed in f32 (f64 in an f64 model) and rounded to W's dtype. */
-function mergedWeight({ weight, lora_A, lora_B, scaling }: Linear): Tensor {
+/** W + (alpha / r) B A, computed in f32 (f64 for f64 tensors) and rounded to W's dtype. */
+export function merged(weight: Tensor, loraA: Tensor, loraB: Tensor, scaling: number): Tensor {
   const acc = weight.dtype === 'f64' ? 'f64' : 'f32'
-  const [w, a, b] = [weight, (lora_A as Linear).weight, (lora_B as Linear).weight].map((t) => cast(t.detach(), acc))
+  const [w, a, b] = [weight, loraA, loraB].map((t) => cast(t.detach(), acc))
   return cast(add(w, scale(matmul(b, a), scaling)), weight.dtype)
 }
+const mergedWeight = ({ weight, lora_A, lora_B, scaling }: Linear): Tensor =>
+  merged(weight, (lora_A as Linear).weight, (lora_B as Linear).weight, scaling)
 
 /** All weights as they are written: those with an adapter merged, one at a time, the adapters left out. */
 export function mergedWeights(model: AlignGPT): TensorToWrite[] {
@@ -184,6 +192,34 @@ const adapterSchema = z.object({
   layer_replication: empty,
 })
 
+/** An adapter's folder: which matrices it is for, and what lies beside it. */
+export interface StoredAdapter {
+  file: string
+  rank: number
+  alpha: number
+  /** A [rank, inputs] and B [outputs, rank] by the name of the module they belong to */
+  modules: Map<string, { A?: TensorEntry; B?: TensorEntry }>
+  /** projector and gate */
+  rest: Map<string, TensorEntry>
+}
+
+/** Opens what `saveAdapter` or PEFT wrote. @throws ERR_CONFIG, ERR_WEIGHTS as `loadAdapter` */
+export function openAdapter(dir: string): StoredAdapter {
+  const config = path.join(dir, FILES.config)
+  const { r: rank, lora_alpha: alpha } = check(adapterSchema, readJsonObject(config), config)
+  const file = path.join(dir, FILES.weights)
+  const modules: StoredAdapter['modules'] = new Map()
+  for (const [name, e] of openSafetensors(file).entries) {
+    const [, module, side] = /^base_model\.model\.(.*)\.lora_([AB])\.weight$/.exec(name) ?? []
+    if (!module)
+      throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(name)}`, "an adapter of a layer's matrix", 'none')
+    modules.set(module, { ...modules.get(module), [side]: e })
+  }
+  if (!modules.size) throw mismatch('ERR_WEIGHTS', 'lora', file, 'adapters', 'none')
+  const rest = path.join(dir, FILES.rest)
+  return { file, rank, alpha, modules, rest: fs.existsSync(rest) ? openCheckpoint(rest) : new Map() }
+}
+
 /**
  * Gives a model the adapters that `saveAdapter` or PEFT wrote, and, where they are beside them, projector and gate.
  * Which matrices have one is read off the weights. Float types are converted to the model's.
@@ -191,38 +227,31 @@ const adapterSchema = z.object({
  *   ERR_WEIGHTS: names that are not the language model's; ERR_SHAPE
  */
 export function loadAdapter(model: AlignGPT, dir: string): void {
-  const config = path.join(dir, FILES.config)
-  const { r, lora_alpha } = check(adapterSchema, readJsonObject(config), config)
-  const file = path.join(dir, FILES.weights)
-  const names = [...openSafetensors(file).entries.keys()]
+  const { file, rank, alpha, modules, rest } = openAdapter(dir)
   const all = new Map(linears(model))
-  const chosen = new Map<string, Linear>()
-  for (const name of names) {
-    const [, module] = /^base_model\.model\.(.*)\.lora_[AB]\.weight$/.exec(name) ?? []
+  const chosen = [...modules.keys()].map((module): [string, Linear] => {
     const l = all.get(module)
-    if (!l) throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(name)}`, "an adapter of a layer's matrix", 'none')
-    chosen.set(module, l)
-  }
-  if (!chosen.size) throw mismatch('ERR_WEIGHTS', 'lora', file, 'adapters', 'none')
-  const rest = path.join(dir, FILES.rest)
-  const others = fs.existsSync(rest) ? readOthers(model, rest) : []
+    if (!l) throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(module)}`, "a matrix of the model's layers", 'none')
+    return [module, l]
+  })
+  const others = readOthers(model, rest)
   try {
     const source = checkpointSource(file, model, (name) => PEFT_PREFIX + name)
-    attach(model, [...chosen], r, lora_alpha, source)
+    attach(model, chosen, rank, alpha, source)
     for (const { to, from } of others) to.write(from.toFloats())
   } finally {
     for (const { from } of others) from.dispose()
   }
 }
 
-/** Projector and gate of a file, each with the parameter it is for. */
-function readOthers(model: AlignGPT, file: string): { to: Tensor; from: Tensor }[] {
+/** Projector and gate, each with the parameter it is for. */
+function readOthers(model: AlignGPT, entries: ReadonlyMap<string, TensorEntry>): { to: Tensor; from: Tensor }[] {
   const parameters = new Map(model.namedParameters())
   const read: { to: Tensor; from: Tensor }[] = []
   try {
-    for (const [name, entry] of openCheckpoint(file)) {
+    for (const [name, entry] of entries) {
       const to = parameters.get(name)
-      if (!to) throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(name)}`, 'a parameter of the model', 'none')
+      if (!to) throw mismatch('ERR_WEIGHTS', 'lora', `${entry.path}: ${show(name)}`, 'a parameter', 'none')
       read.push({ to, from: readTensor(entry, to.shape, model) })
     }
   } catch (e) {

@@ -100,8 +100,8 @@ export interface Native {
   persist(t: H): void
   dispose(t: H): void
   isLive(t: H): boolean
-  /** what this thread enqueues on the device until graphEnd is kept and not done; the number is for the others */
-  graphBegin(device: Device): number
+  /** what this thread enqueues on the device until graphEnd is kept and not done, working in the memory of `beside`; the number is for the others */
+  graphBegin(device: Device, beside: number | null): number
   graphEnd(graph: number): void
   graphLaunch(graph: number): void
   graphDispose(graph: number): void
@@ -177,7 +177,7 @@ export interface Native {
   ): H
   cacheWrite(cache: H, rows: H, slot: H): void
   alignMix(args: NativeAlignMix): H[]
-  lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number): H[]
+  lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number, scale: H | null): H[]
   crossEntropy(logits: H, targets: H): H
   contrastiveLoss(image: H, text: H, logScale: H): H
   sumSquares(xs: H[]): H

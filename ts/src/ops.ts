@@ -165,8 +165,9 @@ export const headChunk = (vocabulary: number): number => Math.min(1024, Math.max
 
 /**
  * Cross entropy of hidden[rows] W^T against targets, summed and divided by `denominator`; logits exist for one chunk of
- * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R].
+ * rows at a time. hidden [T, H], weight [V, H], rows and targets i32 [R]; a row whose target is -100 counts for nothing.
  * @param chunk rows, default headChunk
+ * @param scale one number (f32; f64 for f64) on the device of `hidden`: loss and gradients are multiplied with it
  */
 export function lmHeadLoss(
   hidden: Tensor,
@@ -175,8 +176,10 @@ export function lmHeadLoss(
   targets: Tensor,
   denominator: number,
   chunk = headChunk(weight.shape[0]),
+  scale?: Tensor,
 ): { loss: Tensor; nll: Tensor } {
-  const [loss, nll] = native.lmHeadLoss(hidden.h, weight.h, rows.h, targets.h, denominator, chunk).map(wrap)
+  const args = [hidden.h, weight.h, rows.h, targets.h, denominator, chunk, scale?.h ?? null] as const
+  const [loss, nll] = native.lmHeadLoss(...args).map(wrap)
   return { loss, nll }
 }
 /** Mean cross entropy of logits [R, C] against targets i32 [R]. */

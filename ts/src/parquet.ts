@@ -11,7 +11,8 @@ import { type SavedOptions, type Stamp, stampOf } from './saved.js'
 import { TarWriter } from './tar.js'
 
 const VERSION = 1
-const COLUMNS = ['id', 'image', 'conversations', 'similarity', 'task']
+const TURNS = ['conversations', 'caption', 'question']
+const COLUMNS = ['id', 'image', ...TURNS, 'answer', 'similarity', 'task']
 
 export interface Unpacked {
   /** JSON lines */
@@ -39,8 +40,8 @@ async function* parquetRows(file: string): AsyncGenerator<Row> {
     const source = await asyncBufferFromFile(file)
     const metadata = await parquetMetadataAsync(source)
     const names = parquetSchema(metadata).children.map((c) => c.element.name)
-    if (!names.includes('conversations'))
-      throw mismatch('ERR_DATA', 'parquet', file, 'a column conversations', names.join(', ') || 'none')
+    if (!TURNS.some((c) => names.includes(c)))
+      throw mismatch('ERR_DATA', 'parquet', file, `a column ${TURNS.join(' or ')}`, names.join(', ') || 'none')
     const columns = COLUMNS.filter((c) => names.includes(c))
     let rowStart = 0
     for (const group of metadata.row_groups) {
@@ -114,7 +115,8 @@ function isUnpacked(folder: string, sources: Manifest['sources']): true | string
 
 /**
  * Unpacks Parquet files, in order, into one data file; does nothing when that has been done and the files are the same.
- * Columns: conversations (list of {from, value}), id, similarity, task, and image: a name, bytes, or {bytes, path}.
+ * Columns: conversations (list of {from, value}), or caption, or question and answer; id, similarity, task, and image: a name,
+ * bytes, or {bytes, path}.
  * @param folder where to; default `<first file>.unpacked`
  * @throws AlignGPTError ERR_DATA: no Parquet, no such column, a folder that cannot be written
  */

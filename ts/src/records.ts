@@ -5,7 +5,7 @@
 import fs from 'node:fs'
 import { type AlignGPTError, mismatch, show } from './errors.js'
 import { decodeUtf8, parseJson } from './json.js'
-import type { DataRecord, Turn } from './prompt.js'
+import { type DataRecord, IMAGE_TEXT, type Turn } from './prompt.js'
 
 const CHUNK = 1 << 20
 const MAX_RECORD = 256 * 1024 * 1024
@@ -160,14 +160,39 @@ export interface RecordProblem {
 
 const isLevel = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0 && (v as number) < 2 ** 31
 
+const SHORT_OR_TURNS = 'an array of turns, or caption, or question and answer'
+
+/** The keys that say a record's one exchange where it has no `conversations`; none in one that has. */
+function shortKeys(raw: Record<string, unknown>): ('caption' | 'question' | 'answer')[] {
+  if ((raw.conversations ?? null) !== null) return []
+  if ((raw.caption ?? null) !== null) return ['caption']
+  return (raw.question ?? null) !== null ? ['question', 'answer'] : []
+}
+
+/** The turns of a record, of a short one those that it stands for. */
+function turnsOf(raw: Record<string, unknown>): unknown {
+  const short = shortKeys(raw)
+  if (!short.length) return raw.conversations
+  const question = short[0] === 'question' ? String(raw.question) : ''
+  const place = (raw.image ?? null) !== null && !question.includes(IMAGE_TEXT) ? `${IMAGE_TEXT}\n` : ''
+  return [
+    { from: 'human', value: place + question },
+    { from: 'gpt', value: raw[short[short.length - 1]] },
+  ]
+}
+
 /** The first thing that keeps a parsed value from being a record, null when it is one; see parseRecord. */
 export function recordProblem(raw: unknown): RecordProblem | null {
-  const { id = 0, image = null, conversations, similarity = null } = raw as Record<string, unknown>
+  const record = raw as Record<string, unknown>
+  const { id = 0, image = null, similarity = null } = record
   if (typeof id !== 'string' && typeof id !== 'number') return { key: 'id', expected: 'a string or number', got: id }
   if (image !== null && (typeof image !== 'string' || image === ''))
     return { key: 'image', expected: 'a file name', got: image }
+  for (const key of shortKeys(record))
+    if (typeof record[key] !== 'string') return { key, expected: 'a string', got: record[key] }
+  const conversations = turnsOf(record)
   if (!Array.isArray(conversations) || !conversations.length)
-    return { key: 'conversations', expected: 'an array of turns', got: conversations }
+    return { key: 'conversations', expected: SHORT_OR_TURNS, got: conversations }
   if (similarity !== null && !isLevel(similarity))
     return { key: 'similarity', expected: 'an integer level', got: similarity }
   for (const [i, turn] of conversations.entries()) {
@@ -181,12 +206,13 @@ export function recordProblem(raw: unknown): RecordProblem | null {
 
 /**
  * Checks one parsed record: id (string or number; absent: its index), image (optional string), conversations
- * ([{from: human|user|gpt|assistant|system, value}]), similarity (optional level, integer >= 0). `task` is taken where it is a text.
+ * ([{from: human|user|gpt|assistant|system, value}]) or in short caption, or question and answer; similarity (optional level,
+ * integer >= 0). `task` is taken where it is a text.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 export function parseRecord(raw: unknown, file: string, index: number): DataRecord {
   const problem = recordProblem(raw)
-  const { id = index, image, conversations, similarity, task } = raw as Record<string, unknown>
+  const { id = index, image, similarity, task } = raw as Record<string, unknown>
   if (problem) {
     const { key, expected, got } = problem
     const what = `${file}: record ${index} (id ${show(id)}) ${key}`
@@ -195,7 +221,10 @@ export function parseRecord(raw: unknown, file: string, index: number): DataReco
   return {
     id: String(id),
     image: (image ?? null) as string | null,
-    conversations: (conversations as Turn[]).map(({ from, value }) => ({ from: ROLES[from], value })),
+    conversations: (turnsOf(raw as Record<string, unknown>) as Turn[]).map(({ from, value }) => ({
+      from: ROLES[from],
+      value,
+    })),
     similarity: (similarity ?? null) as number | null,
     ...(typeof task === 'string' && task !== '' && { task }),
   }

@@ -192,6 +192,26 @@ export function halfToFloat(h: number): number {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15)
 }
 
+/** IEEE halves of f32 values, rounded to nearest, ties to even. */
+export function floatToHalf(values: Float32Array): Uint16Array {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length)
+  return Uint16Array.from(bits, (b, i) => {
+    const sign = (b >>> 16) & 0x8000
+    const exponent = ((b >>> 23) & 255) - 112 // as the half has it
+    if (Number.isNaN(values[i])) return sign | 0x7e00
+    if (exponent > 30) return sign | 0x7c00
+    // a subnormal keeps fewer bits, and they have no leading one of their own
+    const shift = exponent > 0 ? 13 : 14 - exponent
+    if (shift > 24) return sign
+    const fraction = exponent > 0 ? b & 0x7fffff : (b & 0x7fffff) | 0x800000
+    const kept = fraction >>> shift
+    const rest = fraction - kept * 2 ** shift
+    const half = 2 ** (shift - 1)
+    const up = rest > half || (rest === half && kept & 1) ? 1 : 0
+    return sign | ((exponent > 0 ? exponent << 10 : 0) + kept + up) // a carry goes into the exponent, as it should
+  })
+}
+
 /** Reads one tensor of any float dtype (F64 F32 F16 BF16) or integer dtype (I64 I32 U8) as Float32Array. */
 export function readFloats(entry: TensorEntry): Float32Array {
   const b = readEntry(entry)

@@ -112,13 +112,14 @@ export function noGrad<T>(fn: () => T): T {
  * Work on a device that is recorded once and launched as often as wanted (CUDA graphs): one launch in place of hundreds. It reads and
  * writes the same memory each time: inputs must be persistent tensors, indices may be written to between launches, and nothing
  * in `fn` may read a value. @throws ERR_UNSUPPORTED on the CPU
+ * @param beside works in the same memory as this graph: only results that are held outlive a launch of the other one
  */
 export class Graph<T> {
   /** what `fn` returned; its tensors have values after a launch */
   readonly result: T
   readonly #number: number
-  constructor(device: Device, fn: () => T) {
-    this.#number = native.graphBegin(device)
+  constructor(device: Device, fn: () => T, beside?: Graph<unknown>) {
+    this.#number = native.graphBegin(device, beside ? beside.#number : null)
     try {
       this.result = fn()
       native.graphEnd(this.#number)
@@ -134,6 +135,9 @@ export class Graph<T> {
     native.graphDispose(this.#number)
   }
 }
+
+/** On a GPU a step can be launched as one graph: no measurement has shown yet that it helps, so it is asked for. */
+export const wantsGraphs = (device: Device): boolean => device === 'cuda' && process.env.ALIGNGPT_CUDA_GRAPHS === '1'
 
 /** A list of i32 indices that changes while its tensor stays, as long as its length does. */
 export class Indices {

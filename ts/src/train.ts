@@ -22,6 +22,7 @@ import { type Loader, openLoader } from './loader.js'
 import { Log } from './log.js'
 import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
 import { averageText, RunMemory, widestText } from './memory.js'
+import { MicroSteps } from './microsteps.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
@@ -177,24 +178,21 @@ async function nextStep(loader: Loader): Promise<PackedBatch[]> {
 
 /** Forward and backward of one step's micro-batches; others get their turn in between. */
 async function accumulate(
-  model: AlignGPT,
+  steps: MicroSteps,
   batches: PackedBatch[],
-  mix: Mix,
   o: TrainOptions,
 ): Promise<{ loss: number; losses: number[]; coefficients: number[] }> {
   const labelled = batches.filter((b) => b.lossRows.length > 0)
   const total = labelled.reduce((n, b) => n + b.lossRows.length, 0)
   const images = labelled.reduce((n, b) => n + b.imageRows.length, 0)
-  const coefficients = new Array<number>(model.levels).fill(0)
-  const losses: number[] = []
-  for (const b of labelled) {
-    if (losses.length) await turn()
-    const denominator = o.lossNorm === 'micro' ? labelled.length * b.lossRows.length : total
-    const result = model.lossAndGradients(b, mix, { denominator, recompute: o.recompute })
-    losses.push(result.loss)
-    for (const [l, c] of result.coefficients.entries())
-      coefficients[l] += images ? (c * b.imageRows.length) / images : 0
+  for (const [i, b] of labelled.entries()) {
+    if (i) await turn()
+    steps.run(b, o.lossNorm === 'micro' ? labelled.length * b.lossRows.length : total)
   }
+  const results = steps.read()
+  const losses = results.map((r) => r.loss)
+  const coefficients = new Array<number>(steps.model.levels).fill(0)
+  for (const r of results) for (const [l, c] of r.coefficients.entries()) coefficients[l] += images ? c / images : 0
   return { loss: losses.reduce((a, b) => a + b, 0), losses, coefficients }
 }
 
@@ -266,6 +264,7 @@ interface RunState {
 /** One training run. */
 class Run {
   readonly optimizer: AdamW
+  private readonly microSteps: MicroSteps
   readonly outliers: Outliers | null
   readonly result: TrainResult
   private loader!: Loader
@@ -292,7 +291,9 @@ class Run {
       o.steps,
       !!o.saveEvery && !o.allowLongInterval,
     )
-    this.optimizer = new AdamW(trainable(model, phase), { weightDecay, state, offload, seed })
+    const parameters = trainable(model, phase)
+    this.microSteps = new MicroSteps(model, o.mix, parameters, o.recompute)
+    this.optimizer = new AdamW(parameters, { weightDecay, state, offload, seed })
     this.result = {
       steps: 0,
       resumed: 0,
@@ -381,13 +382,13 @@ class Run {
   }
 
   private async step(): Promise<StepInfo> {
-    const { model, o, done: step } = this
+    const { o, done: step } = this
     const from = performance.now()
     const waitedBefore = this.loader.waited
     const batches = await nextStep(this.loader)
     this.batches = batches
     const lr = cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: o.warmupRatio })
-    const { loss, losses, coefficients } = await accumulate(model, batches, o.mix, o)
+    const { loss, losses, coefficients } = await accumulate(this.microSteps, batches, o)
     const { gradNorm, skipped } = this.update(loss, lr, batches, losses)
     const seconds = (performance.now() - from) / 1000
     const tokens = batches.reduce((n, b) => n + b.tokens.length, 0)
@@ -469,6 +470,7 @@ class Run {
     await this.loader?.close()
     await this.held?.close()
     await this.saver?.close()
+    this.microSteps.dispose()
     this.optimizer.dispose()
     native.trim(this.model.device) // what lay idle between the steps
   }

@@ -1,5 +1,6 @@
 /** Where weights come from: checkpoint files, initialisation, or what a pre-training left. */
-import { AlignGPTError } from './errors.js'
+import { AlignGPTError, mismatch } from './errors.js'
+import { ourName } from './layouts.js'
 import { type Device, native } from './native.js'
 import { initialize, Source } from './nn.js'
 import { openCheckpoint, type TensorEntry, type TensorToWrite } from './safetensors.js'
@@ -13,8 +14,8 @@ export interface Placement {
 
 const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
 
-/** A tensor of a file as a persistent one, whatever float type the file has. @throws ERR_SHAPE, ERR_DTYPE */
-export function readTensor(e: TensorEntry, shape: readonly number[], { dtype, device }: Placement): Tensor {
+/** Says which tensor of which file is not as it should be. @throws ERR_SHAPE, ERR_DTYPE */
+export function checkEntry(e: TensorEntry, shape: readonly number[]): void {
   if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
     throw new AlignGPTError(
       'ERR_SHAPE',
@@ -25,6 +26,11 @@ export function readTensor(e: TensorEntry, shape: readonly number[], { dtype, de
       'ERR_DTYPE',
       `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
     )
+}
+
+/** A tensor of a file as a persistent one, whatever float type the file has. @throws ERR_SHAPE, ERR_DTYPE */
+export function readTensor(e: TensorEntry, shape: readonly number[], { dtype, device }: Placement): Tensor {
+  checkEntry(e, shape)
   const t = new Tensor(native.empty([...shape], dtype, device)).persist()
   try {
     native.readFile(t.h, e.path, e.offset, fileDtype[e.dtype as keyof typeof fileDtype])
@@ -63,17 +69,37 @@ export function initSource(seed: number, { dtype, device }: Placement): Source {
   return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
 }
 
-/** What a pre-training left (names with or without `model.`), fresh parameters for the rest: the gate. */
+/**
+ * The tensors of a checkpoint in any layout under this package's names; constants among them are left out.
+ * @throws ERR_WEIGHTS: a name that no layout has, or two that mean the same
+ */
+export function openNamed(where: string): Map<string, TensorEntry> {
+  const named = new Map<string, TensorEntry>()
+  for (const [name, e] of openCheckpoint(where)) {
+    const ours = ourName(name)
+    if (ours === null) continue
+    if (ours === undefined) throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'a known name', 'this')
+    const other = named.get(ours)
+    if (other)
+      throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'one such tensor', `'${other.name}' too`)
+    named.set(ours, e)
+  }
+  return named
+}
+
+/** What a pre-training left (in any layout), fresh parameters for the rest: the gate. */
 export function pretrainedSource(file: string, seed: number, place: Placement): Source {
-  const entries = openCheckpoint(file)
-  const found = (name: string) => entries.get(name) ?? entries.get(`model.${name}`)
-  if (!found('align_indicators.indicator_embs') && ![...entries.keys()].some((n) => n.includes('mm_projector.')))
+  const entries = openNamed(file)
+  if (
+    !entries.has('align_indicators.indicator_embs') &&
+    ![...entries.keys()].some((n) => n.startsWith('mm_projector.'))
+  )
     throw new AlignGPTError(
       'ERR_WEIGHTS',
       `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
     )
   return new Source((name, shape, init) => {
-    const e = found(name)
+    const e = entries.get(name)
     return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
   })
 }

@@ -2,7 +2,7 @@
 import { expect, test } from 'vitest'
 import { native } from '../src/native.js'
 import * as ops from '../src/ops.js'
-import { backward, memory, noGrad, scope, type Tensor, tensor } from '../src/tensor.js'
+import { backward, memory, noGrad, scope, type Tensor, tensor, zeros } from '../src/tensor.js'
 
 test('a scope frees what was made in it, except its result', () => {
   const before = memory()
@@ -146,4 +146,49 @@ test('2,000 steps leave bytes and handles flat', () => {
   expect(after.handles).toBe(before.handles)
   expect(after.reserved).toBe(before.reserved)
   w.dispose()
+})
+
+test('what the tape keeps and somebody writes into is refused, not differentiated', () => {
+  const before = memory().inUse
+  const refused = (write: (t: Record<'x' | 'w' | 'ids', Tensor>) => void): void =>
+    scope(() => {
+      const [x, w] = [tensor([1, 2, 3, 4], [2, 2]).requiresGrad(), tensor([1, 2, 3, 4], [2, 2]).requiresGrad()]
+      const ids = tensor(Int32Array.of(1, 0))
+      const y = ops.sum(ops.gather(ops.linear(ops.rmsNorm(x, tensor([1, 1]), 1e-6), w), ids))
+      write({ x, w, ids })
+      backward(y)
+    })
+  refused(({ x }) => expect(x.toArray()).toHaveLength(4)) // reading is none
+  const changed = (op: string): RegExp =>
+    new RegExp(`^\\[backward\\] ${op}: a tensor .* expected as in the forward pass`)
+  expect(() => refused(({ ids }) => ids.write(Int32Array.of(0, 1)))).toThrow(changed('gather'))
+  expect(() => refused(({ w }) => native.fill(w.h, 2))).toThrow(changed('linear'))
+  expect(() => refused(({ x }) => native.copy(x.h, ops.scale(x, 2).h))).toThrow(changed('linear')) // its input is computed again
+  expect(() => refused(({ x, w }) => native.copy(ops.scale(w, 1).h, x.h))).not.toThrow() // x was read
+  // a view shares the storage, and with it the mark
+  expect(() => refused(({ w }) => native.fill(ops.reshape(w.detach(), [4]).h, 0))).toThrow(changed('linear'))
+  expect(() => refused(({ w }) => native.adamw(update(w)))).toThrow(changed('linear'))
+  expect(memory().inUse).toBe(before)
+})
+
+const update = (w: Tensor): Parameters<typeof native.adamw>[0] => ({
+  ...{
+    params: [w.h],
+    grads: [ops.scale(w.detach(), 1).h],
+    masters: [null],
+    m: [zeros([2, 2]).h],
+    v: [zeros([2, 2]).h],
+  },
+  ...{
+    lrScale: [1],
+    weightDecay: [0],
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-8,
+    lr: 1e-3,
+    step: 1,
+    normSquared: null,
+    maxNorm: 0,
+  },
+  seed: 0,
 })

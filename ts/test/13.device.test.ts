@@ -5,11 +5,13 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
+import { loadDataset } from '../src/data.js'
 import { generateBatch } from '../src/generate.js'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
 import { AdamW } from '../src/optim.js'
 import { backward, Graph, memory, scope, tensor, zeros } from '../src/tensor.js'
+import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train.js'
 
 const found = native.probeCuda()
 afterEach(() => void vi.unstubAllEnvs())
@@ -179,6 +181,92 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     expect([...model.namedParameters()].every(([, t]) => t.device === 'cuda')).toBe(true)
     expect(memory('cuda').inUse - before).toBeLessThan(1 << 16) // the rotary tables
     model.dispose()
+  })
+  test('two graphs in the same memory: each has its results, and what they work in is there once', () => {
+    const x = tensor(new Float32Array(4096).fill(1), [64, 64], 'f32', 'cuda').persist()
+    const work = () => scope(() => sum(matmul(matmul(x, x), matmul(x, x)))).persist()
+    const before = memory('cuda').reserved
+    const first = new Graph('cuda', work)
+    const own = memory('cuda').reserved - before
+    const second = new Graph('cuda', () => scope(() => scale(work(), 2)).persist(), first)
+    expect(memory('cuda').reserved - before).toBeLessThan(own + 1024)
+    first.launch()
+    second.launch()
+    expect([first.result.item(), second.result.item()]).toEqual([64 ** 5, 2 * 64 ** 5])
+    first.dispose()
+    second.launch()
+    expect(second.result.item()).toBe(2 * 64 ** 5)
+    second.dispose()
+    for (const t of [x, first.result, second.result]) t.dispose()
+  })
+  describe('training with graphs', () => {
+    const base = fileURLToPath(new URL('golden/base/', import.meta.url))
+    const load = () => AlignGPT.load(path.join(base, 'model/aligngpt'), { device: 'cuda' })
+    const data = (name: string) => loadDataset(path.join(base, name), { images: path.join(base, 'images') })
+    const options = { batch: 6, microBatch: 2, steps: 5, seed: 1, lr: 1e-3, warmupRatio: 0, workers: 0 }
+    /** Losses of a run, how often a shape was recorded and launched, and what the run left behind. */
+    const run = async (train: typeof pretrain, file: string, graphs: string, o: TrainOptions = {}) => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', graphs)
+      const model = await load()
+      model.rotary(model.config.tokenizer_model_max_length)
+      const before = memory('cuda').inUse
+      const recorded = vi.spyOn(native, 'graphBegin')
+      const launched = vi.spyOn(native, 'graphLaunch')
+      const coefficients: number[][] = []
+      const onStep = (s: StepInfo): number => coefficients.push(s.coefficients)
+      const { loss } = await train(model, await data(file), { ...options, ...o, onStep })
+      const counts = { recorded: recorded.mock.calls.length, launched: launched.mock.calls.length }
+      for (const spy of [recorded, launched]) spy.mockRestore()
+      expect(memory('cuda').inUse).toBe(before)
+      model.dispose()
+      return { loss, coefficients, ...counts }
+    }
+    const near = (a: number[], b: number[]): void => {
+      expect(a.length).toBe(b.length)
+      for (const [i, x] of a.entries()) expect(Math.abs(x - b[i])).toBeLessThan(2e-5 * Math.max(1, Math.abs(b[i])))
+    }
+    for (const [name, train, file, o, microBatches] of [
+      ['pre-training', pretrain, 'data_phase1.json', {}, 13], // an epoch's last step has two records
+      ['instruction tuning', finetune, 'data_phase2.json', {}, 10],
+      ['instruction tuning with recompute', finetune, 'data_phase2.json', { recompute: true, lossNorm: 'micro' }, 10],
+    ] as const)
+      test(`${name}: the losses and weights of a run without, batches of several shapes`, async () => {
+        const plain = await run(train, file, '0', o)
+        expect(plain.launched).toBe(0)
+        const graphs = await run(train, file, '1', o)
+        near(graphs.loss, plain.loss)
+        near(graphs.coefficients.flat(), plain.coefficients.flat())
+        expect(graphs.launched).toBe(microBatches - 1) // all but the first
+        expect(graphs.recorded).toBeGreaterThan(1)
+        expect(graphs.recorded).toBeLessThan(microBatches - 1)
+      })
+    test('what is not finite stops the run with the weights as they were', async () => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', '1')
+      const model = await load()
+      const weight = model.model.norm.weight
+      const broken = () => {
+        weight.write(new Float32Array(weight.numel).fill(Number.NaN))
+        return 0
+      }
+      const onStep = ({ step }: StepInfo): number => (step === 2 ? broken() : 0)
+      const records = await data('data_phase1.json')
+      await expect(pretrain(model, records, { ...options, onStep })).rejects.toThrow(
+        /\[train\] loss: expected a finite/,
+      )
+      model.dispose()
+    })
+    test('a level that the model has not is named', async () => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', '1')
+      const model = await load()
+      const scores = vi.spyOn(native, 'graphLaunch')
+      const records = await data('data_phase1.json')
+      const record = records.record.bind(records)
+      records.record = (i) => ({ ...record(i), similarity: scores.mock.calls.length ? 99 : 1 })
+      const error = await pretrain(model, records, { ...options, steps: 40 }).catch((e) => e)
+      expect(error.message).toMatch(/expected a level 0\.\.\d, got 99/)
+      scores.mockRestore()
+      model.dispose()
+    })
   })
   test('files', () => {
     const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'device-'))

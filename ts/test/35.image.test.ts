@@ -14,8 +14,10 @@ import {
   normaliseInto,
   normaliseTable,
   PictureCache,
+  type PictureTask,
   type Preprocess,
   padColour,
+  preparePicture,
   preprocessImage,
   type RgbImage,
   resizeBicubic,
@@ -272,7 +274,7 @@ it('decoded pictures are kept while there is room, each counted once', async () 
   const bytes = async (name: string): Promise<number> => (await loadImage(source(name))).data.length
   const [a, b, c] = ['a02.jpg', 'a00.png', 'a08.png']
   const cache = new PictureCache((await bytes(a)) + (await bytes(b)))
-  const load = (name: string) => cache.load(source(name), {})
+  const load = (name: string) => cache.get(name, () => loadImage(source(name)))
   const [first] = await Promise.all([load(a), load(a)])
   const second = await load(b)
   const third = await load(c)
@@ -280,4 +282,22 @@ it('decoded pictures are kept while there is room, each counted once', async () 
   expect((await load(a)).data).toEqual(first.data)
   expect(await load(a)).toBe(await load(a))
   expect(await load(c)).not.toBe(third)
+})
+
+it('a prepared picture is the same from the cache; augmented ones differ', async () => {
+  const source = { root: caseDir('base', 'images'), name: 'a02.jpg' }
+  const cache = new PictureCache()
+  const task = (augmentation: [number, number] | null, pad: boolean): PictureTask => ({
+    ...{ source, augmentation, limits: {} },
+    preprocess: { ...CLIP, size: 32, crop: 32, pad },
+  })
+  for (const pad of [false, true]) {
+    const alone = await preparePicture(task(null, pad))
+    const first = await preparePicture(task(null, pad), cache)
+    expect(first).toEqual(alone)
+    expect(await preparePicture(task(null, pad), cache)).toBe(first)
+    const [one, other] = await Promise.all([1, 2].map((n) => preparePicture(task([7, n], pad), cache)))
+    expect(one).not.toEqual(other)
+    expect(one).toEqual(await preparePicture(task([7, 1], pad)))
+  }
 })

@@ -74,6 +74,30 @@ describe('reading data files', () => {
     ).toMatchObject({ id: '0', conversations: [{ from: 'human' }, { from: 'gpt' }] })
   })
 
+  it('reads a caption, or a question and its answer, as the turns they stand for', async () => {
+    const short = [
+      { image: 'x.png', caption: 'a cat' },
+      { image: 'x.png', question: 'What?', answer: 'A cat.' },
+      { image: 'x.png', question: 'What?\n<image>', answer: 'A cat.' },
+      { question: 'Who?', answer: 'I.', caption: null },
+      rec('a', { caption: 'is not read', question: 'nor this' }),
+    ]
+    const d = await loadDataset(put(JSON.stringify(short)), { images: dir })
+    const talk = (q: string, a: string): object => ({
+      conversations: [
+        { from: 'human', value: q },
+        { from: 'gpt', value: a },
+      ],
+    })
+    expect([...d]).toMatchObject([
+      talk('<image>\n', 'a cat'),
+      talk('<image>\nWhat?', 'A cat.'),
+      talk('What?\n<image>', 'A cat.'),
+      talk('Who?', 'I.'),
+      { id: 'a', conversations: turns },
+    ])
+    d.close()
+  })
   it('splits records wherever the pieces of the file end', async () => {
     const big = [...Array(40).keys()].map((i) => rec(`r${i}`, { pad: `${'x{"\\'.repeat(1000 * i)}` }))
     const d = await loadDataset(put(JSON.stringify(big)))
@@ -124,8 +148,14 @@ describe('reading data files', () => {
     expect(e.message).toMatch(new RegExp(`at byte ${at}[,:]`))
   })
   it.each<[string, unknown, RegExp]>([
-    ['no conversations', { id: 'a' }, /record 0 \(id "a"\) conversations, expected an array of turns, got nothing/],
-    ['empty conversations', { id: 'a', conversations: [] }, /array of turns, got \[\]/],
+    [
+      'no conversations',
+      { id: 'a' },
+      /record 0 \(id "a"\) conversations, expected an array of turns, or caption.*, got nothing/,
+    ],
+    ['empty conversations', { id: 'a', conversations: [] }, /array of turns.*, got \[\]/],
+    ['a caption that is no text', { caption: 7 }, /record 0 .* caption, expected a string, got 7/],
+    ['a question alone', { question: 'Why?' }, /record 0 .* answer, expected a string, got nothing/],
     ['an object as id', { id: {}, conversations: turns }, /id, expected a string or number/],
     ['a list of images', rec('a', { image: ['x'] }), /image, expected a file name, got \["x"\]/],
     [

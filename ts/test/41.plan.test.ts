@@ -13,6 +13,7 @@ import { FINETUNE, PRETRAIN, phaseOf, trainable } from '../src/phases.js'
 import { largestMicroBatch, type PlanModel, type PlanOptions, plan } from '../src/plan.js'
 import { savedTensors } from '../src/resume.js'
 import { Saver } from '../src/saver.js'
+import { scope } from '../src/tensor.js'
 
 const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-plan-'))
 afterAll(() => fs.rmSync(temp, { recursive: true, force: true }))
@@ -37,7 +38,7 @@ async function measured(folder: string, o: PlanOptions): Promise<number> {
   const optimizer = new AdamW(trainable(model, phase), { state: o.optimizerState })
   const batch = makeBatch(model, new Array<number>(o.microBatch).fill(o.textTokens))
   const step = (): void => {
-    model.lossAndGradients(batch, phase.mix, { recompute: o.recompute })
+    scope(() => void model.lossAndGradients(batch, phase.mix, { recompute: o.recompute }))
     optimizer.update(1e-3)
   }
   step() // rope tables are made

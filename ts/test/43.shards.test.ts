@@ -471,12 +471,24 @@ describe('Parquet', () => {
     data.close()
     await refuses(() => loadDataset(`${folder}/t-00.parquet`, quiet), 'ERR_DATA', /record 0, expected an images folder/)
   })
+  it('reads pairs in short', async () => {
+    const columns = [
+      { name: 'image', data: image },
+      { name: 'caption', data: ids },
+    ]
+    const data = await loadDataset(put(write(columns, [...imageSchema, text('caption')], 2), '.parquet'), quiet)
+    expect(data.record(1)).toMatchObject({
+      image: '000000001',
+      conversations: [{ value: '<image>\n' }, { value: 'b' }],
+    })
+    data.close()
+  })
   it('refuses what is no Parquet, or has no conversations, and leaves nothing behind', async () => {
     const other = write([{ name: 'id', data: ids }], [text('id')], 1)
     const cut = embedded()
     for (const [bytes, pattern] of [
       [Buffer.from('no parquet at all'), /a Parquet file that can be read, got .*PAR1/],
-      [other, /a column conversations, got id/],
+      [other, /a column conversations or caption or question, got id/],
       [Buffer.concat([Buffer.alloc(2000), cut.subarray(2000)]), /a Parquet file that can be read/],
     ] as const) {
       const file = put(bytes, '.parquet')

@@ -50,7 +50,7 @@ beforeAll(async () => {
 
 /** A record with one mistake each, and what is found. */
 const MISTAKES: [ProblemKind, unknown, RegExp][] = [
-  ['record', { id: 'x' }, /conversations: expected an array of turns, got nothing/],
+  ['record', { id: 'x' }, /conversations: expected an array of turns, or caption, or question and answer, got nothing/],
   ['record', { id: {}, conversations: [human('q'), gpt('a')] }, /id: expected a string or number/],
   [
     'record',

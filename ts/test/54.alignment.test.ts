@@ -62,7 +62,7 @@ function checkGradients(model: AlignGPT, names: readonly string[]): void {
   const all = new Map(model.namedParameters())
   const chosen = names.map((n) => [n, all.get(n) as Tensor] as const)
   for (const [, t] of chosen) t.requiresGrad()
-  model.lossAndGradients(batch, model.mix)
+  scope(() => void model.lossAndGradients(batch, model.mix))
   const loss = () => scope(() => noGrad(() => model.loss(batch, model.mix).loss.item()))
   for (const [name, t] of chosen) {
     const gradient = scope(() => t.grad()?.toFloats()) as Float64Array

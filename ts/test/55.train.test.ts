@@ -4,8 +4,8 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { AlignGPT } from '../src/aligngpt.js'
-import type { PackedBatch } from '../src/batch.js'
+import { AlignGPT, type LossOptions } from '../src/aligngpt.js'
+import { type PackedBatch, padBatch } from '../src/batch.js'
 import { loadDataset } from '../src/data.js'
 import type { AlignGPTError } from '../src/errors.js'
 import { evaluate, evaluateLoss } from '../src/evaluate.js'
@@ -44,13 +44,14 @@ async function batchOf(model: AlignGPT, file: string, phase = FINETUNE): Promise
 function gradients(
   model: AlignGPT,
   b: PackedBatch[],
-  o: { recompute?: boolean } = {},
+  o: LossOptions & { recompute?: boolean } = {},
 ): { loss: number; flat: Float64Array } {
   const parameters = trainable(model, FINETUNE)
   const optimizer = new AdamW(parameters)
   const total = b.reduce((n, x) => n + x.lossRows.length, 0)
   let loss = 0
-  for (const x of b) loss += model.lossAndGradients(x, FINETUNE.mix, { denominator: total, ...o }).loss
+  for (const x of b)
+    loss += scope(() => model.lossAndGradients(x, FINETUNE.mix, { denominator: total, ...o }).loss.item())
   optimizer.gradientNorm()
   const flat = scope(() => Float64Array.from(parameters.flatMap((p) => Array.from(p.tensor.grad()?.toFloats() ?? []))))
   optimizer.dispose()
@@ -80,6 +81,24 @@ describe('one step', () => {
     const again = gradients(model, [batch], { recompute: true })
     expect(again.loss).toBe(kept.loss)
     expect(again.flat).toEqual(kept.flat)
+  })
+
+  test('the tail of a padded batch counts for nothing', () => {
+    const padded = padBatch(batch)
+    for (const key of ['tokens', 'lossRows', 'gateIds'] as const)
+      expect(padded[key].length).toBeGreaterThan(batch[key].length)
+    expect(padded.tokens.length % 64).toBe(0)
+    expect(padded.tokens.length - batch.tokens.length).toBeLessThan(64)
+    const denominator = batch.lossRows.length
+    const pass = (b: PackedBatch) => gradients(model, [b], { denominator })
+    const [plain, tailed] = [pass(batch), pass(padded)]
+    expect(Math.abs(tailed.loss - plain.loss)).toBeLessThan(1e-6 * plain.loss)
+    expect(worst(tailed.flat, plain.flat)).toBeLessThan(1e-6)
+    const rows = scope(() => noGrad(() => model.loss(padded, FINETUNE.mix).nll.toFloats()))
+    expect(rows.slice(denominator).every((nll) => nll === 0)).toBe(true)
+    expect(() => scope(() => model.loss({ ...padded, gateIds: padded.gateIds.with(1, -1) }, FINETUNE.mix))).toThrow(
+      '[alignMix] gateIds[1]: expected -1 at the end alone',
+    )
   })
 
   test('micro-batches accumulate to the gradient of the whole batch', async () => {

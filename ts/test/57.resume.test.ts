@@ -7,6 +7,7 @@ import { afterAll, describe, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { listCheckpoints, readCheckpoint, storedDtype, verifyCheckpoint, writeCheckpoint } from '../src/checkpoint.js'
 import { loadDataset } from '../src/data.js'
+import { type Device, native } from '../src/native.js'
 import { AdamW } from '../src/optim.js'
 import { PRETRAIN, trainable } from '../src/phases.js'
 import { parseInterval, Schedule, savedTensors } from '../src/resume.js'
@@ -31,9 +32,9 @@ interface Outcome {
 async function part(
   phase: 'pretrain' | 'finetune',
   out: string,
-  { dtype = 'f32', stopAt, ...o }: TrainOptions & { dtype?: 'f32' | 'bf16'; stopAt?: number },
+  { dtype = 'f32', device, stopAt, ...o }: TrainOptions & { dtype?: 'f32' | 'bf16'; device?: Device; stopAt?: number },
 ): Promise<Outcome> {
-  const model = await AlignGPT.load(folder, { dtype })
+  const model = await AlignGPT.load(folder, { dtype, device })
   const data = await loadDataset(path.join(base, phase === 'pretrain' ? 'data_phase1.json' : 'data_phase2.json'), {
     images,
   })
@@ -104,6 +105,51 @@ describe('bit for bit', () => {
       // no tensor is left anywhere, not with the thread that saved either
       expect(memory().inUse).toBe(before)
     })
+})
+
+// The cases of a GPU run where there is one, or its emulation (scripts/cuda-check.mjs).
+const onGpu: Record<string, ['pretrain' | 'finetune', Parameters<typeof part>[2]]> = {
+  'f32, pre-training': ['pretrain', { batch: 2 }],
+  'f32, instruction tuning, state in main memory': ['finetune', { batch: 2, microBatch: 1, offloadOptimizer: true }],
+  'bf16, instruction tuning, recompute': ['finetune', { batch: 1, dtype: 'bf16', recompute: true }],
+  'bf16, instruction tuning, compact state in main memory': [
+    'finetune',
+    { batch: 1, dtype: 'bf16', optimizerState: 'compact', offloadOptimizer: true },
+  ],
+}
+describe.runIf(typeof native.probeCuda() !== 'string')('bit for bit on a GPU', () => {
+  for (const [name, [phase, more]] of Object.entries(onGpu))
+    test(name, async () => {
+      const before = [memory('cpu').inUse, memory('cuda').inUse]
+      const o = { ...more, device: 'cuda', steps: 4, lr: 1e-3 } as const
+      const whole = await part(phase, path.join(scratch, name, 'whole'), { ...o, saveEvery: null })
+      const out = path.join(scratch, name, 'parts')
+      expect((await part(phase, out, { ...o, saveEvery: 1, stopAt: 2 })).log).toEqual(whole.log.slice(0, 2))
+      const last = await part(phase, out, { ...o, saveEvery: 4, resume: true })
+      expect(last.said).toEqual([expect.stringMatching(/continuing from .*step-2/)])
+      expect(last.log).toEqual(whole.log)
+      expect(last.weights.equals(whole.weights)).toBe(true)
+      expect([memory('cpu').inUse, memory('cuda').inUse]).toEqual(before)
+    })
+  test('a checkpoint of a GPU is continued on the CPU with a warning, and the other way round', async () => {
+    for (const [from, to] of [
+      ['cuda', 'cpu'],
+      ['cpu', 'cuda'],
+    ] as const) {
+      const out = path.join(scratch, `${from} to ${to}`)
+      const o = { batch: 2, steps: 3, saveEvery: 1 }
+      const first = await part('finetune', out, { ...o, device: from, stopAt: 2 })
+      const rest = await part('finetune', out, { ...o, device: to, resume: true })
+      expect(rest.said).toEqual([
+        expect.stringMatching(
+          new RegExp(`made elsewhere \\(level ${from} .* -> ${to} .*the numbers may not be those of one run`),
+        ),
+        expect.stringMatching(/continuing from .*step-2/),
+      ])
+      expect(rest.result).toMatchObject({ resumed: 2, steps: 3 })
+      expect(rest.log.slice(0, 2)).toEqual(first.log)
+    }
+  })
 })
 
 test('a checkpoint has what was trained, and always projector, table and gate', async () => {

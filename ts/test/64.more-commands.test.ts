@@ -189,7 +189,7 @@ test('eval: loss, every kind of question, the blind control', async () => {
   )
   expect(JSON.parse(first.out)).toMatchObject({ records: 1, loss: null, scores: { yesno: { count: 1, blind: null } } })
   expect(open.out).toMatch(/^contains the answer +1 +0\.0 %/m) // the answer has no words, the given one has
-  expect(open.out).not.toContain('loss')
+  expect(open.out).toMatch(/^loss \d+\.\d+ of \d+ tokens in 1 records$/m)
   expect(bad.err).toMatch(
     /^ERR_DATA \[eval\] .*record 0 options, expected some with the answer "c", got \["a","b"\]\n$/,
   )

@@ -9,7 +9,9 @@ import {
   loadDataset,
   pretrain,
 } from 'aligngpt'
+import { type Converted, importModel } from 'aligngpt/convert'
 import type { Evaluation } from 'aligngpt/evaluate'
+import { downloadRepo } from 'aligngpt/hub'
 import { type PlanOptions, plan } from 'aligngpt/plan'
 import { pretrain as samePretrain, type TrainOptions, type TrainResult } from 'aligngpt/train'
 
@@ -18,6 +20,9 @@ export async function program(signal: AbortSignal): Promise<Evaluation> {
     { llm: 'llm', clip: 'clip', levels: 8 },
     { device: 'auto', dtype: 'bf16' },
   )
+  const { commit }: { commit: string } = await downloadRepo('owner/name', 'there', { revision: 'main', signal })
+  const { alignment }: Converted = await importModel('there', commit, { dtype: 'bf16' })
+  alignment satisfies string
   const data: Dataset = await loadDataset('pairs.json', { images: 'images' })
   await levels(data, model, { buckets: 'width' })
   const options: TrainOptions = { out: 'out', batch: 4, lr: 1e-3, signal, onStep: (s) => s.loss.toFixed(2) }

@@ -1,4 +1,5 @@
 /** The data linter: what training would refuse, leave out or misunderstand, before it starts. */
+import path from 'node:path'
 import { type Command, Option } from 'commander'
 import type { CheckReport, ProblemKind } from '../check.js'
 import { STYLES, type Style } from '../prompt.js'
@@ -16,13 +17,20 @@ interface Options {
   json?: boolean
 }
 
+/** A path as one would write it here. */
+function shown(file: string): string {
+  const below = path.relative('', file)
+  return below.startsWith('..') ? file : below
+}
+
 /** The report as lines for people. */
 function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, string]>): string[] {
   const { pictures, lengths } = r
+  const file = shown(r.file)
   const looked = pictures.read ? `${pictures.read} read` : 'not read (--images)'
   const out = r.stopped ? ['stopped: the report is of what was looked at so far'] : []
   out.push(
-    `${r.file}: ${r.records} records, ${r.withPicture} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
+    `${file}: ${r.records} records, ${r.withPicture} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
   )
   if (lengths) {
     const { unit, min, median, p95, max, mean, histogram } = lengths
@@ -36,10 +44,12 @@ function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, s
   for (const [kind, count] of Object.entries(r.counts) as [ProblemKind, number][]) {
     const [severity, meaning] = problems[kind]
     out.push(`${severity} ${kind}: ${count} (${meaning})`)
-    const shown = r.findings.filter((f) => f.kind === kind)
-    for (const f of shown)
-      out.push(`  ${r.file}:${f.byte} record ${f.record}${f.id === null ? '' : ` (${f.id})`}: ${f.message}`)
-    if (count > shown.length) out.push(`  ... and ${count - shown.length} more (--limit)`)
+    const found = r.findings.filter((f) => f.kind === kind)
+    for (const f of found) {
+      const name = f.id === null || f.id === String(f.record) ? '' : ` (${f.id})`
+      out.push(`  ${file}:${f.byte} record ${f.record}${name}: ${f.message}`)
+    }
+    if (count > found.length) out.push(`  ... and ${count - found.length} more (--limit)`)
   }
   out.push(`${r.errors} errors, ${r.warnings} warnings`)
   return out

@@ -28,6 +28,9 @@ interface Score {
 }
 type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
 
+/** A line of --answers. */
+type Judged = Question & Answer & { kind: Kind }
+
 /** What a data file asks. */
 interface Asked {
   records: number
@@ -36,8 +39,6 @@ interface Asked {
   later: number
   /** ids of records that do not begin with a question and its answer */
   leftOut: string[]
-  /** whether every record is a conversation, which has a loss */
-  conversations: boolean
 }
 
 /** A, B, C, ... where the question lists its options so and one of them is the answer (LLaVA's multiple choice). */
@@ -62,7 +63,7 @@ function firstQuestion(r: DataRecord, options: readonly string[] | undefined): Q
 }
 
 /**
- * Reads the questions of a data file: LLaVA's records, or {id, image, question, answer}; both may have `options`.
+ * Reads the questions of a data file; a record may have `options`.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 async function readAsked(file: string, limit: number): Promise<Asked> {
@@ -75,31 +76,22 @@ async function readAsked(file: string, limit: number): Promise<Asked> {
     questions: { yesno: [], choice: [], open: [] },
     later: 0,
     leftOut: [],
-    conversations: true,
   }
   const read = (raw: Record<string, unknown>, n: number): void => {
-    const need = (key: string, fits: boolean, expected: string): void => {
-      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} ${key}`, expected, show(raw[key]))
+    const need = (fits: boolean, expected: string): void => {
+      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} options`, expected, show(raw.options))
     }
     const { options } = raw as { options?: string[] }
     const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
-    need('options', options === undefined || isList, 'an array of texts')
-    let q: Question | null
-    if (raw.question === undefined) {
-      const record = parseRecord(raw, file, n)
-      q = firstQuestion(record, options)
-      asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
-      if (!q) asked.leftOut.push(record.id)
-    } else {
-      const { id = n, image, question, answer } = raw
-      need('question', typeof question === 'string', 'a string')
-      need('answer', typeof answer === 'string', 'a string')
-      need('image', image === undefined || image === null || typeof image === 'string', 'a file name')
-      asked.conversations = false
-      q = { ...({ question, answer, options } as Question), id: String(id), image: (image ?? undefined) as string }
+    need(options === undefined || isList, 'an array of texts')
+    const record = parseRecord(raw, file, n)
+    const q = firstQuestion(record, options)
+    asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
+    if (!q) {
+      asked.leftOut.push(record.id)
+      return
     }
-    if (!q) return
-    if (q.options && !q.options.includes(q.answer)) need('options', false, `some with the answer ${show(q.answer)}`)
+    need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
     asked.questions[kindOf(q)].push(q)
   }
   await splitRecords(file, (bytes, offset) => {
@@ -116,7 +108,7 @@ async function ask(
   model: Parameters<typeof import('../evaluate.js').evaluate>[0],
   asked: Asked,
   o: EvaluateOptions,
-  onAnswers: (answers: readonly Answer[], kind: Kind) => void,
+  onAnswers: (answers: readonly Judged[]) => void,
 ): Promise<Scores> {
   const { evaluate, matches } = await import('../evaluate.js')
   const scores: Scores = {}
@@ -124,7 +116,9 @@ async function ask(
     if (!questions.length) continue
     const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
     const judge = kind === 'open' ? 'exact' : kind
-    const e = await evaluate(model, questions, { ...o, blind, judge, onAnswers: (some) => onAnswers(some, kind) })
+    let n = 0
+    const tell = (some: readonly Answer[]): void => onAnswers(some.map((a) => ({ ...questions[n++], ...a, kind })))
+    const e = await evaluate(model, questions, { ...o, blind, judge, onAnswers: tell })
     const { count, accuracy, chance, blindAnswers } = e
     if (count === 0) continue // stopped
     scores[kind === 'open' ? 'exact' : kind] = { count, accuracy, blind: e.blind, chance }
@@ -169,17 +163,16 @@ async function run(file: string, o: Options): Promise<void> {
   const asked = await readAsked(records, limit)
   if (!Object.values(asked.questions).some((q) => q.length))
     throw mismatch('ERR_DATA', 'eval', file, 'at least one question with its answer', 'none')
-  const withLoss = o.loss && asked.conversations
-  const data = withLoss ? await new Dataset(records, pictures).open() : null
+  const data = o.loss ? await new Dataset(records, pictures).open() : null
   const [{ evaluateLoss }, { hearing }] = await Promise.all([import('../evaluate.js'), import('../signals.js')])
   const { model, mix } = await loadModel(o)
   const { batch, style, maxNewTokens, seed, blind } = o
   const images = pictures ?? undefined
   let answered = 0
   if (o.answers) fs.writeFileSync(o.answers, '')
-  const onAnswers = (some: readonly Answer[], kind: Kind): void => {
+  const onAnswers = (some: readonly Judged[]): void => {
     answered += some.length
-    if (o.answers) fs.appendFileSync(o.answers, some.map((a) => `${JSON.stringify({ ...a, kind })}\n`).join(''))
+    if (o.answers) fs.appendFileSync(o.answers, some.map((a) => `${JSON.stringify(a)}\n`).join(''))
   }
   const { loss, scores } = await hearing('finishing this batch', async (signals) => {
     const stop = (): boolean => signals.heard !== null
@@ -206,7 +199,7 @@ export function evaluation(program: Command): void {
   const command = program
     .command('eval')
     .description('loss and accuracy on a data file, and accuracy with the pictures shuffled (blind)')
-    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, or records of {id, image, question, answer, options}')
+    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, of {image, question, answer, options} too')
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
     .option('--limit <n>', 'only the first n records', positive)
     .option('--batch <n>', 'questions asked at once', positive, 16)
@@ -222,7 +215,7 @@ export function evaluation(program: Command): void {
 Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the
 record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
 the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
-The loss is of all turns; questions without conversations have none.`,
+The loss is of all turns.`,
     )
   modelOptions(command).action(run)
 }

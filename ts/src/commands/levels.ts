@@ -23,8 +23,10 @@ async function run(o: Options): Promise<void> {
     import('../signals.js'),
   ])
   const { data: file, images, clip, ...options } = o
+  const bar = process.stderr.isTTY
   const data = await loadDataset(file, { images })
-  const onProgress = (done: number, total: number): unknown => process.stderr.write(`\r${done}/${total} pairs scored`)
+  const onProgress = (done: number, total: number): unknown =>
+    bar && process.stderr.write(`\r${done}/${total} pairs scored `)
   const result = await hearing('finishing the batch; its scores are kept', (signals) =>
     score.levels(data, clip, { ...options, onProgress, signal: signals.signal }).catch((e) => {
       if (e !== signals.signal.reason) throw e
@@ -33,7 +35,7 @@ async function run(o: Options): Promise<void> {
     }),
   )
   if (!result) return data.close()
-  process.stderr.write('\n')
+  if (bar) process.stderr.write('\r\x1b[K')
   const most = Math.max(...result.histogram, 1)
   for (const [l, n] of result.histogram.entries())
     console.log(

@@ -44,7 +44,9 @@ async function sizes(o: Options): Promise<{ model: PlanModel; longest: number }>
   return { model: { llm, vision: clip.vision, projector, levels }, longest: 2048 }
 }
 
-const gib = (n: number): string => `${(n / 2 ** 30).toFixed(n < 2 ** 30 / 10 ? 4 : 2).padStart(9)} GiB`
+const size = (n: number): string =>
+  n < 2 ** 30 / 10 ? `${(n / 2 ** 20).toFixed(2).padStart(9)} MiB` : `${(n / 2 ** 30).toFixed(2).padStart(9)} GiB`
+const count = (n: number): string => (n < 1e6 ? `${(n / 1e3).toFixed(1)} K` : `${(n / 1e6).toFixed(1)} M`)
 
 /** The plan as lines for people. */
 function lines(p: MemoryPlan, o: PlanOptions): string[] {
@@ -60,11 +62,10 @@ function lines(p: MemoryPlan, o: PlanOptions): string[] {
     ...(o.offloadOptimizer ? [['optimizer, in main memory', p.host] as [string, number]] : []),
     ['while a checkpoint is written, in main memory', p.snapshot],
   ]
-  const million = (n: number): string => `${(n / 1e6).toFixed(1)} M`
   return [
     `${o.phase}, ${o.dtype}, ${o.microBatch} x ${o.textTokens} text tokens and a picture${o.recompute ? ', recompute' : ''}`,
-    `${million(p.parameters)} parameters, ${million(p.trainable)} of them trained`,
-    ...rows.filter(([, n]) => n > 0).map(([what, n]) => `  ${what.padEnd(46)}${gib(n)}`),
+    `${count(p.parameters)} parameters, ${count(p.trainable)} of them trained`,
+    ...rows.filter(([, n]) => n > 0).map(([what, n]) => `  ${what.padEnd(46)}${size(n)}`),
   ]
 }
 
@@ -99,9 +100,9 @@ async function run(this: Command, o: Options): Promise<void> {
     console.log(JSON.stringify({ options, plan: planned, memory: memory ?? null, largestMicroBatch: largest }))
   else console.log(lines(planned, options).join('\n'))
   if (memory === undefined) return
-  if (!o.json) console.log(`largest micro-batch in ${gib(memory).trim()}: ${largest}`)
+  if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)
   if (planned.peak <= memory) return
-  console.error(`ERR_MEMORY [plan] step: expected at most ${gib(memory).trim()}, got ${gib(planned.peak).trim()}`)
+  console.error(`ERR_MEMORY [plan] step: expected at most ${size(memory).trim()}, got ${size(planned.peak).trim()}`)
   process.exitCode = 1
 }
 
