@@ -13,6 +13,7 @@
 #include "file.h"
 #include "graph.h"
 #include "ops/ops.h"
+#include "signals.h"
 
 namespace ag {
 extern "C" const char* ag_cpu_level_error(void);
@@ -667,6 +668,7 @@ void define_core(Napi::Object& e) {
   define(e, "send", call<&send>);
   define(e, "receive", call<&receive>);
   define(e, "exit", call<&exit_now>);
+  define(e, "secondSignalEnds", call<&second_signal_ends>);
   define(e, "scopeBegin", scope_begin);
   define(e, "scopeEnd", scope_end);
   define(e, "keep", keep);

@@ -13,7 +13,8 @@ import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
 import { complain, integer } from '../ts/src/commands/options.js'
 import { AlignGPTError } from '../ts/src/errors.js'
-import { type Base, runCell, runCells, type Steps, table, VARIANTS } from './ablate/cells.js'
+import { hearing } from '../ts/src/signals.js'
+import { type Base, type Cell, runCell, runCells, type Steps, table, VARIANTS, type Variant } from './ablate/cells.js'
 import { TESTS } from './quickstart/records.js'
 import { SCORES, VISION } from './quickstart/settings.js'
 
@@ -76,12 +77,21 @@ async function main(): Promise<void> {
   const base = openBase(dir, o.fast)
   fs.mkdirSync(out, { recursive: true })
   const steps = STEPS[o.fast ? 'fast' : 'full']
-  const cells = await runCells(variants, seeds, steps, path.join(out, 'cells.jsonl'), async (v, seed) => {
-    const cell = await runCell(base, v, seed, steps, path.join(out, 'data'))
+  const one = async (v: Variant, seed: number, signal: AbortSignal): Promise<Cell> => {
+    const cell = await runCell(base, v, seed, steps, path.join(out, 'data'), signal)
     const tests = Object.entries(cell.accuracy[v.name]).map(([t, a]) => `${t} ${(100 * a).toFixed(1)} %`)
     console.log(`${v.name}, seed ${seed}: ${tests.join(', ')} (${cell.seconds.toFixed(1)} s)`)
     return cell
-  })
+  }
+  const file = path.join(out, 'cells.jsonl')
+  const cells = await hearing('leaving the cell that runs; those before it are kept', ({ signal }) =>
+    runCells(variants, seeds, steps, file, (v, seed) => one(v, seed, signal)).catch((e) => {
+      if (e !== signal.reason) throw e
+      console.error('stopped: the same command goes on from the finished cells')
+      return null
+    }),
+  )
+  if (!cells) return
   const text = table(cells)
   fs.writeFileSync(path.join(out, 'table.md'), `${text}\n`)
   const seconds = cells.reduce((s, c) => s + c.seconds, 0)

@@ -87,21 +87,33 @@ async function pairsOf(base: Base, v: Variant, seed: number, dir: string): Promi
   return file
 }
 
-/** Both phases and the test of one variant. The seed is that of new weights and of the order of the data. */
-export async function runCell(base: Base, v: Variant, seed: number, steps: Steps, dir: string): Promise<Cell> {
+/**
+ * Both phases and the test of one variant. The seed is that of new weights and of the order of the data.
+ * @throws the signal's reason when aborted
+ */
+export async function runCell(
+  base: Base,
+  v: Variant,
+  seed: number,
+  steps: Steps,
+  dir: string,
+  signal?: AbortSignal,
+): Promise<Cell> {
   const began = performance.now()
   const { alignment, gate, gateText, levels = 8 } = v
   const model = await AlignGPT.create({ ...base.model, alignment, gate, gateText, levels }, { seed })
   const pairs = await loadDataset(await pairsOf(base, v, seed, dir), { images: base.images })
   const instructions = await loadDataset(base.instructions, { images: base.images })
   try {
-    const first = await pretrain(model, pairs, { ...PHASE_1, steps: steps.pretrain, seed })
-    const second = await finetune(model, instructions, { ...PHASE_2, steps: steps.finetune, seed })
+    const first = await pretrain(model, pairs, { ...PHASE_1, steps: steps.pretrain, seed, signal })
+    signal?.throwIfAborted()
+    const second = await finetune(model, instructions, { ...PHASE_2, steps: steps.finetune, seed, signal })
+    signal?.throwIfAborted()
     const accuracy: Cell['accuracy'] = {}
     for (const [row, mix] of Object.entries({ [v.name]: model.mix, ...v.also })) {
       accuracy[row] = {}
       for (const [test, questions] of Object.entries(base.questions)) {
-        const options = { images: base.images, batch: 32, blind: false, mix }
+        const options = { images: base.images, batch: 32, blind: false, mix, signal }
         accuracy[row][test] = (await evaluate(model, questions, options)).accuracy
       }
     }

@@ -10,6 +10,7 @@ import {
   type Alignment,
   alignGPTConfigJson,
   type ClipConfig,
+  type ClipVisionConfig,
   type Gate,
   type GateText,
   type PreprocessorConfig,
@@ -292,6 +293,9 @@ export class AlignGPT extends Module {
   get patches(): number {
     const n = patchCount(this.#parts.clip.vision)
     return this.#parts.config.mm_vision_select_feature === 'cls_patch' ? n + 1 : n
+  }
+  get visionConfig(): ClipVisionConfig {
+    return this.#parts.clip.vision
   }
   get imageSize(): number {
     return this.#parts.clip.vision.image_size

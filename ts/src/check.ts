@@ -64,6 +64,8 @@ export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked'
   limit?: number
   onProgress?: (done: number, total: number, unit: 'bytes' | 'pictures') => void
   signal?: AbortSignal
+  /** asked now and then; true ends the check with a report of what was looked at so far */
+  stop?: () => boolean
 }
 
 export interface Lengths {
@@ -94,7 +96,12 @@ export interface CheckReport {
   /** null when no record could be rendered */
   lengths: Lengths | null
   seconds: number
+  /** ended by `stop`: what was not looked at yet is missing */
+  stopped: boolean
 }
+
+/** Ends the reading of records. */
+const STOPPED = new Error('stopped')
 
 const messageOf = (e: unknown): string => (e instanceof Error ? e.message : String(e))
 
@@ -249,6 +256,7 @@ async function checkPictures(checker: Checker, file: string, pictures: Pictures,
   try {
     for (let at = 0; at < indices.length; at += AT_ONCE) {
       o.signal?.throwIfAborted()
+      if (o.stop?.()) return at
       const some = Array.from({ length: Math.min(AT_ONCE, indices.length - at) }, (_, i) => one(at + i))
       for (const report of await Promise.all(some)) report()
       o.onProgress?.(Math.min(at + AT_ONCE, indices.length), indices.length, 'pictures')
@@ -287,12 +295,13 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
   const { records: source, pictures } = await openSources(file, { images, unpacked, onNotice })
   const bytes = fs.statSync(source, { throwIfNoEntry: false })?.size ?? 0
   const checker = new Checker(source, options)
-  let told = 0
+  let [told, stopped] = [0, false]
   const emit = (b: Buffer, offset: number): void => {
     checker.add(b, offset)
     if (offset - told < 1 << 22) return
     told = offset
     options.signal?.throwIfAborted()
+    if (options.stop?.()) throw STOPPED
     options.onProgress?.(offset, bytes, 'bytes')
   }
   try {
@@ -300,8 +309,9 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
   } catch (e) {
     // The splitter says in its message at which byte; a file that cannot be opened has no such place.
     const at = /at byte (\d+),/.exec(messageOf(e))
-    if (!(e instanceof AlignGPTError) || !at) throw e
-    checker.note('syntax', checker.records, null, Number(at[1]), e.message)
+    stopped = e === STOPPED
+    if (!stopped && (!(e instanceof AlignGPTError) || !at)) throw e
+    if (at) checker.note('syntax', checker.records, null, Number(at[1]), messageOf(e))
   }
   const read = pictures ? await checkPictures(checker, source, pictures, options) : 0
   const { counts, findings, records, withPicture } = checker
@@ -319,5 +329,6 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
     findings: findings.sort((a, b) => a.byte - b.byte),
     lengths: summarise(checker.lengths.values, options.tokenizer ? 'tokens' : 'words'),
     seconds: (performance.now() - began) / 1000,
+    stopped: stopped || (pictures !== null && read < checker.first[0].values.length),
   }
 }

@@ -166,6 +166,11 @@ export class Dataset {
     return { offset: this.offsets[index], bytes: this.sizes[index] }
   }
 
+  /** Words of a record on average; 0 of none. */
+  get meanWords(): number {
+    return this.words.reduce((n, w) => n + Math.abs(w), 0) / Math.max(1, this.length)
+  }
+
   /** Whether a record names a picture; known without reading it. */
   hasPicture(index: number): boolean {
     return this.words[index] > 0

@@ -39,6 +39,10 @@ export interface EvaluateOptions {
   blind?: boolean
   seed?: number
   signal?: AbortSignal
+  /** asked between batches; true ends the evaluation with the questions asked so far */
+  stop?: () => boolean
+  /** told after each batch; the second list are the answers to shuffled pictures */
+  onAnswers?: (answers: readonly Answer[], blind: readonly Answer[] | null) => void
 }
 
 export interface Answer {
@@ -48,11 +52,13 @@ export interface Answer {
   correct: boolean
 }
 export interface Evaluation {
+  /** NaN when `stop` came before the first batch */
   accuracy: number
   /** accuracy with the pictures shuffled; null when not asked for */
   blind: number | null
   /** accuracy of guessing; null for open questions */
   chance: number | null
+  /** questions asked: all, but for `stop` */
   count: number
   answers: Answer[]
   /** those to shuffled pictures; null when not asked for */
@@ -175,18 +181,6 @@ class Asker {
   }
 }
 
-async function askAll(model: AlignGPT, questions: readonly Question[], o: EvaluateOptions): Promise<Answer[]> {
-  const asker = new Asker(model, o)
-  const answers: Answer[] = []
-  const size = o.batch ?? 16
-  for (let at = 0; at < questions.length; at += size) {
-    o.signal?.throwIfAborted()
-    answers.push(...(await asker.ask(questions.slice(at, at + size))))
-    await new Promise((resolve) => setImmediate(resolve))
-  }
-  return answers
-}
-
 /** The questions with each other's pictures: a random cycle, so nobody keeps their own place. */
 function shufflePictures(questions: readonly Question[], seed: number): Question[] {
   const pictured = questions.filter((q) => q.image)
@@ -204,11 +198,23 @@ export async function evaluate(
 ): Promise<Evaluation> {
   if (questions.length === 0)
     throw new AlignGPTError('ERR_DATA', '[evaluate] questions: expected at least one, got none')
-  const answers = await askAll(model, questions, o)
-  const share = (list: readonly Answer[]): number => list.filter((a) => a.correct).length / list.length
+  const asker = new Asker(model, o)
   const control = o.blind ?? questions.some((q) => q.image)
-  const blindAnswers = control ? await askAll(model, shufflePictures(questions, o.seed ?? 0), o) : null
-  const odds = questions.map((q) => {
+  const shuffled = control ? shufflePictures(questions, o.seed ?? 0) : null
+  const answers: Answer[] = []
+  const blindAnswers: Answer[] = []
+  const size = o.batch ?? 16
+  for (let at = 0; at < questions.length && !o.stop?.(); at += size) {
+    o.signal?.throwIfAborted()
+    const seen = await asker.ask(questions.slice(at, at + size))
+    const blind = shuffled && (await asker.ask(shuffled.slice(at, at + size)))
+    answers.push(...seen)
+    blindAnswers.push(...(blind ?? []))
+    o.onAnswers?.(seen, blind)
+    await new Promise((resolve) => setImmediate(resolve))
+  }
+  const share = (list: readonly Answer[]): number => list.filter((a) => a.correct).length / list.length
+  const odds = questions.slice(0, answers.length).map((q) => {
     const judge = judgeOf(q, o)
     return judge === 'yesno'
       ? 1 / 2
@@ -217,19 +223,26 @@ export async function evaluate(
         : Number.NaN
   })
   const chance = odds.every(Number.isFinite) ? odds.reduce((a, b) => a + b, 0) / odds.length : null
-  const blind = blindAnswers && share(blindAnswers)
-  return { accuracy: share(answers), blind, chance, count: questions.length, answers, blindAnswers }
+  const blind = control ? share(blindAnswers) : null
+  return {
+    ...{ accuracy: share(answers), blind, chance, count: answers.length, answers },
+    blindAnswers: control ? blindAnswers : null,
+  }
 }
 
-/** Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning. */
+/**
+ * Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning.
+ * @param o.stop asked between batches; true ends it with the loss of the records so far
+ * @returns the loss, of so many tokens in so many records
+ */
 export async function evaluateLoss(
   model: AlignGPT,
   data: Pick<Dataset, 'length' | 'record' | 'picture'>,
-  o: { batch?: number; style?: Style; mix?: Mix } = {},
-): Promise<{ loss: number; tokens: number }> {
-  let [sum, tokens] = [0, 0]
+  o: { batch?: number; style?: Style; mix?: Mix; stop?: () => boolean } = {},
+): Promise<{ loss: number; tokens: number; records: number }> {
+  let [sum, tokens, done] = [0, 0, 0]
   const size = o.batch ?? 16
-  for (let at = 0; at < data.length; at += size) {
+  for (let at = 0; at < data.length && !o.stop?.(); at += size) {
     const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
     const options = { style: o.style ?? 'vicuna_v1', patches: model.patches } as const
     const samples = records.map((r) => buildSample(r, model.tokenizer, options))
@@ -239,6 +252,8 @@ export async function evaluateLoss(
     const batch = packWithPixels(model, samples, pixels, mix, model.config.mm_gate_text)
     sum += scope(() => noGrad(() => model.loss(batch, mix, { denominator: 1 }).loss.item()))
     tokens += batch.lossRows.length
+    done += records.length
+    await new Promise((resolve) => setImmediate(resolve))
   }
-  return { loss: sum / Math.max(tokens, 1), tokens }
+  return { loss: sum / Math.max(tokens, 1), tokens, records: done }
 }

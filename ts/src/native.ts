@@ -92,6 +92,8 @@ export interface Native {
   receive(ticket: number): H
   /** ends the process at once, whatever its threads are doing */
   exit(status: number): void
+  /** the first SIGINT or SIGTERM from now on is heard as usual, the second ends the process at once (130, 143); not on Windows */
+  secondSignalEnds(on: boolean): void
   scopeBegin(): number
   scopeEnd(depth: number): void
   keep(t: H): void

@@ -32,11 +32,11 @@ function bucket(
   const views = new Array<Tensor>(parameters.length)
   const flats = [...new Set(dtypes)].map((dtype) => {
     const mine = parameters.map((_, i) => i).filter((i) => dtypes[i] === dtype)
-    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype, device).persist()
+    const flat = zeros([mine.reduce((n, i) => n + parameters[i].tensor.numel, 0)], dtype, device)
     let at = 0
     for (const i of mine) {
       const { numel, shape } = parameters[i].tensor
-      views[i] = scope(() => reshape(slice(flat, 0, at, at + numel), shape)).persist()
+      views[i] = scope(() => reshape(slice(flat, 0, at, at + numel), shape))
       at += numel
     }
     return flat
@@ -82,14 +82,23 @@ export class AdamW {
     const dtypes = compact.map((c) => (c ? 'bf16' : 'f32'))
     const { device } = parameters[0].tensor
     const home = o.offload ? 'cpu' : device
-    this.#gradients = noGrad(() => bucket(parameters, dtypes, device))
-    this.#moments = noGrad(() => [bucket(parameters, dtypes, home), bucket(parameters, dtypes, home)])
-    this.#masters = noGrad(() =>
-      parameters.map(({ tensor: p }, i) => {
-        if (p.dtype !== 'bf16') return null
-        return scope(() => (compact[i] ? zeros(p.shape, 'bf16', home) : to(cast(p, 'f32'), home)).persist())
-      }),
-    )
+    const master = ({ tensor: p }: Parameter, i: number): Tensor | null => {
+      if (p.dtype !== 'bf16') return null
+      return scope(() => (compact[i] ? zeros(p.shape, 'bf16', home) : to(cast(p, 'f32'), home)))
+    }
+    // all of it lives until dispose, or, when memory runs out, none
+    const make = () => {
+      const gradients = bucket(parameters, dtypes, device)
+      const moments = [bucket(parameters, dtypes, home), bucket(parameters, dtypes, home)]
+      const masters = parameters.map(master)
+      for (const { flats, views } of [gradients, ...moments]) for (const t of [...flats, ...views]) t.persist()
+      for (const t of masters) t?.persist()
+      return { gradients, moments, masters }
+    }
+    const { gradients, moments, masters } = scope(() => noGrad(make))
+    this.#gradients = gradients
+    this.#moments = moments
+    this.#masters = masters
     for (const [i, { tensor: p }] of parameters.entries()) {
       p.requiresGrad()
       native.setGrad(p.h, this.#gradients.views[i].h)

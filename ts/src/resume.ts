@@ -87,10 +87,17 @@ export function savedTensors(model: AlignGPT, { trainable }: Phase, optimizer: A
 /** Where the checkpoints of a run are. */
 export const checkpointFolder = (out: string): string => path.join(out, 'checkpoints')
 
-function checkConfig(m: Manifest, now: Record<string, unknown>, where: string): void {
+/** The gradient of a step is the same within rounding whatever its micro-batches are, unless they weigh the loss. */
+const free = (config: Record<string, unknown>, key: string): boolean =>
+  key === 'microBatch' && config.lossNorm === 'batch'
+
+function checkConfig(m: Manifest, now: Record<string, unknown>, where: string, tell: (text: string) => void): void {
   const plain = JSON.parse(JSON.stringify(now)) as Record<string, unknown>
   const keys = [...new Set([...Object.keys(m.config), ...Object.keys(plain)])]
-  const different = keys.filter((k) => !isDeepStrictEqual(m.config[k], plain[k]))
+  const changed = keys.filter((k) => !isDeepStrictEqual(m.config[k], plain[k]))
+  for (const k of changed.filter((k) => free(plain, k)))
+    tell(`${k} ${show(m.config[k])} -> ${show(plain[k])}: the numbers agree within rounding, not bit for bit`)
+  const different = changed.filter((k) => !free(plain, k))
   if (different.length === 0) return
   const said = (c: Record<string, unknown>): string => different.map((k) => `${k} ${show(c[k])}`).join(', ')
   throw mismatch('ERR_CHECKPOINT', 'train', `${where}: settings of the run to continue`, said(m.config), said(plain))
@@ -145,7 +152,7 @@ export function findResume(
     tell(`${from} has no checkpoint yet: starting from the beginning`)
     return null
   }
-  checkConfig(found.manifest, config, found.folder)
+  checkConfig(found.manifest, config, found.folder, tell)
   checkMaker(found.manifest.maker, now, tell)
   if (o.out && path.resolve(from) === path.resolve(o.out))
     for (const checkpoint of damaged) {

@@ -3,19 +3,14 @@
  * run. The first SIGINT or SIGTERM lets the step finish and saves; the second ends the process at once, whatever its threads do,
  * and the checkpoint before it stays.
  */
-import fs from 'node:fs'
 import type { Worker } from 'node:worker_threads'
 import { AlignGPTError } from './errors.js'
 import type { EvaluationInfo } from './heldout.js'
-import { native } from './native.js'
 import { Bar } from './progress.js'
+import { Signals } from './signals.js'
 import { startThread } from './thread.js'
 import type { StepInfo, TrainResult } from './train.js'
 import type { StopRequest, TrainJob, TrainNews } from './train-worker.js'
-
-/** Exit status of a process that a signal ended, as shells give it. */
-const STATUS = { SIGINT: 130, SIGTERM: 143 } as const
-type Signal = keyof typeof STATUS
 
 export interface RunOutcome {
   result: TrainResult
@@ -54,27 +49,6 @@ function stepLine(s: StepInfo): string {
   return `step ${s.step + 1}/${s.steps} ${numbers}, ${waited}${s.skipped ? ', an outlier: not used' : ''}`
 }
 
-/** Hears signals until `end`. */
-class Signals {
-  heard: Signal | null = null
-  readonly #handlers = (Object.keys(STATUS) as Signal[]).map((name) => [name, () => this.#hear(name)] as const)
-  constructor(private readonly stop: () => void) {
-    for (const [name, handler] of this.#handlers) process.on(name, handler)
-  }
-  #hear(name: Signal): void {
-    if (this.heard) {
-      fs.writeSync(2, '\nstopped at once; what was saved before stays\n')
-      native.exit(STATUS[name])
-    }
-    this.heard = name
-    console.error(`\n${name}: finishing the step and saving (once more to stop at once)`)
-    this.stop()
-  }
-  end(): void {
-    for (const [name, handler] of this.#handlers) process.off(name, handler)
-  }
-}
-
 /** Hands the thread's news on; resolves with its result. */
 function listen(worker: Worker, progress: Progress): Promise<TrainResult> {
   return new Promise((resolve, reject) => {
@@ -103,11 +77,12 @@ function rebuilt({ code, message, stack }: Extract<TrainNews, { error: unknown }
  */
 export async function runTraining(job: TrainJob): Promise<RunOutcome> {
   const worker = startThread('train-worker', { trainJob: job })
-  const signals = new Signals(() => worker.postMessage('stop' satisfies StopRequest))
+  const signals = new Signals('finishing the step and saving')
+  signals.signal.addEventListener('abort', () => worker.postMessage('stop' satisfies StopRequest))
   const progress = new Progress(job.phase)
   try {
     const result = await listen(worker, progress)
-    return { result, status: signals.heard && result.aborted ? STATUS[signals.heard] : 0 }
+    return { result, status: result.aborted ? signals.status : 0 }
   } finally {
     await progress.end()
     signals.end()

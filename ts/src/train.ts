@@ -4,7 +4,7 @@ import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
-import { type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
+import { listCheckpoints, type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
 import type { GateText } from './config.js'
 import type { Dataset, DatasetState, Dropped } from './data.js'
 import { fingerprint } from './disk.js'
@@ -21,6 +21,7 @@ import {
 import { type Loader, openLoader } from './loader.js'
 import { Log } from './log.js'
 import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
+import { averageText, RunMemory, widestText } from './memory.js'
 import { MicroSteps } from './microsteps.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
@@ -274,6 +275,8 @@ class Run {
   /** what every checkpoint of the run says */
   private origin!: Pick<Manifest, 'config' | 'maker'>
   private done = 0
+  /** of the step that runs */
+  private batches: PackedBatch[] = []
 
   constructor(
     readonly model: AlignGPT,
@@ -383,6 +386,7 @@ class Run {
     const from = performance.now()
     const waitedBefore = this.loader.waited
     const batches = await nextStep(this.loader)
+    this.batches = batches
     const lr = cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: o.warmupRatio })
     const { loss, losses, coefficients } = await accumulate(this.microSteps, batches, o)
     const { gradNorm, skipped } = this.update(loss, lr, batches, losses)
@@ -451,6 +455,16 @@ class Run {
     await this.saver?.save({ step, ...origin, state: { ...state } }, this.tensors())
   }
 
+  /** The error of a step that found no memory: what was planned, what would fit, where to go on. */
+  async outOfMemory(cause: AlignGPTError): Promise<AlignGPTError> {
+    const { model, data, phase, o, batches, done, saver } = this
+    await saver?.settled().catch(() => {}) // what it could not save it has told
+    const text = batches.length ? widestText(model, batches) : averageText(model, data, o.microBatch)
+    const saved = saver && listCheckpoints(saver.folder).at(0)
+    const place = saved === undefined || saved === null ? '' : ` (step-${saved} in ${saver?.folder} is whole: resume)`
+    return new RunMemory(model, phase, o, text).error(cause, `in step ${done + 1}${place}`)
+  }
+
   async close(): Promise<void> {
     this.log?.end()
     await this.loader?.close()
@@ -477,15 +491,31 @@ class Run {
   }
 }
 
+const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).code === 'ERR_MEMORY'
+
+/** The optimizer's state may already find no memory. */
+function makeRun(memory: RunMemory, make: () => Run): Run {
+  try {
+    return make()
+  } catch (e) {
+    throw isMemory(e) ? memory.error(e, 'before the first step') : e
+  }
+}
+
 async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
   checkOptions(options, data)
   const { trained, held } = await holdOut(data, options.seed ?? 0, options)
   const o = resolve(model, trained, phase, options)
-  const run = new Run(model, trained, phase, o, held && new HeldOut(model, phase, held, o))
+  const memory = new RunMemory(model, phase, o, averageText(model, trained, o.microBatch))
+  const warning = memory.warning()
+  if (warning) o.onMessage(warning)
+  const run = makeRun(memory, () => new Run(model, trained, phase, o, held && new HeldOut(model, phase, held, o)))
   const began = performance.now()
   try {
     await run.open()
     await run.go()
+  } catch (e) {
+    throw isMemory(e) ? await run.outOfMemory(e) : e
   } finally {
     await run.close()
   }

@@ -3,20 +3,24 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { afterAll, expect, test } from 'vitest'
+import { afterAll, afterEach, expect, test, vi } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
-import { listCheckpoints } from '../src/checkpoint.js'
+import { listCheckpoints, verifyCheckpoint } from '../src/checkpoint.js'
 import { loadDataset } from '../src/data.js'
 import type { AlignGPTError } from '../src/errors.js'
 import { Outliers, zScore } from '../src/guard.js'
 import { native } from '../src/native.js'
 import { openSafetensors, readEntry } from '../src/safetensors.js'
 import type { Tensor } from '../src/tensor.js'
-import { pretrain, type StepInfo, type TrainOptions } from '../src/train.js'
+import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'guard test '))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))
+afterEach(() => {
+  vi.restoreAllMocks()
+  native.failAfter(-1)
+})
 const load = (dtype: 'f32' | 'bf16' = 'f32') => AlignGPT.load(path.join(base, 'model/aligngpt'), { dtype })
 const data = () => loadDataset(path.join(base, 'data_phase1.json'), { images: path.join(base, 'images') })
 const parameter = (model: AlignGPT, name: string): Tensor =>
@@ -163,5 +167,107 @@ test('the update of an outlier is left out and counted; the others are made', as
   expect(result.outliers).toBe(skipped.length)
   for (let i = 1; i < seen.length; i++)
     expect(Buffer.from(weights[i].buffer).equals(Buffer.from(weights[i - 1].buffer)), `step ${i}`).toBe(seen[i].skipped)
+  model.dispose()
+})
+
+const instructions = () => loadDataset(path.join(base, 'data_phase2.json'), { images: path.join(base, 'images') })
+const finalWeights = (out: string): Buffer => fs.readFileSync(path.join(out, 'model.safetensors'))
+
+test('no memory in the middle of a run: the plan, what would fit, and the checkpoint to go on from', async () => {
+  const o = { ...options, steps: 6, batch: 4, microBatch: 4, lr: 1e-3, saveEvery: 2 }
+  const run = async (out: string, more: Partial<TrainOptions>): Promise<AlignGPTError | null> => {
+    const model = await load('bf16')
+    const failed = await finetune(model, await instructions(), { ...o, out: path.join(scratch, out), ...more }).then(
+      () => null,
+      (e) => e,
+    )
+    model.dispose()
+    return failed
+  }
+  const before = native.memory().blocks
+  const onStep = ({ step }: StepInfo): void => {
+    if (step !== 2) return // no checkpoint is made after it
+    native.resetPeak()
+    native.failAfter(150)
+  }
+  const error = await run('memory', { onStep })
+  expect(error).toMatchObject({ name: 'AlignGPTError', code: 'ERR_MEMORY' })
+  const message = error?.message ?? ''
+  expect(message).toMatch(/^\[train\] out of memory in step 4 \(step-2 in .*memory\/checkpoints is whole: resume\): /)
+  const bytes = /about [\d.]+ MiB at the peak .* micro-batches of \d x \d+ text tokens \((weights .*)\); in /.exec(
+    message,
+  )
+  const planned = bytes?.[1].split(', ').map((part) => /^(.*) ([\d.]+) MiB$/.exec(part)?.slice(1)) ?? []
+  expect(planned.map((part) => part?.[0])).toEqual([
+    ...['weights', 'gradients', 'moments', 'f32 rest of bf16 weights', 'activations', 'the widest moment besides'],
+    'copy while a checkpoint is written',
+  ])
+  const peak = planned.slice(0, -1).reduce((n, part) => n + Number(part?.[1]), 0)
+  expect(Math.abs(peak - Number(/about ([\d.]+) MiB/.exec(message)?.[1]))).toBeLessThan(0.35) // rounded six times
+  expect(message).toMatch(/what would fit, the cheapest first: microBatch [1-7]; recompute true with microBatch \d$/)
+  expect(native.memory().blocks).toBe(before)
+  const checkpoints = path.join(scratch, 'memory/checkpoints')
+  expect(verifyCheckpoint(path.join(checkpoints, 'step-2')).step).toBe(2)
+
+  // it goes on with what was proposed: recomputation gives the same bits, other micro-batches the same within rounding
+  fs.cpSync(path.join(scratch, 'memory'), path.join(scratch, 'smaller'), { recursive: true })
+  const told: string[] = []
+  const onMessage = (text: string): unknown => told.push(text)
+  expect(await run('memory', { resume: true, recompute: true, onMessage })).toBeNull()
+  expect(told).toHaveLength(1)
+  expect(await run('whole', {})).toBeNull()
+  expect(finalWeights(path.join(scratch, 'memory')).equals(finalWeights(path.join(scratch, 'whole')))).toBe(true)
+  expect(await run('smaller', { resume: true, microBatch: 2, onMessage })).toBeNull()
+  expect(told[1]).toBe('microBatch 4 -> 2: the numbers agree within rounding, not bit for bit')
+  const loss = (out: string) =>
+    JSON.parse(
+      fs
+        .readFileSync(path.join(scratch, out, 'log.jsonl'), 'utf8')
+        .trim()
+        .split('\n')[5],
+    )
+  expect(loss('smaller').loss).toBeCloseTo(loss('whole').loss, 2)
+  expect(await run('smaller', { resume: true, microBatch: 2, lossNorm: 'micro' })).toMatchObject({
+    code: 'ERR_CHECKPOINT',
+  })
+})
+
+test('no memory for the state of the optimizer: nothing is left, and something smaller can be tried', async () => {
+  const model = await load('bf16')
+  const before = native.memory()
+  for (const after of [0, 1, 2, 3, 20]) {
+    native.failAfter(after)
+    const error = await finetune(model, await instructions(), { ...options, steps: 2 }).catch((e) => e)
+    expect(error, `allocation ${after}`).toMatchObject({ code: 'ERR_MEMORY' })
+    expect(error.message).toMatch(/out of memory before the first step: .*; planned: about /)
+    expect(native.memory()).toMatchObject({ inUse: before.inUse, handles: before.handles })
+  }
+  native.failAfter(-1)
+  expect((await finetune(model, await instructions(), { ...options, steps: 1 })).steps).toBe(1)
+  model.dispose()
+})
+
+test('a run that is planned to need more than the machine has says so before it starts, and starts', async () => {
+  const limit = vi.spyOn(process, 'constrainedMemory')
+  const told: string[] = []
+  const model = await load('bf16')
+  const run = async (bytes: number, more: Partial<TrainOptions> = {}): Promise<string | undefined> => {
+    limit.mockReturnValue(bytes)
+    told.length = 0
+    const o = { ...options, steps: 1, microBatch: 4, onMessage: (text: string) => told.push(text) }
+    expect((await finetune(model, await instructions(), { ...o, ...more })).steps).toBe(1)
+    expect(told.length).toBeLessThan(2)
+    return told[0]
+  }
+  expect(await run(2 ** 40)).toBeUndefined()
+  expect(await run(0)).toBeUndefined() // no limit
+  const text = (await run(2.5 * 2 ** 20)) ?? ''
+  const [, needed] = /^the run will hardly fit into memory: ([\d.]+) MiB of 2\.5 MiB; about /.exec(text) ?? []
+  expect(Number(needed)).toBeGreaterThan(2.5)
+  expect(text).toMatch(/\(weights .*activations .*\); what would fit, the cheapest first: microBatch [123]; /)
+  expect(await run((Number(needed) + 0.1) * 2 ** 20)).toBeUndefined()
+  // the state alone is too much: what is left is to train less
+  expect(await run(1.2 * 2 ** 20)).toMatch(/the cheapest first: (.* with )?lora \{"rank":8\} with microBatch \d$/)
+  expect(await run(1000)).toMatch(/; no other setting of this model would fit$/)
   model.dispose()
 })

@@ -173,7 +173,8 @@ describe('from the command line', () => {
     expect(weights[1].equals(weights[0])).toBe(true)
   })
   test('plan: settings from the file, its steps, a measured time, an interval that comes too late', async () => {
-    const records = (await loadDataset(path.join(base, 'data_phase2.json'), { images: path.join(base, 'images') })).length
+    const records = (await loadDataset(path.join(base, 'data_phase2.json'), { images: path.join(base, 'images') }))
+      .length
     const plain = aligngpt('plan', '--config', config)
     expect(plain.status, plain.stderr).toBe(0)
     expect(plain.stdout).toContain(

@@ -28,9 +28,10 @@ function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, s
   const { pictures, lengths } = r
   const file = shown(r.file)
   const looked = pictures.read ? `${pictures.read} read` : 'not read (--images)'
-  const out = [
+  const out = r.stopped ? ['stopped: the report is of what was looked at so far'] : []
+  out.push(
     `${file}: ${r.records} records, ${r.withPicture} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
-  ]
+  )
   if (lengths) {
     const { unit, min, median, p95, max, mean, histogram } = lengths
     out.push(`length in ${unit}: min ${min}, median ${median}, mean ${mean.toFixed(1)}, 95 % ${p95}, max ${max}`)
@@ -55,19 +56,18 @@ function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, s
 }
 
 async function run(file: string, o: Options): Promise<void> {
-  const { checkDataset, PROBLEMS } = await import('../check.js')
+  const [{ checkDataset, PROBLEMS }, { hearing }] = await Promise.all([import('../check.js'), import('../signals.js')])
   const { model, json, strict, ...options } = o
   const tokenizer = model === undefined ? undefined : (await import('../tokenizer.js')).Tokenizer.load(model)
   const bar = process.stderr.isTTY
-  const report = await checkDataset(file, {
-    ...options,
-    tokenizer,
-    onProgress: (done, total, unit) =>
-      bar && process.stderr.write(`\r${Math.floor((100 * done) / total)} % of ${unit} `),
-  })
+  const onProgress = (done: number, total: number, unit: string): unknown =>
+    bar && process.stderr.write(`\r${Math.floor((100 * done) / total)} % of ${unit} `)
+  const report = await hearing('the report is made of what was looked at', (signals) =>
+    checkDataset(file, { ...options, tokenizer, onProgress, stop: () => signals.heard !== null }),
+  )
   if (bar) process.stderr.write('\r\x1b[K')
   console.log(json ? JSON.stringify(report) : lines(report, PROBLEMS).join('\n'))
-  if (report.errors > 0 || (strict && report.warnings > 0)) process.exitCode = 1
+  if (!report.stopped && (report.errors > 0 || (strict && report.warnings > 0))) process.exitCode = 1
 }
 
 export function check(program: Command): void {

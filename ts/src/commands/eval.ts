@@ -28,6 +28,9 @@ interface Score {
 }
 type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
 
+/** A line of --answers. */
+type Judged = Question & Answer & { kind: Kind }
+
 /** What a data file asks. */
 interface Asked {
   records: number
@@ -105,15 +108,19 @@ async function ask(
   model: Parameters<typeof import('../evaluate.js').evaluate>[0],
   asked: Asked,
   o: EvaluateOptions,
-): Promise<{ scores: Scores; answers: (Question & Answer & { kind: Kind })[] }> {
+  onAnswers: (answers: readonly Judged[]) => void,
+): Promise<Scores> {
   const { evaluate, matches } = await import('../evaluate.js')
   const scores: Scores = {}
-  const answers: (Question & Answer & { kind: Kind })[] = []
   for (const [kind, questions] of Object.entries(asked.questions) as [Kind, Question[]][]) {
     if (!questions.length) continue
     const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
-    const e = await evaluate(model, questions, { ...o, blind, judge: kind === 'open' ? 'exact' : kind })
+    const judge = kind === 'open' ? 'exact' : kind
+    let n = 0
+    const tell = (some: readonly Answer[]): void => onAnswers(some.map((a) => ({ ...questions[n++], ...a, kind })))
+    const e = await evaluate(model, questions, { ...o, blind, judge, onAnswers: tell })
     const { count, accuracy, chance, blindAnswers } = e
+    if (count === 0) continue // stopped
     scores[kind === 'open' ? 'exact' : kind] = { count, accuracy, blind: e.blind, chance }
     const contains = (a: Answer): boolean => matches(a.given, a.answer, 'contains')
     if (kind === 'open')
@@ -123,9 +130,8 @@ async function ask(
         blind: blindAnswers && share(blindAnswers, contains),
         chance,
       }
-    answers.push(...e.answers.map((a, i) => ({ ...questions[i], ...a, kind })))
   }
-  return { scores, answers }
+  return scores
 }
 
 const NAMES = { yesno: 'yes/no', choice: 'multiple choice', exact: 'exact match', contains: 'contains the answer' }
@@ -158,21 +164,32 @@ async function run(file: string, o: Options): Promise<void> {
   if (!Object.values(asked.questions).some((q) => q.length))
     throw mismatch('ERR_DATA', 'eval', file, 'at least one question with its answer', 'none')
   const data = o.loss ? await new Dataset(records, pictures).open() : null
-  const { evaluateLoss } = await import('../evaluate.js')
+  const [{ evaluateLoss }, { hearing }] = await Promise.all([import('../evaluate.js'), import('../signals.js')])
   const { model, mix } = await loadModel(o)
   const { batch, style, maxNewTokens, seed, blind } = o
-  const loss = data && (await evaluateLoss(model, head(data, limit), { batch, style, mix }))
-  data?.close()
   const images = pictures ?? undefined
-  const { scores, answers } = await ask(model, asked, { images, batch, style, mix, maxNewTokens, seed, blind })
+  let answered = 0
+  if (o.answers) fs.writeFileSync(o.answers, '')
+  const onAnswers = (some: readonly Judged[]): void => {
+    answered += some.length
+    if (o.answers) fs.appendFileSync(o.answers, some.map((a) => `${JSON.stringify(a)}\n`).join(''))
+  }
+  const { loss, scores } = await hearing('finishing this batch', async (signals) => {
+    const stop = (): boolean => signals.heard !== null
+    const loss = data && (await evaluateLoss(model, head(data, limit), { batch, style, mix, stop }))
+    const options = { images, batch, style, mix, maxNewTokens, seed, blind, stop }
+    return { loss, scores: await ask(model, asked, options, onAnswers) }
+  })
+  data?.close()
   model.dispose()
-  if (o.answers) fs.writeFileSync(o.answers, answers.map((a) => `${JSON.stringify(a)}\n`).join(''))
-  const { later, leftOut } = asked
+  const { records: total, later, leftOut } = asked
+  const questions = Object.values(asked.questions).reduce((n, list) => n + list.length, 0)
+  if (answered < questions) console.error(`stopped: ${answered} of ${questions} questions answered`)
   if (o.json) {
-    console.log(JSON.stringify({ data: file, records: asked.records, loss, scores, later, leftOut }))
+    console.log(JSON.stringify({ data: file, records: total, questions, answered, loss, scores, later, leftOut }))
     return
   }
-  if (loss) console.log(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in ${asked.records} records`)
+  if (loss) console.log(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in ${loss.records} records`)
   console.log(table(scores).join('\n'))
   if (later) console.error(`not asked: ${later} later questions, which need the turns before them`)
   for (const id of leftOut) console.error(`left out: ${id}: does not begin with a question and its answer`)

@@ -52,13 +52,13 @@ async function readAsked(file: string): Promise<Asked[]> {
 
 async function answerFile(file: string, o: Options): Promise<void> {
   const asked = await readAsked(file)
-  const { generateBatch } = await import('../generate.js')
+  const [{ generateBatch }, { hearing }] = await Promise.all([import('../generate.js'), import('../signals.js')])
   const { resolveImage } = await import('../pictures.js')
   const find = (image: string): string => (o.images === undefined ? image : resolveImage(o.images, image))
   const { model, mix } = await loadModel(o)
   const { maxNewTokens, temperature, topP, topK, seed, style } = o
   const out = o.out === undefined ? process.stdout.fd : fs.openSync(o.out, 'w')
-  for (let at = 0; at < asked.length; at += o.batch) {
+  const answer = async (at: number): Promise<void> => {
     const part = asked.slice(at, at + o.batch)
     // a stream for each question of the file: the size of a batch changes no draw
     const requests = part.map(({ prompt, image }, i) => ({
@@ -76,6 +76,15 @@ async function answerFile(file: string, o: Options): Promise<void> {
     if (process.stderr.isTTY && o.out !== undefined)
       process.stderr.write(`\r${at + part.length}/${asked.length} answered`)
   }
+  await hearing('finishing the answers of this batch', async (signals) => {
+    for (let at = 0; at < asked.length; at += o.batch) {
+      if (signals.heard) {
+        console.error(`stopped: ${at} of ${asked.length} answered`)
+        break
+      }
+      await answer(at)
+    }
+  })
   if (process.stderr.isTTY && o.out !== undefined) process.stderr.write('\n')
   model.dispose()
 }

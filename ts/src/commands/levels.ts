@@ -16,14 +16,24 @@ interface Options {
 }
 
 async function run(file: string, o: Options): Promise<void> {
-  const [{ loadDataset }, score] = await Promise.all([import('../data.js'), import('../score.js')])
+  const [{ loadDataset }, score, { hearing }] = await Promise.all([
+    import('../data.js'),
+    import('../score.js'),
+    import('../signals.js'),
+  ])
   const { images, clip, ...options } = o
   const bar = process.stderr.isTTY
   const data = await loadDataset(file, { images })
-  const result = await score.levels(data, clip, {
-    ...options,
-    onProgress: (done, total) => bar && process.stderr.write(`\r${done}/${total} pairs scored `),
-  })
+  const onProgress = (done: number, total: number): unknown =>
+    bar && process.stderr.write(`\r${done}/${total} pairs scored `)
+  const result = await hearing('finishing the batch; its scores are kept', (signals) =>
+    score.levels(data, clip, { ...options, onProgress, signal: signals.signal }).catch((e) => {
+      if (e !== signals.signal.reason) throw e
+      console.error('stopped: the same command goes on from the scores made so far')
+      return null
+    }),
+  )
+  if (!result) return data.close()
   if (bar) process.stderr.write('\r\x1b[K')
   const most = Math.max(...result.histogram, 1)
   for (const [l, n] of result.histogram.entries())
