@@ -2,97 +2,27 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import type { AlignGPT, Mix } from './aligngpt.js'
+import type { AlignGPT } from './aligngpt.js'
 import type { PackedBatch } from './batch.js'
 import { listCheckpoints, type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
-import type { GateText } from './config.js'
 import type { Dataset, DatasetState, Dropped } from './data.js'
-import { fingerprint } from './disk.js'
 import { AlignGPTError } from './errors.js'
-import { describeRecords, dumpStep, type OutlierOptions, type OutlierState, Outliers } from './guard.js'
-import {
-  type Best,
-  type EvaluationInfo,
-  type EvaluationOptions,
-  HeldOut,
-  type HeldOutState,
-  holdOut,
-} from './heldout.js'
+import { describeRecords, dumpStep, type OutlierState, Outliers } from './guard.js'
+import { type Best, HeldOut, type HeldOutState, holdOut } from './heldout.js'
 import { type Loader, openLoader } from './loader.js'
 import { Log } from './log.js'
-import { addLora, hasLora, type LoraOptions, saveAdapter } from './lora.js'
+import { addLora, hasLora, saveAdapter } from './lora.js'
 import { averageText, RunMemory, widestText } from './memory.js'
 import { MicroSteps } from './microsteps.js'
 import { native } from './native.js'
-import { AdamW, cosineRate, type OptimizerState } from './optim.js'
+import { AdamW, cosineRate } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
 import { microBatchesAhead } from './plan.js'
 import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
+import { checkOptions, type Resolved, resolve, settings, type TrainOptions } from './train-options.js'
 
-export interface TrainOptions extends EvaluationOptions {
-  /** folder for the model, log.jsonl, state.json and checkpoints; without one nothing is written */
-  out?: string
-  /** samples of a step (the phase's: 256 in pre-training, 128 in instruction tuning) */
-  batch?: number
-  /** samples run at once, default 16 at most; the step's gradient is the same whatever it is */
-  microBatch?: number
-  /** peak learning rate (the phase's: 1e-3, 2e-5; with adapters 2e-4, and 2e-5 for the projector) */
-  lr?: number
-  /** of the projector, where it is to have its own */
-  projectorLr?: number
-  /** instruction tuning gives the language model adapters and trains those in its place; without it a model keeps those it has */
-  lora?: LoraOptions
-  epochs?: number
-  /** instead of epochs */
-  steps?: number
-  /** default 0.03 */
-  warmupRatio?: number
-  weightDecay?: number
-  /** gradients are scaled down to this norm; default 1, null: never */
-  clipGradNorm?: number | null
-  /** full: 18 bytes for each trained bf16 parameter (default); compact: 10 */
-  optimizerState?: OptimizerState
-  /** the optimizer's state of a model on a GPU stays in main memory, and the CPU updates it (AdamWOptions.offload) */
-  offloadOptimizer?: boolean
-  seed?: number
-  /** run layers again on the way back instead of keeping their activations */
-  recompute?: boolean
-  /** batch: token mean over the whole step (default); micro: mean of the micro-batches' means, as the official code */
-  lossNorm?: 'batch' | 'micro'
-  /** what the gate's text mean sees; all: answers too, as the official code. Default: what the model's config says, else all */
-  gateText?: 'all' | 'instruction'
-  /** batches of similar lengths */
-  groupByLength?: boolean
-  /** mild augmentation of the pictures (background, affine, colour) */
-  augment?: boolean
-  /** threads that decode pictures, 0: this one */
-  workers?: number
-  /** share of the records that may be unusable before the run stops, default 0.01 */
-  maxBad?: number
-  /** how the alignment vector is made, instead of the phase's way (the paper's ablations) */
-  mix?: Mix
-  /** a checkpoint after so many steps, or a time ('90s', '10m', '2h'); default '30m'. null: only when the run is stopped */
-  saveEvery?: number | string | null
-  /** newest checkpoints that stay, at least 2 (default) */
-  keep?: number
-  /** an interval longer than the run is no mistake */
-  allowLongInterval?: boolean
-  /** goes on, bit for bit, from the newest checkpoint of `out` (true; from the beginning when it has none) or of another folder */
-  resume?: boolean | string
-  /** leaves out the update of steps whose loss or gradient norm is far above those before (default: never) */
-  skipOutliers?: boolean | OutlierOptions
-  onStep?: (step: StepInfo) => void
-  /** told of each evaluation on held-out records (evalShare, evalData) */
-  onEvaluation?: (evaluation: EvaluationInfo) => void
-  /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
-  onMessage?: (text: string) => void
-  /** TensorBoard event files in `out`, beside log.jsonl */
-  tensorboard?: boolean
-  /** a bar on the terminal; default: when standard error is one */
-  progress?: boolean
-  signal?: AbortSignal
-}
+export type { TrainOptions } from './train-options.js'
 
 export interface StepInfo {
   /** from 0 */
@@ -149,24 +79,6 @@ export async function finetune(model: AlignGPT, data: Dataset, o: TrainOptions =
   return result
 }
 
-function checkOptions(o: TrainOptions, data: Dataset): void {
-  const positive = ['batch', 'microBatch', 'epochs', 'steps'] as const
-  for (const key of positive)
-    if (o[key] !== undefined && !(Number.isInteger(o[key]) && o[key] > 0))
-      throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected an integer > 0, got ${o[key]}`)
-  for (const key of ['lr', 'projectorLr', 'warmupRatio', 'weightDecay', 'maxBad'] as const)
-    if (o[key] !== undefined && !(Number.isFinite(o[key]) && o[key] >= 0))
-      throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected a number >= 0, got ${o[key]}`)
-  if (o.keep !== undefined && !(Number.isInteger(o.keep) && o.keep >= 2))
-    throw new AlignGPTError('ERR_ARGUMENT', `[train] keep: expected an integer >= 2, got ${o.keep}`)
-  if (o.tensorboard && !o.out)
-    throw new AlignGPTError(
-      'ERR_ARGUMENT',
-      '[train] tensorboard: true: expected out, a folder for the event files, got none',
-    )
-  if (data.length === 0) throw new AlignGPTError('ERR_DATA', `[train] ${data.file}: expected records, got none`)
-}
-
 /** The micro-batches of the next step. They are gathered first because the loss is a mean over the whole step. */
 async function nextStep(loader: Loader): Promise<PackedBatch[]> {
   const batches: PackedBatch[] = []
@@ -195,61 +107,6 @@ async function accumulate(
   const coefficients = new Array<number>(steps.model.levels).fill(0)
   for (const r of results) for (const [l, c] of r.coefficients.entries()) coefficients[l] += images ? c / images : 0
   return { loss: losses.reduce((a, b) => a + b, 0), losses, coefficients }
-}
-
-/** Options with what they are when not given. */
-type Resolved = TrainOptions & {
-  batch: number
-  microBatch: number
-  lr: number
-  steps: number
-  warmupRatio: number
-  clipGradNorm: number | null
-  seed: number
-  mix: Mix
-  gateText: GateText
-  onMessage: (text: string) => void
-}
-
-function resolve(model: AlignGPT, data: Dataset, phase: Phase, o: TrainOptions): Resolved {
-  const batch = Math.min(o.batch ?? phase.batch, data.length)
-  return {
-    ...o,
-    batch,
-    microBatch: Math.min(o.microBatch ?? 16, batch),
-    lr: o.lr ?? phase.lr,
-    steps: o.steps ?? Math.ceil(data.length / batch) * (o.epochs ?? 1),
-    warmupRatio: o.warmupRatio ?? 0.03,
-    clipGradNorm: o.clipGradNorm === undefined ? 1 : o.clipGradNorm,
-    seed: o.seed ?? 0,
-    mix: o.mix ?? phase.mix,
-    gateText: o.gateText ?? model.config.mm_gate_text,
-    onMessage: o.onMessage ?? ((text) => console.error(text)),
-  }
-}
-
-/** What the numbers of a run depend on, besides its start. */
-function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
-  const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
-  return {
-    phase: phase.name,
-    dtype: model.dtype,
-    ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
-    weightDecay: o.weightDecay ?? 0,
-    optimizerState: o.optimizerState ?? 'full',
-    offloadOptimizer: o.offloadOptimizer ?? false,
-    lossNorm: o.lossNorm ?? 'batch',
-    gateText: o.gateText,
-    alignment: model.config.mm_alignment,
-    gate: model.config.mm_gate_type,
-    lora: o.lora ?? null,
-    projectorLr: phase.projectorLr ?? null,
-    groupByLength: o.groupByLength ?? false,
-    augment: o.augment ?? false,
-    skipOutliers: o.skipOutliers ?? false,
-    data: { records: data.length, ...fingerprint(data.file) },
-    evaluation: held?.settings,
-  }
 }
 
 /** What a checkpoint holds besides tensors. The order of the data and all random numbers are computed from seed and step. */
