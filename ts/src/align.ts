@@ -1,5 +1,5 @@
 /** What AlignGPT adds to LLaVA (arXiv 2405.14129, section 3): projector, alignment embeddings, gate. */
-import type { BatchTensors, PackedBatch } from './batch.js'
+import type { BatchTensor, PackedBatch } from './batch.js'
 import type { Alignment, Gate } from './config.js'
 import { AlignGPTError } from './errors.js'
 import { Linear, Module, Sequential, type Source } from './nn.js'
@@ -130,6 +130,16 @@ export function checkLevels(b: PackedBatch, levels: number): void {
     got < 0 ? "a level in 'similarity', got none; run levels first" : `a level 0..${levels - 1}, got ${got}`
   throw new AlignGPTError('ERR_DATA', `[AlignGPT] record '${record}': expected ${expected}`)
 }
+
+/** Where a list becomes a tensor: on the CPU, pixels [M, 3, S, S] on the model's device. */
+export type BatchTensors = (key: BatchTensor) => Tensor
+
+/** New tensors in the scope of the call. */
+export function tensorsOf(b: PackedBatch, device: Device): BatchTensors {
+  return (key) => (key === 'pixels' ? tensor(b.pixels, pixelShape(b), 'f32', device) : tensor(b[key]))
+}
+
+export const pixelShape = (b: PackedBatch): number[] => [b.imageRows.length, 3, b.imageSize, b.imageSize]
 
 /** What alignMix needs to know to make the vectors of a batch. */
 export function mixArgs(

@@ -1,8 +1,18 @@
 /** The model: CLIP vision tower + projector + alignment vector + LLaMA (arXiv 2405.14129). */
 import fs from 'node:fs'
 import path from 'node:path'
-import { AlignIndicators, GatedWeightLayer, type Mix, mixArgs, mixOf, Projector, splice } from './align.js'
-import { type BatchTensors, type PackedBatch, tensorsOf } from './batch.js'
+import {
+  AlignIndicators,
+  type BatchTensors,
+  GatedWeightLayer,
+  type Mix,
+  mixArgs,
+  mixOf,
+  Projector,
+  splice,
+  tensorsOf,
+} from './align.js'
+import type { PackedBatch } from './batch.js'
 import { CLIPModel, CLIPVisionTransformer } from './clip.js'
 import {
   type AlignGPTConfig,

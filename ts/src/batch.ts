@@ -4,7 +4,6 @@
  */
 import { mismatch, show } from './errors.js'
 import { IGNORE, IMAGE_TOKEN, type Sample } from './prompt.js'
-import { type Device, type Tensor, tensor } from './tensor.js'
 
 /** Marks in PackedBatch.tokens. */
 export const ALIGN_ROW = -1
@@ -146,16 +145,6 @@ export const BATCH_TENSORS = [
   ...(['gateIds', 'gateOffsets', 'levels', 'pixels'] as const),
 ]
 export type BatchTensor = (typeof BATCH_TENSORS)[number]
-
-/** Where a list becomes a tensor: on the CPU, pixels [M, 3, S, S] on the model's device. */
-export type BatchTensors = (key: BatchTensor) => Tensor
-
-/** New tensors in the scope of the call. */
-export function tensorsOf(b: PackedBatch, device: Device): BatchTensors {
-  return (key) => (key === 'pixels' ? tensor(b.pixels, pixelShape(b), 'f32', device) : tensor(b[key]))
-}
-
-export const pixelShape = (b: PackedBatch): number[] => [b.imageRows.length, 3, b.imageSize, b.imageSize]
 
 function extended(list: Int32Array, length: number, value: number): Int32Array {
   const out = new Int32Array(length).fill(value)

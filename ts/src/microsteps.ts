@@ -2,9 +2,9 @@
  * Forward and backward of micro-batches. On a GPU one of them can be launched as a graph (ALIGNGPT_CUDA_GRAPHS=1): batches are padded so
  * that few shapes occur (padBatch), and each shape is recorded when it is met first.
  */
-import { checkLevels, type Mix } from './align.js'
+import { checkLevels, type Mix, pixelShape } from './align.js'
 import type { AlignGPT, LossOptions } from './aligngpt.js'
-import { BATCH_TENSORS, type BatchTensor, type PackedBatch, padBatch, pixelShape } from './batch.js'
+import { BATCH_TENSORS, type BatchTensor, type PackedBatch, padBatch } from './batch.js'
 import { native } from './native.js'
 import type { Parameter } from './optim.js'
 import { Graph, scope, type Tensor, tensor, wantsGraphs, zeros } from './tensor.js'
