@@ -266,7 +266,7 @@ Numbers: ${path.join(rel, 'result.json')}
 Ask it yourself:
   npm run chat -- --model ${rel}/model --image ${rel}/data/images/fluent/${path.basename(readQuestions(d, 'name')[0].image)} "What is this?"
 Train on a folder of your own:
-  npm run levels   -- --data pairs.json --images DIR --clip ${rel}/models/clip
+  npm run levels   -- pairs.json --images DIR --clip ${rel}/models/clip
   npm run pretrain -- --llm ${rel}/models/llm --clip ${rel}/models/clip --data pairs.json --images DIR --out runs/mine-1
   npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`)
 }

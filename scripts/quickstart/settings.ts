@@ -1,5 +1,6 @@
 /** What the quickstart and the ablations train with. */
 import type { CreateOptions } from '../../ts/src/aligngpt.js'
+import { PRESETS } from '../../ts/src/commands/settings.js'
 import type { TrainOptions } from '../../ts/src/train.js'
 
 /** Not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the end. */
@@ -7,7 +8,7 @@ export const VISION: Pick<CreateOptions, 'selectLayer' | 'selectFeature'> = {
   selectLayer: -1,
   selectFeature: 'cls_patch',
 }
-export const PHASE_1: TrainOptions = { batch: 64, lr: 4e-3, augment: true, progress: false }
-export const PHASE_2: TrainOptions = { batch: 32, microBatch: 32, lr: 1.5e-3, augment: true, progress: false }
+export const PHASE_1: TrainOptions = { ...PRESETS.tiny.pretrain, progress: false }
+export const PHASE_2: TrainOptions = { ...PRESETS.tiny.finetune, progress: false }
 /** Where the quickstart keeps the scores of its pairs, by record. */
 export const SCORES = 'scores.json'

@@ -2,13 +2,11 @@
 /**
  * The command line: `aligngpt COMMAND`. A command is one file of commands/ that declares its options and loads what it
  * works with when it runs, so that `--help` is there at once.
- *
- * Exit status: 0 done; 1 it could not be done (one line on standard error says why); 2 the command line is not understood;
- * 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by SIGINT and SIGTERM.
  */
 import { Command, CommanderError } from 'commander'
 import { chat } from './commands/chat.js'
 import { check } from './commands/check.js'
+import { completion } from './commands/completion.js'
 import { download } from './commands/download.js'
 import { evaluation } from './commands/eval.js'
 import { exporting } from './commands/export.js'
@@ -23,12 +21,18 @@ import { pretrain } from './commands/pretrain.js'
 import { report } from './commands/report.js'
 import { version } from './package.js'
 
+const STATUS = `
+Exit status: 0 done; 1 it could not be done (one line on standard error says why), or what was checked is not in order;
+2 the command line is not understood; 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by
+SIGINT and SIGTERM.`
+
 async function main(): Promise<number | undefined> {
   const program = new Command('aligngpt')
     .description('train, evaluate and run AlignGPT, a multimodal large language model (arXiv 2405.14129)')
     .version(version())
     .exitOverride()
     .showHelpAfterError('(--help lists the options)')
+    .addHelpText('after', STATUS)
   for (const declare of [
     info,
     check,
@@ -43,6 +47,7 @@ async function main(): Promise<number | undefined> {
     importing,
     exporting,
     download,
+    completion,
   ])
     declare(program)
   try {

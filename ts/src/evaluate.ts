@@ -1,9 +1,10 @@
-/** Accuracy on questions about pictures, each with the blind control: the same questions with the pictures shuffled. */
+/** Accuracy on questions about pictures, each with the blind control: the same questions about other pictures. */
+import { createHash } from 'node:crypto'
 import type { AlignGPT, Mix } from './aligngpt.js'
 import type { Dataset } from './data.js'
 import { AlignGPTError } from './errors.js'
-import { generateBatch, loadPixels, packWithPixels } from './generate.js'
-import { type Pictures, readPicture, resolveImage } from './pictures.js'
+import { type GenerateRequest, generateBatch, loadPixels, packWithPixels, promptOf } from './generate.js'
+import { type Pictures, readFilePart, readPicture, resolveImage } from './pictures.js'
 import { buildSample, type Sample, type Style, type Turn } from './prompt.js'
 import { permutation } from './rng.js'
 import { noGrad, scope } from './tensor.js'
@@ -13,6 +14,8 @@ export interface Question {
   /** path of the picture, below `images` where that is given */
   image?: string
   question: string
+  /** the conversation before it, with the true answers; a system turn first if there is one */
+  history?: readonly Turn[]
   answer: string
   /** choices in words; the answer is one of them */
   options?: readonly string[]
@@ -35,7 +38,7 @@ export interface EvaluateOptions {
   /** questions run at once, default 16 */
   batch?: number
   maxNewTokens?: number
-  /** also ask with shuffled pictures (default true where there are pictures) */
+  /** also ask about another picture, one with other content (default true where there are two of them) */
   blind?: boolean
   seed?: number
   signal?: AbortSignal
@@ -50,18 +53,20 @@ export interface Answer {
   answer: string
   given: string
   correct: boolean
+  /** why it was not asked, which counts as a wrong answer */
+  problem?: string
 }
 export interface Evaluation {
   /** NaN when `stop` came before the first batch */
   accuracy: number
-  /** accuracy with the pictures shuffled; null when not asked for */
+  /** accuracy with other pictures; null when not asked for, or without another picture */
   blind: number | null
   /** accuracy of guessing; null for open questions */
   chance: number | null
   /** questions asked: all, but for `stop` */
   count: number
   answers: Answer[]
-  /** those to shuffled pictures; null when not asked for */
+  /** those about other pictures; null where `blind` is */
   blindAnswers: Answer[] | null
 }
 
@@ -114,8 +119,7 @@ class Asker {
 
   #picture(image: string): string | Uint8Array {
     const { images } = this.o
-    if (typeof images === 'object') return readPicture(images.locate(image))
-    return images ? resolveImage(images, image) : image
+    return typeof images === 'object' ? readPicture(images.locate(image)) : fileOf(image, images)
   }
   #load(image: string): Promise<Float32Array> {
     let p = this.#pixels.get(image)
@@ -133,12 +137,14 @@ class Asker {
     const pixels: (Float32Array | null)[] = []
     for (const { q, prompt, texts } of questions)
       for (const text of texts) {
+        // without <image> the picture goes to the front of the first question
         const conversations: Turn[] = [
-          { from: 'human', value: q.image ? `<image>\n${prompt}` : prompt },
+          ...(q.history ?? []),
+          { from: 'human', value: prompt },
           { from: 'gpt', value: text },
         ]
         const record = { id: q.id, image: q.image ?? null, conversations, similarity: null }
-        const options = { style: this.o.style ?? 'vicuna_v1', patches: this.model.patches }
+        const options = { style: this.o.style ?? 'vicuna_v1', patches: this.model.patches, lastAnswer: true }
         samples.push(buildSample(record, this.model.tokenizer, options))
         pixels.push(q.image ? await this.#load(q.image) : null)
       }
@@ -157,6 +163,26 @@ class Asker {
     return questions.map(({ texts }) => texts.map(() => sums[at].sum / Math.max(1, sums[at++].n)))
   }
 
+  /** What the model says to each, or why it cannot be asked. */
+  async #generate(questions: readonly Question[]): Promise<Map<Question, { text?: string; problem?: string }>> {
+    const { maxNewTokens = 32, style, mix, signal } = this.o
+    const options = { maxNewTokens, style, mix, signal }
+    const limit = this.model.config.tokenizer_model_max_length
+    const said = new Map<Question, { text?: string; problem?: string }>()
+    const requests: GenerateRequest[] = []
+    const asked = questions.filter((q, i) => {
+      const { question: prompt, history } = q
+      const request = { prompt, history, ...(q.image && { image: this.#picture(q.image) }) }
+      const { length } = promptOf(this.model, request, options, i)
+      if (length > limit) said.set(q, { problem: `a prompt of ${length} rows, the limit is ${limit}` })
+      else requests.push(request)
+      return length <= limit
+    })
+    for (const [i, { text }] of (await generateBatch(this.model, requests, options)).entries())
+      said.set(asked[i], { text })
+    return said
+  }
+
   async ask(questions: readonly Question[]): Promise<Answer[]> {
     const judged = questions.map((q) => ({ q, judge: judgeOf(q, this.o) }))
     const answers = new Map<Question, Answer>()
@@ -168,26 +194,41 @@ class Asker {
       answers.set(q, { id: q.id, answer: texts[right], given: texts[best], correct: best === right })
     }
     const open = judged.flatMap(({ q, judge }) => (judge === 'exact' || judge === 'contains' ? [{ q, judge }] : []))
-    const generated = await generateBatch(
-      this.model,
-      open.map(({ q }) => ({ prompt: q.question, ...(q.image && { image: this.#picture(q.image) }) })),
-      { maxNewTokens: this.o.maxNewTokens ?? 32, style: this.o.style, mix: this.o.mix, signal: this.o.signal },
-    )
-    for (const [i, { q, judge }] of open.entries()) {
-      const given = generated[i].text
-      answers.set(q, { id: q.id, answer: q.answer, given, correct: matches(given, q.answer, judge) })
+    for (const [q, given] of await this.#generate(open.map(({ q }) => q))) {
+      const judge = judgeOf(q, this.o) as 'exact' | 'contains'
+      const { text = '', problem } = given
+      const correct = problem === undefined && matches(text, q.answer, judge)
+      answers.set(q, { id: q.id, answer: q.answer, given: text, correct, ...(problem && { problem }) })
     }
     return questions.map((q) => answers.get(q) as Answer)
   }
 }
 
-/** The questions with each other's pictures: a random cycle, so nobody keeps their own place. */
-function shufflePictures(questions: readonly Question[], seed: number): Question[] {
-  const pictured = questions.filter((q) => q.image)
-  const order = permutation(pictured.length, seed, 7)
-  const image = new Map<Question, string | undefined>()
-  for (let i = 0; i < order.length; i++) image.set(pictured[order[i]], pictured[order[(i + 1) % order.length]].image)
-  return questions.map((q) => (q.image ? { ...q, image: image.get(q) } : q))
+/** Hash of a picture file's bytes. @throws AlignGPTError ERR_IMAGE */
+function contentOf(image: string, images: EvaluateOptions['images']): string {
+  const bytes = typeof images === 'object' ? readPicture(images.locate(image)) : readFilePart(fileOf(image, images))
+  return createHash('sha256').update(bytes).digest('base64')
+}
+const fileOf = (image: string, images: string | undefined): string => (images ? resolveImage(images, image) : image)
+
+/**
+ * The questions, each about another picture: a random cycle of all pictures that differ in content, so that none is about its own,
+ * under whatever name. Null when there are no two.
+ */
+export function otherPictures(
+  questions: readonly Question[],
+  o: Pick<EvaluateOptions, 'images' | 'seed'>,
+): Question[] | null {
+  const names = [...new Set(questions.flatMap((q) => q.image || []))]
+  const content = new Map(names.map((name) => [name, contentOf(name, o.images)]))
+  const one = new Map([...content].map(([name, hash]) => [hash, name])) // of each content
+  const cycle = [...one.keys()]
+  if (cycle.length < 2) return null
+  const order = permutation(cycle.length, o.seed ?? 0, 7)
+  const next = new Map<string, string>()
+  for (let i = 0; i < order.length; i++) next.set(cycle[order[i]], cycle[order[(i + 1) % order.length]])
+  const other = (image: string): string => one.get(next.get(content.get(image) as string) as string) as string
+  return questions.map((q) => (q.image ? { ...q, image: other(q.image) } : q))
 }
 
 /** Asks every question, and once more blind. */
@@ -200,14 +241,14 @@ export async function evaluate(
     throw new AlignGPTError('ERR_DATA', '[evaluate] questions: expected at least one, got none')
   const asker = new Asker(model, o)
   const control = o.blind ?? questions.some((q) => q.image)
-  const shuffled = control ? shufflePictures(questions, o.seed ?? 0) : null
+  const others = control ? otherPictures(questions, o) : null
   const answers: Answer[] = []
   const blindAnswers: Answer[] = []
   const size = o.batch ?? 16
   for (let at = 0; at < questions.length && !o.stop?.(); at += size) {
     o.signal?.throwIfAborted()
     const seen = await asker.ask(questions.slice(at, at + size))
-    const blind = shuffled && (await asker.ask(shuffled.slice(at, at + size)))
+    const blind = others && (await asker.ask(others.slice(at, at + size)))
     answers.push(...seen)
     blindAnswers.push(...(blind ?? []))
     o.onAnswers?.(seen, blind)
@@ -223,10 +264,10 @@ export async function evaluate(
         : Number.NaN
   })
   const chance = odds.every(Number.isFinite) ? odds.reduce((a, b) => a + b, 0) / odds.length : null
-  const blind = control ? share(blindAnswers) : null
+  const blind = others ? share(blindAnswers) : null
   return {
     ...{ accuracy: share(answers), blind, chance, count: answers.length, answers },
-    blindAnswers: control ? blindAnswers : null,
+    blindAnswers: others ? blindAnswers : null,
   }
 }
 

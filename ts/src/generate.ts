@@ -24,7 +24,7 @@ export interface GenerateRequest {
   prompt: string
   /** a file, or the bytes of one */
   image?: string | Uint8Array
-  /** earlier turns; the picture belongs to the first human one */
+  /** earlier turns, a system turn first if there is one; the picture belongs to the first human one */
   history?: readonly Turn[]
   /** which of the seed's random streams it is sampled with; default its place in the batch */
   stream?: number
@@ -180,11 +180,13 @@ const END_TOKENS: Record<Style, string[]> = {
   llama_3: ['<|eot_id|>', '<|end_of_text|>'],
 }
 
-function sampleOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Sample {
+/** The prompt of a request. */
+export function promptOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Sample {
   const turns: Turn[] = [...(r.history ?? []), { from: 'human', value: r.prompt }]
   const image = r.image !== undefined
+  const first = turns.findIndex((t) => t.from === 'human')
   if (image && !turns.some((t) => t.value.includes('<image>')))
-    turns[0] = { ...turns[0], value: `<image>\n${turns[0].value}` }
+    turns[first] = { ...turns[first], value: `<image>\n${turns[first].value}` }
   const options = { style: o.style ?? 'vicuna_v1', system: o.system, patches: model.patches, id: `request ${i}` }
   return buildPrompt(turns, image ? 'picture' : null, model.tokenizer, options)
 }
@@ -232,7 +234,7 @@ async function* decode(
   requests: readonly GenerateRequest[],
   o: GenerateOptions,
 ): AsyncGenerator<{ index: number; piece: GeneratedPiece }, Generated[]> {
-  const samples = requests.map((r, i) => sampleOf(model, r, o, i))
+  const samples = requests.map((r, i) => promptOf(model, r, o, i))
   const limit = model.config.tokenizer_model_max_length
   const long = samples.find((s) => s.length > limit)
   if (long) throw mismatch('ERR_DATA', 'generate', long.id, `a prompt of at most ${limit} rows`, `${long.length}`)

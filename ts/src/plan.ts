@@ -24,6 +24,8 @@ export interface PlanOptions {
   dtype: 'f32' | 'bf16'
   /** samples run at once */
   microBatch: number
+  /** samples of a step; default microBatch */
+  batch?: number
   /** text tokens of a sample, without picture and alignment vector */
   textTokens: number
   /** of them with loss, default all */
@@ -54,6 +56,8 @@ export interface MemoryPlan {
   host: number
   /** main memory a checkpoint takes while it is being written; for a model on the CPU it comes on top of `peak` */
   snapshot: number
+  /** main memory of pictures that are decoded ahead of their step */
+  pictures: number
 }
 
 /** As the native allocator rounds (native/tensor.cc). */
@@ -139,7 +143,10 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
 }
 
 /** Weights and what the optimizer keeps beside them. */
-function stateBytes(m: PlanModel, o: PlanOptions): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host'> {
+function stateBytes(
+  m: PlanModel,
+  o: PlanOptions,
+): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host' | 'pictures'> {
   const { rank, layers } = adapted(m.llm, o)
   const lora = layers.flat().flatMap(([, inputs, outputs]) => [rank * inputs, outputs * rank])
   const shapes = { ...parameterShapes(m), lora }
@@ -202,6 +209,10 @@ function headTransient(c: LlamaConfig, labelled: number, size: number, trained: 
   return tensors(size, h, h) + tensors(4, logits, labelled) + (size === 2 ? tensors(2, logits) : 0) + own
 }
 
+/** All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile. */
+export const microBatchesAhead = (batch: number, microBatch: number): number =>
+  Math.max(2, Math.ceil(batch / microBatch))
+
 /**
  * Bytes a training step takes, by what they are for.
  * The native allocator's peak on the CPU agrees within 5 % for a small model (ts/test/41.plan.test.ts). Not in it: kernels'
@@ -240,7 +251,9 @@ export function plan(m: PlanModel, o: PlanOptions): MemoryPlan {
   const kept = state.moments + state.masters
   const host = o.offloadOptimizer ? kept : 0
   const peak = state.weights + state.gradients + (kept - host) + activations + transient
-  return { ...state, activations, transient, peak, host }
+  const ahead = microBatchesAhead(o.batch ?? o.microBatch, o.microBatch)
+  const pictures = (ahead + 1) * o.microBatch * v.num_channels * v.image_size ** 2 // and those in use
+  return { ...state, activations, transient, peak, host, pictures }
 }
 
 /** The most samples at once whose step stays below `bytes`; 0 when not even one does. */

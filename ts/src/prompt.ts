@@ -60,6 +60,8 @@ export interface SampleOptions extends PromptOptions {
   patches: number
   /** longest sequence after splicing (BOS, ALIGN and picture rows count); default: no limit */
   maxLength?: number
+  /** only the last answer is learned; those before it are part of the prompt */
+  lastAnswer?: boolean
 }
 
 /** One sequence, ready to be packed. Lengths: L = kept ids, U = uncut ids. */
@@ -278,6 +280,8 @@ export function buildSample(record: DataRecord, tokenizer: Tokenizer, options: S
   const { patches, maxLength = Number.POSITIVE_INFINITY } = options
   const pieces = render(record, { ...options, eos: tokenizer.eosToken })
   const { ids, labels } = encodePieces(pieces, tokenizer)
+  // an answer is a stretch of labels up to the end of its turn, and the next turn has none
+  if (options.lastAnswer) labels.fill(IGNORE, 0, labels.lastIndexOf(IGNORE))
   if (!labels.some((x) => x !== IGNORE)) throw dataError(record.id, 'conversations', 'an answer to learn', 'none')
   const sample = toSample(record, textOf(pieces), ids, labels, patches)
   if (sample.length <= maxLength) return sample

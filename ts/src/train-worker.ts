@@ -26,14 +26,16 @@ export type TrainNews =
 /** Sent to the thread: finish the step, save, end. */
 export type StopRequest = 'stop'
 
+/** The model of a job, as it begins. */
+export function openModel({ model, place }: Pick<TrainJob, 'model' | 'place'>): Promise<AlignGPT> {
+  if ('create' in model) return AlignGPT.create(model.create, place)
+  const { load, ...rest } = model
+  return AlignGPT.load(load, { ...place, ...rest })
+}
+
 async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) => void): Promise<TrainResult> {
-  const { phase, model: from, place, data, options } = job
-  const open = (): Promise<AlignGPT> => {
-    if ('create' in from) return AlignGPT.create(from.create, place)
-    const { load, ...rest } = from
-    return AlignGPT.load(load, { ...place, ...rest })
-  }
-  const model = await open()
+  const { phase, data, options } = job
+  const model = await openModel(job)
   try {
     const dataset = await loadDataset(data.file, { images: data.images })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {

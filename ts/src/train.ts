@@ -26,6 +26,7 @@ import { MicroSteps } from './microsteps.js'
 import { native } from './native.js'
 import { AdamW, cosineRate, type OptimizerState } from './optim.js'
 import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from './phases.js'
+import { microBatchesAhead } from './plan.js'
 import { checkpointFolder, findResume, maker, Schedule, savedTensors } from './resume.js'
 import { Saver } from './saver.js'
 
@@ -328,8 +329,7 @@ class Run {
       patches: model.patches,
       maxLength: model.config.tokenizer_model_max_length,
       micro: o.microBatch,
-      // All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile.
-      ahead: Math.max(2, Math.ceil(batch / o.microBatch)),
+      ahead: microBatchesAhead(batch, o.microBatch),
       ...{ groupByLength, gateText, maxBad, augment, workers, batch, seed, steps },
       align: o.mix.mode !== 'none',
       startStep: this.done,

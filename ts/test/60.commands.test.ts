@@ -68,7 +68,6 @@ beforeAll(async () => {
 test('levels, pretrain, finetune, chat', async () => {
   const levels = await aligngpt(
     'levels',
-    '--data',
     pairs,
     '--images',
     pictures,
@@ -164,15 +163,7 @@ test('levels, pretrain, finetune, chat', async () => {
 
 test('mistakes are answered in one line', async () => {
   const runs = await Promise.all([
-    aligngpt(
-      'levels',
-      '--data',
-      path.join(dir, 'none.json'),
-      '--images',
-      pictures,
-      '--clip',
-      path.join(golden, 'clip'),
-    ),
+    aligngpt('levels', path.join(dir, 'none.json'), '--images', pictures, '--clip', path.join(golden, 'clip')),
     aligngpt(
       'pretrain',
       '--llm',
@@ -189,7 +180,7 @@ test('mistakes are answered in one line', async () => {
     aligngpt('chat', '--model', path.join(golden, 'aligngpt'), '--image', path.join(dir, 'missing.png'), 'What?'),
     aligngpt('finetune', '--data', instructions, '--images', pictures, '--out', path.join(dir, 'y')),
   ])
-  const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /required option '--model/]
+  const expected = [/none\.json/, /model_type|clip/, /missing\.png/, /--model is missing/]
   for (const [i, run] of runs.entries()) {
     expect(run.status).toBe(i === 3 ? 2 : 1)
     expect(run.err).toMatch(expected[i])

@@ -238,7 +238,7 @@ test('levels keeps its scores, and the same command goes on from them', async ()
   }))
   const data = write('pairs.json', pairs)
   const before = fs.readFileSync(data)
-  const args = ['levels', '--data', data, '--images', `${base}/images`, '--clip', `${base}/model/clip`, '--batch', '8']
+  const args = ['levels', data, '--images', `${base}/images`, '--clip', `${base}/model/clip`, '--batch', '8']
   const file = `${data}.scores.jsonl`
   const scores = (): unknown[] => jsonLines(file)
   const lineCount = (): number => (fs.existsSync(file) ? fs.readFileSync(file, 'utf8').split('\n').length - 1 : 0)

@@ -81,13 +81,14 @@ test('generate: one question streams, a file is answered in batches, the gate ca
     { prompt: 'Hello?' },
     { prompt: 'And this?', image: 'b.png' },
   ]
-  const questions = file('asked.jsonl', asked)
+  const [{ prompt: question, ...first }, ...rest] = asked
+  const questions = file('asked.jsonl', [{ ...first, question }, ...rest]) // as eval and training call it
   const out = path.join(dir, 'answers.jsonl')
   const usual = ['generate', ...model, '--max-new-tokens', '6']
   const many = [...usual, questions, '--images', dir, '--show-gate', '--temperature', '2', '--seed', '4']
   const one = [...usual, '--prompt', 'What is it?', '--image', path.join(dir, 'a.png')]
   const alpha = '0.5,0,0,0,0,0,0,-1'
-  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { question: 'no prompt' }])
+  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { text: 'no prompt' }])
   const [pair, single, gate, level, weights, few, bad, both, none, nowhere] = await Promise.all([
     aligngpt(...many, '--batch', '2', '--out', out),
     aligngpt(...many, '--batch', '1'),
@@ -151,45 +152,48 @@ test('eval: loss, every kind of question, the blind control', async () => {
   ]
   const answers = path.join(dir, 'eval answers.jsonl')
   const usual = [...model, '--images', dir, '--max-new-tokens', '4']
-  const [json, text, first, open, bad, empty] = await Promise.all([
+  const silent = [records[1], { id: 7, conversations: talk('Anybody?') }]
+  const [json, text, first, open, some, bad, empty] = await Promise.all([
     aligngpt('eval', all, ...usual, '--json', '--answers', answers),
     aligngpt('eval', all, ...usual, '--batch', '2', '--no-blind'),
     aligngpt('eval', all, ...usual, '--limit', '1', '--json', '--no-loss'),
     aligngpt('eval', plain, ...usual),
+    aligngpt('eval', file('silent.json', silent), ...usual, '--no-loss'),
     aligngpt('eval', wrong, ...usual),
     aligngpt('eval', file('empty.json', []), ...usual),
   ])
   expect(json.status, json.err).toBe(0)
   const { loss, scores, later, leftOut } = JSON.parse(json.out)
-  expect([later, leftOut]).toEqual([1, ['6']])
+  expect([later, leftOut]).toEqual([1, []])
   expect(scores).toMatchObject({
-    yesno: { count: 2, chance: 1 / 2 },
+    yesno: { count: 3, chance: 1 / 2 },
     choice: { count: 2 },
-    exact: { count: 1, blind: null, chance: null },
-    contains: { count: 1 },
+    exact: { count: 2, blind: null, chance: null },
+    contains: { count: 2 },
   })
   expect(scores.choice.chance).toBeCloseTo((1 / 3 + 1 / 4) / 2, 12)
   expect(scores.yesno.blind).toBeTypeOf('number')
   const given = jsonLines(fs.readFileSync(answers, 'utf8'))
-  expect(given.map((a) => [a.id, a.kind, a.answer])).toEqual([
-    ['1', 'yesno', 'No'],
-    ['2', 'yesno', 'Yes'],
-    ['3', 'choice', 'B'],
-    ['4', 'choice', 'sky'],
-    ['5', 'open', 'No one knows.'],
+  expect(given.map((a) => [a.id, a.turn, a.kind, a.answer])).toEqual([
+    ['1', 0, 'yesno', 'No'],
+    ['1', 1, 'yesno', 'Yes'],
+    ['2', 0, 'yesno', 'Yes'],
+    ['3', 0, 'choice', 'B'],
+    ['4', 0, 'choice', 'sky'],
+    ['5', 0, 'open', 'No one knows.'],
+    ['6', 0, 'open', 'Hello.'],
   ])
   const right = given.filter((a) => a.kind === 'yesno' && a.correct).length
-  expect(scores.yesno.accuracy).toBe(right / 2)
+  expect(scores.yesno.accuracy).toBe(right / 3)
 
   expect(text.status, text.err).toBe(0)
   expect(text.out).toContain(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in 6 records\n`) // whatever the batch
-  expect(text.out).toMatch(/^yes\/no +2 +\d+\.\d % +- +50\.0 %$/m)
-  expect(text.err).toBe(
-    'not asked: 1 later questions, which need the turns before them\nleft out: 6: does not begin with a question and its answer\n',
-  )
-  expect(JSON.parse(first.out)).toMatchObject({ records: 1, loss: null, scores: { yesno: { count: 1, blind: null } } })
+  expect(text.out).toMatch(/^yes\/no +3 +\d+\.\d % +- +50\.0 %$/m)
+  expect(text.err).toBe('1 of the questions were asked after the true turns before them\n')
+  expect(JSON.parse(first.out)).toMatchObject({ records: 1, loss: null, scores: { yesno: { count: 2, blind: null } } })
   expect(open.out).toMatch(/^contains the answer +1 +0\.0 %/m) // the answer has no words, the given one has
   expect(open.out).toMatch(/^loss \d+\.\d+ of \d+ tokens in 1 records$/m)
+  expect([some.status, some.err]).toEqual([0, 'left out: 7: no question with its answer\n'])
   expect(bad.err).toMatch(
     /^ERR_DATA \[eval\] .*record 0 options, expected some with the answer "c", got \["a","b"\]\n$/,
   )

@@ -28,16 +28,22 @@ interface Score {
 }
 type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
 
-/** A line of --answers. */
-type Judged = Question & Answer & { kind: Kind }
+/** A line of --answers; turn: which question of its record it is, from 0. */
+type Judged = Question & Answer & { kind: Kind; turn: number }
+
+/** A question and which one of its record it is, from 0. */
+interface Asking {
+  q: Question
+  turn: number
+}
 
 /** What a data file asks. */
 interface Asked {
   records: number
-  questions: Record<Kind, Question[]>
-  /** questions of later turns, which are not asked: they need the turns before */
+  questions: Record<Kind, Asking[]>
+  /** how many of them are later questions of a conversation */
   later: number
-  /** ids of records that do not begin with a question and its answer */
+  /** ids of records without a question and its answer */
   leftOut: string[]
 }
 
@@ -50,16 +56,32 @@ function letters(question: string, answer: string): string[] | undefined {
 
 const kindOf = (q: Question): Kind => (q.options ? 'choice' : /^(yes|no)[.!]?$/i.test(q.answer) ? 'yesno' : 'open')
 
-/** The first question of a conversation; null when it begins otherwise. */
-function firstQuestion(r: DataRecord, options: readonly string[] | undefined): Question | null {
-  const [human, gpt] = r.conversations
-  if (human?.from !== 'human' || gpt?.from !== 'gpt') return null
-  const [question, answer] = [human.value.replaceAll('<image>', '').trim(), gpt.value.trim()]
-  const asked = { id: r.id, image: r.image ?? undefined, question }
-  if (options) return { ...asked, answer, options }
-  const letter = answer.replace(/\.$/, '')
-  const listed = letters(question, letter)
-  return listed ? { ...asked, answer: letter, options: listed } : { ...asked, answer }
+/**
+ * The questions of a conversation that have an answer, each with the true turns before it. A leading answer is dropped, as in training,
+ * and what does not alternate ends it. `options` are those of the first.
+ */
+function questionsOf(r: DataRecord, options: readonly string[] | undefined): Question[] {
+  const { conversations: turns } = r
+  const begin = turns[0]?.from === 'system' ? 1 : 0
+  const history = turns.slice(0, begin)
+  const questions: Question[] = []
+  for (let i = turns[begin]?.from === 'gpt' ? begin + 1 : begin; i + 1 < turns.length; i += 2) {
+    const [human, gpt] = [turns[i], turns[i + 1]]
+    if (human.from !== 'human' || gpt.from !== 'gpt') break
+    const [question, answer] = [human.value.replaceAll('<image>', '').trim(), gpt.value.trim()]
+    const asked = {
+      id: r.id,
+      image: r.image ?? undefined,
+      question,
+      ...(history.length > 0 && { history: [...history] }),
+    }
+    const letter = answer.replace(/\.$/, '')
+    const listed = letters(question, letter)
+    if (options && questions.length === 0) questions.push({ ...asked, answer, options })
+    else questions.push(listed ? { ...asked, answer: letter, options: listed } : { ...asked, answer })
+    history.push(human, gpt)
+  }
+  return questions
 }
 
 /**
@@ -85,14 +107,13 @@ async function readAsked(file: string, limit: number): Promise<Asked> {
     const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
     need(options === undefined || isList, 'an array of texts')
     const record = parseRecord(raw, file, n)
-    const q = firstQuestion(record, options)
-    asked.later += Math.max(0, record.conversations.filter((t) => t.from === 'human').length - 1)
-    if (!q) {
-      asked.leftOut.push(record.id)
-      return
+    const found = questionsOf(record, options)
+    asked.later += Math.max(0, found.length - 1)
+    if (!found.length) asked.leftOut.push(record.id)
+    for (const [turn, q] of found.entries()) {
+      need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
+      asked.questions[kindOf(q)].push({ q, turn })
     }
-    need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
-    asked.questions[kindOf(q)].push(q)
   }
   await splitRecords(file, (bytes, offset) => {
     if (asked.records < limit) read(parseBytes(bytes, file, offset) as Record<string, unknown>, asked.records++)
@@ -112,13 +133,14 @@ async function ask(
 ): Promise<Scores> {
   const { evaluate, matches } = await import('../evaluate.js')
   const scores: Scores = {}
-  for (const [kind, questions] of Object.entries(asked.questions) as [Kind, Question[]][]) {
-    if (!questions.length) continue
-    const blind = o.blind && questions.filter((q) => q.image).length > 1 // one picture cannot be shuffled
+  for (const [kind, list] of Object.entries(asked.questions) as [Kind, Asking[]][]) {
+    if (!list.length) continue
+    const questions = list.map(({ q }) => q)
     const judge = kind === 'open' ? 'exact' : kind
     let n = 0
-    const tell = (some: readonly Answer[]): void => onAnswers(some.map((a) => ({ ...questions[n++], ...a, kind })))
-    const e = await evaluate(model, questions, { ...o, blind, judge, onAnswers: tell })
+    const tell = (some: readonly Answer[]): void =>
+      onAnswers(some.map((a) => ({ ...questions[n], ...a, kind, turn: list[n++].turn })))
+    const e = await evaluate(model, questions, { ...o, judge, onAnswers: tell })
     const { count, accuracy, chance, blindAnswers } = e
     if (count === 0) continue // stopped
     scores[kind === 'open' ? 'exact' : kind] = { count, accuracy, blind: e.blind, chance }
@@ -173,6 +195,7 @@ async function run(file: string, o: Options): Promise<void> {
   const onAnswers = (some: readonly Judged[]): void => {
     answered += some.length
     if (o.answers) fs.appendFileSync(o.answers, some.map((a) => `${JSON.stringify(a)}\n`).join(''))
+    for (const { id, problem } of some) if (problem) console.error(`not asked, counted as wrong: ${id}: ${problem}`)
   }
   const { loss, scores } = await hearing('finishing this batch', async (signals) => {
     const stop = (): boolean => signals.heard !== null
@@ -191,14 +214,14 @@ async function run(file: string, o: Options): Promise<void> {
   }
   if (loss) console.log(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in ${loss.records} records`)
   console.log(table(scores).join('\n'))
-  if (later) console.error(`not asked: ${later} later questions, which need the turns before them`)
-  for (const id of leftOut) console.error(`left out: ${id}: does not begin with a question and its answer`)
+  if (later) console.error(`${later} of the questions were asked after the true turns before them`)
+  for (const id of leftOut) console.error(`left out: ${id}: no question with its answer`)
 }
 
 export function evaluation(program: Command): void {
   const command = program
     .command('eval')
-    .description('loss and accuracy on a data file, and accuracy with the pictures shuffled (blind)')
+    .description('loss and accuracy on a data file, and accuracy with another picture each (blind)')
     .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, of {image, question, answer, options} too')
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
     .option('--limit <n>', 'only the first n records', positive)
@@ -212,7 +235,7 @@ export function evaluation(program: Command): void {
     .addHelpText(
       'after',
       `
-Of a conversation the first question is asked. Answers of yes or no, and options (a list "options" of the
+Every question of a conversation is asked, after the true turns before it. Answers of yes or no, and options (a list "options" of the
 record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
 the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
 The loss is of all turns.`,

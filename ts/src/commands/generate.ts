@@ -36,7 +36,7 @@ async function readAsked(file: string): Promise<Asked[]> {
   ])
   const asked: Asked[] = []
   await splitRecords(file, (bytes, offset) => {
-    const { id, prompt, image } = parseBytes(bytes, file, offset) as Record<string, unknown>
+    const { id, question, prompt = question, image } = parseBytes(bytes, file, offset) as Record<string, unknown>
     const refuse = (key: string, expected: string, got: unknown): never => {
       throw mismatch('ERR_DATA', 'generate', `${file}: record ${asked.length} ${key}`, expected, show(got))
     }
@@ -103,7 +103,10 @@ export function generate(program: Command): void {
   const command = program
     .command('generate')
     .description('answer the questions of a file, or one')
-    .argument('[questions]', 'JSON lines of {"prompt": "...", "image": "a.png", "id": 1}; image and id may be missing')
+    .argument(
+      '[questions]',
+      'JSON lines of {"prompt": "...", "image": "a.png", "id": 1}, or "question"; image and id may be missing',
+    )
     .option('--prompt <text>', 'one question instead of a file; its answer is streamed')
     .option('--image <file>', 'its picture')
     .option('--images <dir>', 'folder that the pictures of a file lie in (default: names are paths)')

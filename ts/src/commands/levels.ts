@@ -4,7 +4,6 @@ import type { Buckets } from '../levels.js'
 import { integer } from './options.js'
 
 interface Options {
-  data: string
   images?: string
   clip: string
   levels: number
@@ -16,13 +15,13 @@ interface Options {
   write: boolean
 }
 
-async function run(o: Options): Promise<void> {
+async function run(file: string, o: Options): Promise<void> {
   const [{ loadDataset }, score, { hearing }] = await Promise.all([
     import('../data.js'),
     import('../score.js'),
     import('../signals.js'),
   ])
-  const { data: file, images, clip, ...options } = o
+  const { images, clip, ...options } = o
   const bar = process.stderr.isTTY
   const data = await loadDataset(file, { images })
   const onProgress = (done: number, total: number): unknown =>
@@ -51,7 +50,7 @@ export function levels(program: Command): void {
   program
     .command('levels')
     .description('alignment scores and levels of image-text pairs')
-    .requiredOption('--data <file>', 'LLaVA JSON, JSON lines or Parquet; `similarity` is written into it')
+    .argument('<data>', 'LLaVA JSON, JSON lines or Parquet; `similarity` is written into it')
     .option(
       '--images <dir>',
       'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',

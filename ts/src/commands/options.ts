@@ -1,11 +1,13 @@
-/** What the commands share: parsers of options, those of both training commands, the last line. */
+/** What the commands share: parsers of options, a training run, the last line. */
+import fs from 'node:fs'
 import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
-import type { AlignGPT, AlignmentOptions, LoadOptions, Mix } from '../aligngpt.js'
+import type { AlignGPT, AlignmentOptions, CreateOptions, LoadOptions, Mix } from '../aligngpt.js'
 import type { Sampling } from '../generate.js'
 import { STYLES, type Style } from '../prompt.js'
 import type { TrainOptions, TrainResult } from '../train.js'
 import type { TrainJob } from '../train-worker.js'
+import { flagOf, type Given, resolveSettings, SETTINGS, type Values } from './settings.js'
 
 export function integer(text: string): number {
   const n = Number(text)
@@ -42,67 +44,53 @@ export function complain(e: unknown): void {
   console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
 }
 
-/** The parsed options of both training commands: the library's, and what says which data and machine. */
-export interface TrainingOptions extends TrainOptions, AlignmentOptions {
-  data: string
-  images?: string
-  out: string
-  seed: number
-  dtype: LoadOptions['dtype']
-  device: LoadOptions['device']
+/** What a new model is made from. */
+const CREATE = ['llm', 'clip', 'levels', 'projector', 'selectLayer', 'selectFeature']
+
+/** The run that settings describe. Ends the command when something is missing. */
+export function jobOf(command: Command, phase: TrainJob['phase'], settings: Values): TrainJob {
+  const missing = (what: string): never => command.error(`error: ${what} missing: give it here or in --config`)
+  const { data, images, model, dtype, device, alignment, gate, ...options } = settings as unknown as TrainingSettings
+  const { clip, gateText, seed } = options
+  const variant = { alignment, gate, gateText }
+  const made = Object.fromEntries(CREATE.map((key) => [key, settings[key]]))
+  for (const key of CREATE) delete (options as unknown as Values)[key]
+  if (data === undefined) missing('--data is')
+  if (options.lora !== undefined && options.lora.rank === undefined)
+    command.error('error: --lora-rank is missing beside --lora-alpha, --lora-targets')
+  const job = { phase, place: { dtype, device, seed }, data: { file: data, images }, options }
+  if (model !== undefined) {
+    const twice = SETTINGS.find((s) => s.key !== 'clip' && made[s.key] !== undefined)
+    if (twice) command.error(`error: ${flagOf(twice)} does not go with --model, which has one`)
+    return { ...job, model: { load: model, clip, ...variant } }
+  }
+  if (phase === 'finetune') missing('--model is')
+  if (made.llm === undefined || clip === undefined) missing('--llm and --clip, or --model, are')
+  return { ...job, model: { create: { ...(made as unknown as CreateOptions), ...variant } } }
 }
 
-export function trainingOptions(command: Command): Command {
-  return command
-    .requiredOption('--data <file>', 'LLaVA JSON, JSON lines or Parquet')
-    .option(
-      '--images <dir>',
-      'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
-    )
-    .requiredOption('--out <dir>', 'where the model and its log go')
-    .option('--batch <n>', 'samples of a step', integer)
-    .option('--micro-batch <n>', 'samples run at once', integer)
-    .option('--lr <rate>', 'peak learning rate', number)
-    .option('--epochs <n>', 'passes over the data', integer)
-    .option('--steps <n>', 'instead of epochs', integer)
-    .option('--weight-decay <x>', 'decoupled weight decay', number)
-    .option('--clip-grad-norm <x>', 'largest gradient norm', number)
-    .option('--optimizer-state <kind>', 'of bf16 weights: full (18 bytes each) or compact (10)')
-    .option('--max-bad <share>', 'share of records that may be unusable', number)
-    .option('--seed <n>', 'of order and new weights', integer, 0)
-    .option('--dtype <type>', 'f32 or bf16', 'f32')
-    .option('--device <device>', 'auto, cpu or cuda', 'auto')
-    .option('--recompute', 'less memory, one more forward pass')
-    .option('--group-by-length', 'batches of similar lengths')
-    .option('--augment', 'mild augmentation of the pictures')
-    .option('--save-every <interval>', 'steps, or a time such as 10m, between checkpoints (default: 30m)')
-    .option('--keep <n>', 'newest checkpoints that stay (default: 2)', integer)
-    .option('--allow-long-interval', 'an interval longer than the run is no mistake')
-    .option('--resume [dir]', 'go on from the last checkpoint, of --out or of another run')
-    .option('--eval-share <share>', 'share of the records that is held out and evaluated', number)
-    .option('--eval-data <file>', 'or a data file to evaluate')
-    .option('--eval-images <dir>', 'its pictures (default: --images)')
-    .option('--eval-every <n>', 'steps between evaluations (default: a tenth of the run)', integer)
-    .option('--tensorboard', 'TensorBoard event files in --out, beside log.jsonl')
-    .option('--alignment <variant>', 'adaptive (default), local, global, average, random or none')
-    .option('--gate <form>', 'mlp (default), or linear as in the paper')
-    .option('--gate-text <text>', 'what the gate sees in training: all (default) or instruction')
-    .option('--projector-lr <rate>', 'peak learning rate of the projector', number)
-    .option('--skip-outliers', 'leave out steps whose loss or gradient is far above those before')
-}
-
-/** Trains in a thread of its own and says what came out. */
+/** Trains with the settings of all places, in a thread of its own, and says what came out. */
 export async function train(
+  command: Command,
   phase: TrainJob['phase'],
-  model: TrainJob['model'],
-  { data, images, dtype, device, ...options }: TrainingOptions,
+  { config, preset, set, ...flags }: Given & Values,
 ): Promise<void> {
+  const settings = await resolveSettings(phase, { config, preset, set, flags })
+  const job = jobOf(command, phase, settings)
+  const { out } = job.options
+  if (out === undefined) return command.error('error: --out is missing: give it here or in --config')
   const { runTraining } = await import('../run.js')
-  const place = { dtype, device, seed: options.seed }
-  const { result, status } = await runTraining({ phase, model, place, data: { file: data, images }, options })
-  summary(result, options.out)
+  const { writeJsonFile } = await import('../json.js')
+  fs.mkdirSync(out, { recursive: true })
+  writeJsonFile(path.join(out, 'run.json'), { phase, ...settings, resume: undefined })
+  const { result, status } = await runTraining(job)
+  summary(result, out)
   process.exitCode = status
 }
+
+type TrainingSettings = TrainOptions &
+  LoadOptions &
+  AlignmentOptions & { data: string; images?: string; model?: string; clip?: string }
 
 function summary(result: TrainResult, out: string): void {
   const { bad, skipped, resumed, outliers, best } = result

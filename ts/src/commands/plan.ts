@@ -1,7 +1,9 @@
-/** What a training step will take of memory, from the settings alone: no weights are read and nothing is allocated. */
+/** What a run will take of memory and time: memory from the settings alone, time from a few measured steps where that is asked for. */
 import { type Command, Option } from 'commander'
 import type { MemoryPlan, PlanModel, PlanOptions } from '../plan.js'
-import { bytes, integer, positive } from './options.js'
+import type { TrainJob } from '../train-worker.js'
+import { bytes, integer, jobOf, positive } from './options.js'
+import { readConfig, resolveSettings, type Values } from './settings.js'
 
 interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'> {
   preset?: keyof typeof VICUNA
@@ -15,6 +17,9 @@ interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'
   loraRank?: number
   loraTargets?: string[]
   memory?: number
+  config?: string
+  set?: string[]
+  measure?: boolean
   json?: boolean
 }
 
@@ -61,6 +66,7 @@ function lines(p: MemoryPlan, o: PlanOptions): string[] {
     ['on the device at once', p.peak],
     ...(o.offloadOptimizer ? [['optimizer, in main memory', p.host] as [string, number]] : []),
     ['while a checkpoint is written, in main memory', p.snapshot],
+    ['decoded pictures, in main memory', p.pictures],
   ]
   return [
     `${o.phase}, ${o.dtype}, ${o.microBatch} x ${o.textTokens} text tokens and a picture${o.recompute ? ', recompute' : ''}`,
@@ -79,7 +85,81 @@ function complaint(o: Options): string | undefined {
   return undefined
 }
 
+/** Takes from the config what no flag says. @returns the settings of the run */
+async function configured(command: Command, o: Options): Promise<Values | null> {
+  if (o.config === undefined) return null
+  const flagged = (name: string): boolean => command.getOptionValueSource(name) === 'cli'
+  const { phase, preset } = await readConfig(o.config)
+  if (phase && !flagged('phase')) o.phase = phase
+  const settings = await resolveSettings(o.phase, { config: o.config, set: o.set })
+  const lora = (settings.lora ?? {}) as { rank?: number; targets?: string[] }
+  const found: Values = { ...settings, loraRank: lora.rank, loraTargets: lora.targets }
+  if (found.model === undefined && found.llm === undefined && preset && preset in VICUNA) found.preset = preset
+  const model = ['preset', 'model', 'llm'].some(flagged) ? [] : ['preset', 'model', 'llm', 'clip']
+  const training = ['projector', 'levels', 'dtype', 'microBatch', 'recompute', 'optimizerState', 'offloadOptimizer']
+  for (const name of [...model, ...training, 'loraRank', 'loraTargets'])
+    if (!flagged(name) && found[name] !== undefined) (o as unknown as Values)[name] = found[name]
+  return settings
+}
+
+/** How long a run is, when its data is there. */
+interface RunLength {
+  records: number
+  batch: number
+  steps: number
+  secondsPerStep: number | null
+}
+
+const MEASURED = 3
+
+/** Steps of the run, and with `measure` the time of one: the mean of a few real ones without the first. */
+async function runLength(job: TrainJob, measure: boolean): Promise<RunLength> {
+  const [{ loadDataset }, phases] = await Promise.all([import('../data.js'), import('../phases.js')])
+  const { options, phase } = job
+  const data = await loadDataset(job.data.file, { images: job.data.images })
+  const records = Math.round(data.length * (1 - (options.evalShare ?? 0)))
+  const usual = phase === 'pretrain' ? phases.PRETRAIN.batch : phases.FINETUNE.batch
+  const batch = Math.min(options.batch ?? usual, records)
+  const steps = options.steps ?? Math.ceil(records / batch) * (options.epochs ?? 1)
+  if (!measure) return { records, batch, steps, secondsPerStep: null }
+  const [{ openModel }, training] = await Promise.all([import('../train-worker.js'), import('../train.js')])
+  const model = await openModel(job)
+  const seconds: number[] = []
+  const run = { ...options, steps: MEASURED, epochs: undefined, saveEvery: null, progress: false }
+  for (const key of ['out', 'resume', 'tensorboard', 'evalShare', 'evalData', 'evalImages', 'evalEvery'] as const)
+    delete run[key]
+  try {
+    await training[phase](model, data, { ...run, onStep: (s) => seconds.push(s.tokens / s.tokensPerSecond) })
+  } finally {
+    model.dispose()
+  }
+  const later = seconds.slice(1)
+  return { records, batch, steps, secondsPerStep: later.reduce((a, b) => a + b, 0) / later.length }
+}
+
+const duration = (s: number): string =>
+  s < 90 ? `${s.toFixed(s < 10 ? 1 : 0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`
+
+/** The run's length as lines, and whether its checkpoints come too late. */
+async function lengthLines(r: RunLength, saveEvery: number | string): Promise<string[]> {
+  const { parseInterval } = await import('../resume.js')
+  const whole = r.secondsPerStep === null ? null : r.secondsPerStep * r.steps
+  const every = parseInterval(saveEvery)
+  const late = 'steps' in every ? every.steps > r.steps : whole !== null && every.ms > 1000 * whole
+  const time =
+    whole === null
+      ? 'time not measured (--measure runs a few steps)'
+      : `about ${duration(whole)}: ${MEASURED} steps measured, ${duration(r.secondsPerStep as number)} each`
+  return [
+    `${r.steps} steps of ${r.batch} samples, ${r.records} records; ${time}`,
+    ...(late
+      ? [`warning: a checkpoint every ${saveEvery}${'steps' in every ? ' steps' : ''}: none before the end`]
+      : []),
+  ]
+}
+
 async function run(this: Command, o: Options): Promise<void> {
+  const settings = await configured(this, o)
   const wrong = complaint(o)
   if (wrong) this.error(`error: ${wrong}`)
   const [{ model, longest }, { patchCount }, { largestMicroBatch, plan }] = await Promise.all([
@@ -92,13 +172,20 @@ async function run(this: Command, o: Options): Promise<void> {
   if (labelledTokens !== undefined && labelledTokens > textTokens)
     this.error(`error: --labelled-tokens: expected at most the ${textTokens} text tokens, got ${labelledTokens}`)
   const lora = rank === undefined ? undefined : { rank, targets: o.loraTargets }
-  const step = { phase, dtype, recompute, optimizerState, offloadOptimizer, textTokens, labelledTokens, lora }
+  const batch = settings?.batch as number | undefined
+  const step = { phase, dtype, recompute, optimizerState, offloadOptimizer, textTokens, labelledTokens, lora, batch }
   const largest = memory === undefined ? null : largestMicroBatch(model, step, memory)
   const options = { ...step, microBatch: o.microBatch ?? Math.max(largest ?? 1, 1) }
   const planned = plan(model, options)
+  const described = settings?.data !== undefined && !o.preset
+  if (o.measure && !described) this.error('error: --measure: expected a --config that names the model and the data')
+  const length = described ? await runLength(jobOf(this, phase, settings), o.measure === true) : null
   if (o.json)
-    console.log(JSON.stringify({ options, plan: planned, memory: memory ?? null, largestMicroBatch: largest }))
+    console.log(
+      JSON.stringify({ options, plan: planned, memory: memory ?? null, largestMicroBatch: largest, run: length }),
+    )
   else console.log(lines(planned, options).join('\n'))
+  if (length && !o.json) console.log((await lengthLines(length, (settings?.saveEvery ?? '30m') as string)).join('\n'))
   if (memory === undefined) return
   if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)
   if (planned.peak <= memory) return
@@ -109,7 +196,9 @@ async function run(this: Command, o: Options): Promise<void> {
 export function plan(program: Command): void {
   program
     .command('plan')
-    .description('memory of a training step, before anything is allocated; exit status 1 when --memory is too little')
+    .description(
+      'memory of a training step, before anything is allocated, and the steps of a run; exit status 1 when --memory is too little',
+    )
     .addOption(new Option('--preset <size>', 'Vicuna 7B or 13B with ViT-L/14-336').choices(Object.keys(VICUNA)))
     .option('--model <dir>', 'AlignGPT folder; only its settings are read')
     .option('--llm <dir>', 'LLaMA in Hugging Face layout, with --clip')
@@ -131,6 +220,9 @@ export function plan(program: Command): void {
     .option('--lora-rank <r>', 'low-rank adapters instead of the whole language model', positive)
     .option('--lora-targets <names...>', 'modules such as q_proj (default: all matrices of the layers)')
     .option('--memory <bytes>', 'of the device, such as 80G (GiB) or 512M: which micro-batch fits', bytes)
+    .option('--config <file>', 'settings of a training run: its steps too, and flags of this command count more')
+    .option('--set <key=value>', 'as in training', (text: string, before: string[] = []) => [...before, text])
+    .option('--measure', 'with --config: run a few steps and estimate the time')
     .option('--json', 'options, bytes and the largest micro-batch as JSON')
     .action(run)
 }
