@@ -46,13 +46,16 @@ async function handle(shared: SharedSlots, slot: number, i: number, task: Pictur
 }
 
 /** The thread's work. The loader imports this file too, and has no need of sharp. */
-export async function work({ decodeSlots: shared }: { decodeSlots: SharedSlots }, port: MessagePort): Promise<void> {
+export async function work(
+  { decodeSlots: shared, lanes: count }: { decodeSlots: SharedSlots; lanes: number },
+  port: MessagePort,
+): Promise<void> {
   const { default: sharp } = await import('sharp')
   // Several workers share the threads that decode; each decodes one picture with one thread and caches nothing.
   sharp.concurrency(1)
   sharp.cache(false)
-  // Two pictures at once: while sharp decodes one on a thread of its own, the other is resized here.
-  const lanes = [Promise.resolve(), Promise.resolve()]
+  // Several pictures at once: while sharp decodes some on threads of its own, another is resized here.
+  const lanes = Array.from({ length: count }, () => Promise.resolve())
   let turn = 0
   port.on('message', async (m: WorkerMessage) => {
     if (m === null) {

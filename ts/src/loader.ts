@@ -86,6 +86,9 @@ interface Job {
 
 type Plan = Pick<Job, 'step' | 'epoch' | 'micro' | 'microCount' | 'indices'>
 
+/** Threads on which Node runs sharp's work for all workers together, unless UV_THREADPOOL_SIZE says otherwise. */
+const SHARP_THREADS = 4
+
 /** Fixed set of threads with their shared memory. */
 class Pool {
   readonly slots: SharedSlots
@@ -103,8 +106,9 @@ class Pool {
       capacity,
       pictureBytes,
     }
+    const lanes = Math.max(2, Math.ceil(SHARP_THREADS / count))
     for (let i = 0; i < count; i++) {
-      const w = startThread('decode-worker', { decodeSlots: this.slots, ready: this.slots.ready })
+      const w = startThread('decode-worker', { decodeSlots: this.slots, lanes, ready: this.slots.ready })
       w.unref()
       w.on('error', (e) => {
         this.failure ??= e
