@@ -42,10 +42,9 @@ const bad = (what: string, expected: string, got: string, cause?: unknown): Alig
 /** Expands 1 to 4 interleaved channels to RGB; grey is repeated, alpha is set apart. */
 function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8Array; alpha?: Uint8Array } {
   const n = raw.length / channels
-  const alpha =
-    withAlpha && channels % 2 === 0
-      ? Uint8Array.from({ length: n }, (_, i) => raw[i * channels + channels - 1])
-      : undefined
+  const alpha = withAlpha && channels % 2 === 0 ? new Uint8Array(n) : undefined
+  // no Uint8Array.from with a function: that takes as long as the decoding
+  if (alpha) for (let i = 0, s = channels - 1; i < n; i++, s += channels) alpha[i] = raw[s]
   if (channels === 3) return { data: raw }
   const data = new Uint8Array(3 * n)
   const [g, b] = channels < 3 ? [0, 0] : [1, 2]
@@ -57,10 +56,16 @@ function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8
   return { data, alpha }
 }
 
+/** Imported with the first picture, since it takes longer than everything else of this package; once, since asking again takes time too. */
+let importing: Promise<typeof import('sharp')> | undefined
+const decoderLibrary = (): Promise<typeof import('sharp')> => {
+  importing ??= import('sharp')
+  return importing
+}
+
 /** Opens a picture and checks what its header says. @throws AlignGPTError ERR_IMAGE */
 async function openPicture(bytes: Uint8Array, name: string, maxPixels: number) {
-  // Imported with the first picture: it takes longer than everything else of this package.
-  const { default: sharp } = await import('sharp')
+  const { default: sharp } = await decoderLibrary()
   const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
   const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
   if (!format || !FORMATS.has(format)) throw bad(name, [...FORMATS].join(' '), format ?? 'an unknown format')
