@@ -61,6 +61,7 @@ test('every native op has a row', () => {
     'dispose',
     'isLive',
     'graphBegin',
+    'secondSignalEnds',
     'graphEnd',
     'graphLaunch',
     'graphDispose',

@@ -454,7 +454,7 @@ test('an imported LLaVA with new alignment vectors goes into pre-training', asyn
   expect(run('--model', to, '--levels', '4', ...data).stderr).toMatch(/--levels does not go with --model/)
   expect(run(...data)).toMatchObject({
     status: 2,
-    stderr: expect.stringMatching(/expected --llm and --clip, or --model/),
+    stderr: expect.stringMatching(/--llm and --clip, or --model, are missing/),
   })
 })
 
