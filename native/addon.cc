@@ -286,6 +286,26 @@ struct From<ops::AlignMixIn> {
   }
 };
 template <>
+struct From<ops::QkvIn> {
+  static ops::QkvIn value(const Call& c, const Napi::Value& v, const What& what) {
+    Fields read(c, v, what);
+    ops::QkvIn in;
+    read("x", in.x);
+    read("heads", in.heads);
+    read("kvHeads", in.kv_heads);
+    read("weights", in.weights);
+    read("biases", in.biases);
+    read("plus", in.plus);
+    read("position", in.position);
+    read("cos", in.cos);
+    read("sin", in.sin);
+    read("kCache", in.k_cache);
+    read("vCache", in.v_cache);
+    read("slots", in.slots);
+    return in;
+  }
+};
+template <>
 struct From<ops::AdamWIn> {
   static ops::AdamWIn value(const Call& c, const Napi::Value& v, const What& what) {
     Fields read(c, v, what);
@@ -632,16 +652,15 @@ void define_ops(Napi::Object& e) {
   define(e, "unpack", call<&ops::unpack>);
   define(e, "linear", call<&ops::linear>);
   define(e, "siluMulLinear", call<&ops::silu_mul_linear>);
+  define(e, "qkvLinear", call<&ops::qkv_linear>);
   define(e, "matmul", call<&ops::matmul>);
   define(e, "patchEmbedding", call<&ops::patch_embedding>);
   define(e, "layerNorm", call<&ops::layer_norm>);
   define(e, "rmsNorm", call<&ops::rms_norm>);
   define(e, "softmax", call<&ops::softmax>);
   define(e, "l2Normalize", call<&ops::l2_normalize>);
-  define(e, "rope", call<&ops::rope>);
   define(e, "attention", call<&ops::attention>);
   define(e, "attentionCached", call<&ops::attention_cached>);
-  define(e, "cacheWrite", call<&ops::cache_write>);
   define(e, "alignMix", call<&ops::align_mix>);
   define(e, "lmHeadLoss", call<&ops::lm_head_loss>);
   define(e, "crossEntropy", call<&ops::cross_entropy>);

@@ -176,15 +176,6 @@ typedef struct {
   AgDtype dt;
 } AgGatherRows;
 
-// dst[index[i],:] = src[i,:]; equal indices: the last one stays. 0 <= index[i] < dst_rows
-typedef struct {
-  void* dst;
-  const void* src;
-  const int32_t* index;
-  int64_t n, cols, dst_rows;
-  AgDtype dt;
-} AgScatterRows;
-
 // dst[index[i],:] += scale * src[i,:], in the order of i for every row (no atomics).
 // index[i] < 0: the row is skipped. dst.accumulate == 0: dst [dst_rows, cols] is zeroed first. Sums are kept in acc and
 // rounded once; an f64 source goes with an f64 destination only.
@@ -288,17 +279,21 @@ typedef struct {
 } AgL2NormGrad;
 
 // ---- attention --------------------------------------------------------------------------------------
-// Rotary embedding in the Hugging Face layout (first half with second half), y may be x:
-//   y[:, h, i] = x[i] * cos - x[i + dim/2] * sin,  y[:, h, i + dim/2] = x[i + dim/2] * cos + x[i] * sin
+// Rotary embedding in the Hugging Face layout (first half with second half), in place, of the queries and keys of rows
+// [queries | keys | values]. For each of their heads
+//   x[i] <- x[i] * cos - x[i + dim/2] * sin,  x[i + dim/2] <- x[i + dim/2] * cos + x[i] * sin
 // with row position[t] of the tables. sign = -1 gives the inverse rotation (the gradient).
+// With caches, row t's rotated keys and its values are also written to their row slot[t]; no two slots are equal.
 typedef struct {
-  void* y;
-  const void* x;
+  void* x;  // [tokens, (heads + 2*kv_heads)*dim]
   const int32_t* position;  // [tokens]
   const void* cos;          // [max_position, dim/2] acc
   const void* sin;
-  int64_t tokens, heads, dim, ld;  // ld: row stride of x and y, elements
+  int64_t tokens, heads, kv_heads, dim;
   double sign;
+  void* k_cache;  // [.., kv_heads*dim], or NULL as v_cache
+  void* v_cache;
+  const int32_t* slot;  // [tokens]
   AgDtype dt;
 } AgRope;
 
@@ -483,7 +478,6 @@ typedef struct {
 typedef enum {
   AG_K_GEMM, AG_K_NORM_GRAD, AG_K_ATTENTION, AG_K_ATTENTION_GRAD, AG_K_ATTENTION_CACHED, AG_K_ALIGN_MIX,
   AG_K_ALIGN_MIX_GRAD, AG_K_COL_SUM, AG_K_SUM, AG_K_SUM_SQUARES, AG_K_SCATTER_ADD, AG_K_CROSS_ENTROPY, AG_K_SAMPLE,
-  AG_K_SCATTER_ROWS,
 } AgKernel;  // kernels that may want scratch; all others need none
 
 typedef enum { AG_STREAM_COMPUTE = 0, AG_STREAM_UPLOAD, AG_STREAM_DOWNLOAD } AgStream;
@@ -532,7 +526,6 @@ typedef struct AgBackend {
   AgStatus (*sum)(AgCtx*, const AgSum*);
   AgStatus (*sum_squares)(AgCtx*, const AgSumSquares*);
   AgStatus (*gather_rows)(AgCtx*, const AgGatherRows*);
-  AgStatus (*scatter_rows)(AgCtx*, const AgScatterRows*);
   AgStatus (*scatter_add)(AgCtx*, const AgScatterAdd*);
   AgStatus (*gemm)(AgCtx*, const AgGemm*);
   AgStatus (*norm)(AgCtx*, const AgNorm*);

@@ -252,7 +252,9 @@ void align_mix(Gpu& g) {
 
 // Layers of a LLaMA through the ops and the tape, forward and backward, as a training step runs them.
 struct Layer {
-  ag::Tensor norm1, q, k, v, o, norm2, gate, up, down;
+  ag::Tensor norm1;
+  std::vector<ag::Tensor> qkv;
+  ag::Tensor o, norm2, gate, up, down;
 };
 struct Sizes {
   int64_t layers, batch, length, hidden, heads, inner;
@@ -274,10 +276,9 @@ struct Packing {
 ag::Tensor forward(const Layer& l, const ag::Tensor& x, const Packing& p, int64_t heads) {
   using namespace ag::ops;
   const ag::Tensor n = rms_norm(x, l.norm1, 1e-5);
-  const ag::Tensor q = rope(linear(n, l.q, {}, "none"), p.positions, p.cos, p.sin, heads);
-  const ag::Tensor k = rope(linear(n, l.k, {}, "none"), p.positions, p.cos, p.sin, heads);
+  const ag::Tensor qkv = qkv_linear({n, heads, heads, l.qkv, {}, {}, p.positions, p.cos, p.sin, {}, {}, {}});
   const double scale = 1 / std::sqrt(double(x.shape[1] / heads));
-  const ag::Tensor a = ag::ops::attention(q, k, linear(n, l.v, {}, "none"), p.offsets, p.offsets, heads, heads, true, scale);
+  const ag::Tensor a = ag::ops::attention(qkv, {}, {}, p.offsets, p.offsets, heads, heads, true, scale);
   const ag::Tensor h = add(x, linear(a, l.o, {}, "none")), m = rms_norm(h, l.norm2, 1e-5);
   return add(h, silu_mul_linear(linear(m, l.gate, {}, "none"), linear(m, l.up, {}, "none"), l.down, {}));
 }
@@ -289,9 +290,17 @@ void stack(Gpu& g, const std::string& row, const Sizes& s) {
     std::vector<Layer> layers;
     auto weight = [&](int64_t rows, int64_t cols) { return random_tensor(&device, ag::Shape{rows, cols}); };
     auto vector = [&] { return random_tensor(&device, ag::Shape{H}); };
+    auto adjoining = [&] {  // behind each other, as a model has them
+      const ag::Tensor all = weight(3 * H, H).detached();
+      std::vector<ag::Tensor> parts;
+      for (int64_t i = 0; i < 3; i++) {
+        parts.push_back(ag::ops::slice(all, 0, i * H, (i + 1) * H));
+        ag::set_requires_grad(parts.back(), true);
+      }
+      return parts;
+    };
     for (int64_t i = 0; i < s.layers; i++)
-      layers.push_back({vector(), weight(H, H), weight(H, H), weight(H, H), weight(H, H), vector(), weight(s.inner, H), weight(s.inner, H),
-                        weight(H, s.inner)});
+      layers.push_back({vector(), adjoining(), weight(H, H), vector(), weight(s.inner, H), weight(s.inner, H), weight(H, s.inner)});
     std::vector<int32_t> offsets{0}, positions;
     for (int64_t i = 0; i < tokens; i++) positions.push_back(int32_t(i % s.length));
     for (int64_t i = 1; i <= s.batch; i++) offsets.push_back(int32_t(i * s.length));

@@ -154,14 +154,19 @@ void pointwise(bench::Table& table, AgDtype dt) {
   Tensor x = uniform(Shape{kRows, kCols}, dt, true), w = uniform(Shape{kCols}, dt, true), b = uniform(Shape{kCols}, dt, true),
          wide = uniform(Shape{kRows, kWide}, dt, true), up = uniform(Shape{kRows, kWide}, dt, true), seed = uniform(x.shape, dt),
          wide_seed = uniform(wide.shape, dt);
-  Tensor position = integers(counted(kRows, 1, 322)), cos = uniform(Shape{322, kCols / kHeads / 2}, AG_F32),
-         sin = uniform(cos.shape, AG_F32);
+  ops::QkvIn qkv{x, kHeads, kHeads, {}, {}, {}, integers(counted(kRows, 1, 322)), uniform(Shape{322, kCols / kHeads / 2}, AG_F32), {}, {}, {}, {}};
+  qkv.sin = uniform(qkv.cos->shape, AG_F32);
+  Tensor all = uniform(Shape{3 * kCols, kCols}, dt), qkv_seed = uniform(Shape{kRows, 3 * kCols}, dt);
+  for (int64_t i = 0; i < 3; i++) {
+    qkv.weights.push_back(ops::slice(all, 0, i * kCols, (i + 1) * kCols));
+    set_requires_grad(qkv.weights.back(), true);
+  }
   std::string end = cat(" ", name_of(dt), " ", kRows, "x"), narrow = cat(end, kCols, " both");
   double moved = 5.0 * double(x.bytes());  // forward reads one and writes one, backward reads two and writes one
   table.row("rmsNorm" + narrow, 0, moved, [&] { both([&] { return ops::rms_norm(x, w, 1e-5); }, seed, {&x, &w}); });
   table.row("layerNorm" + narrow, 0, moved, [&] { both([&] { return ops::layer_norm(x, w, b, 1e-5); }, seed, {&x, &w, &b}); });
-  table.row("rope" + narrow, 0, 4.0 * double(x.bytes()),
-            [&] { both([&] { return ops::rope(x, position, cos, sin, kHeads); }, seed, {&x}); });
+  table.row(cat("qkvLinear", end, kCols, " -> ", 3 * kCols, " both"), 18.0 * kRows * kCols * kCols, 4.0 * double(qkv_seed.bytes()),
+            [&] { both([&] { return ops::qkv_linear(qkv); }, qkv_seed, {&x, &qkv.weights[0], &qkv.weights[1], &qkv.weights[2]}); });
   table.row(cat("gelu", end, kWide, " both"), 0, 5.0 * double(wide.bytes()),
             [&] { both([&] { return ops::unary(wide, "gelu"); }, wide_seed, {&wide}); });
   table.row(cat("siluMul", end, kWide, " both"), 0, 8.0 * double(wide.bytes()),

@@ -149,7 +149,6 @@ const T* as(const void* p) {
     b.sum = level::sum;                                                                               \
     b.sum_squares = level::sum_squares;                                                               \
     b.gather_rows = level::gather_rows;                                                               \
-    b.scatter_rows = level::scatter_rows;                                                             \
     b.scatter_add = level::scatter_add;                                                               \
     b.gemm = level::gemm;                                                                             \
     b.norm = level::norm;                                                                             \

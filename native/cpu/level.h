@@ -18,7 +18,6 @@
   AgStatus sum(AgCtx*, const AgSum*);                           \
   AgStatus sum_squares(AgCtx*, const AgSumSquares*);            \
   AgStatus gather_rows(AgCtx*, const AgGatherRows*);            \
-  AgStatus scatter_rows(AgCtx*, const AgScatterRows*);          \
   AgStatus scatter_add(AgCtx*, const AgScatterAdd*);            \
   AgStatus gemm(AgCtx*, const AgGemm*);                         \
   AgStatus pack(AgCtx*, const AgPack*);                         \

@@ -204,23 +204,25 @@ void binary_loop(const AgBinary* g, const F& f) {
 template <class S>
 void rope_loop(const AgRope* a) {
   typedef Acc<S> C;
-  S* y = static_cast<S*>(a->y);
-  const S* x = static_cast<const S*>(a->x);
-  int64_t half = a->dim / 2;
-  C sign = C(a->sign);
-  parallel_range(a->tokens, row_grain(a->heads * a->dim), [&](int64_t lo, int64_t hi) {
+  const int64_t half = a->dim / 2, rotated = a->heads + a->kv_heads, width = a->kv_heads * a->dim, ld = rotated * a->dim + width;
+  const C sign = C(a->sign);
+  parallel_range(a->tokens, row_grain(ld), [&](int64_t lo, int64_t hi) {
     for (int64_t t = lo; t < hi; t++) {
+      S* row = static_cast<S*>(a->x) + t * ld;
       const C* cos = static_cast<const C*>(a->cos) + a->position[t] * half;
       const C* sin = static_cast<const C*>(a->sin) + a->position[t] * half;
-      for (int64_t h = 0; h < a->heads; h++) {
-        const S *x0 = x + t * a->ld + h * a->dim, *x1 = x0 + half;
-        S *y0 = y + t * a->ld + h * a->dim, *y1 = y0 + half;
+      for (int64_t h = 0; h < rotated; h++) {
+        S *first = row + h * a->dim, *second = first + half;
         each_vector<C>(half, [&](int64_t i, int64_t n) {
-          Vec<C> p = get(x0 + i, n), q = get(x1 + i, n), c = get(cos + i, n), s = get(sin + i, n) * sign;
-          set(y0 + i, p * c - q * s, n);
-          set(y1 + i, q * c + p * s, n);
+          Vec<C> p = get(first + i, n), q = get(second + i, n), c = get(cos + i, n), s = get(sin + i, n) * sign;
+          set(first + i, p * c - q * s, n);
+          set(second + i, q * c + p * s, n);
         });
       }
+      if (!a->k_cache) continue;
+      const S* keys = row + a->heads * a->dim;
+      memcpy(static_cast<S*>(a->k_cache) + a->slot[t] * width, keys, size_t(width) * sizeof(S));
+      memcpy(static_cast<S*>(a->v_cache) + a->slot[t] * width, keys + width, size_t(width) * sizeof(S));
     }
   });
 }

@@ -211,17 +211,6 @@ AgStatus gather_rows(AgCtx*, const AgGatherRows* a) {
   return AG_OK;
 }
 
-// Columns are shared out: the last of equal indices stays, whoever copies.
-AgStatus scatter_rows(AgCtx*, const AgScatterRows* a) {
-  int64_t bytes = a->cols * size_of(a->dt);
-  parallel_range(bytes, a->n * bytes <= 4 * kGrain ? max_of(bytes, 1) : 1024, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = 0; i < a->n; i++)
-      memcpy(static_cast<char*>(a->dst) + int64_t(a->index[i]) * bytes + lo,
-             static_cast<const char*>(a->src) + i * bytes + lo, size_t(hi - lo));
-  });
-  return AG_OK;
-}
-
 int64_t scatter_add_workspace(const AgScatterAdd* a) { return (a->dst_rows + a->n) * int64_t(sizeof(int32_t)); }
 AgStatus scatter_add(AgCtx* ctx, const AgScatterAdd* a) {
   if (!a->dst.p) return AG_OK;

@@ -45,7 +45,6 @@ int64_t workspace(AgKernel kernel, const void* a) {
     case AG_K_SUM: return sum_workspace(as<AgSum>(a));
     case AG_K_SUM_SQUARES: return sum_squares_workspace(as<AgSumSquares>(a));
     case AG_K_SCATTER_ADD: return scatter_add_workspace(as<AgScatterAdd>(a));
-    case AG_K_SCATTER_ROWS: return scatter_rows_workspace(as<AgScatterRows>(a));
     case AG_K_SAMPLE: return sample_workspace(as<AgSample>(a));
     case AG_K_CROSS_ENTROPY: return 0;
   }
@@ -69,7 +68,6 @@ void fill_kernels(AgBackend& b) {
   b.sum = sum;
   b.sum_squares = sum_squares;
   b.gather_rows = gather_rows;
-  b.scatter_rows = scatter_rows;
   b.scatter_add = scatter_add;
   b.gemm = gemm;
   b.norm = norm;

@@ -35,12 +35,10 @@ AgStatus col_sum(AgCtx*, const AgColSum*);
 AgStatus sum(AgCtx*, const AgSum*);
 AgStatus sum_squares(AgCtx*, const AgSumSquares*);
 AgStatus gather_rows(AgCtx*, const AgGatherRows*);
-AgStatus scatter_rows(AgCtx*, const AgScatterRows*);
 AgStatus scatter_add(AgCtx*, const AgScatterAdd*);
 int64_t col_sum_workspace(const AgColSum*);
 int64_t sum_workspace(const AgSum*);
 int64_t sum_squares_workspace(const AgSumSquares*);
-int64_t scatter_rows_workspace(const AgScatterRows*);
 int64_t scatter_add_workspace(const AgScatterAdd*);
 
 AgStatus norm(AgCtx*, const AgNorm*);

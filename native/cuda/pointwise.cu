@@ -284,27 +284,37 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- rotary embedding -------------------------------------------------------------------------------
-// A thread turns W pairs of one head.
+// A thread turns W pairs of one head. With a cache there are threads for the values too, which only copy.
 template <int W, class T>
-__global__ void __launch_bounds__(kThreads) rope_kernel(T* y, const T* x, const int32_t* position, const float* cos, const float* sin,
-                                                        int64_t tokens, int64_t heads, int64_t half, int64_t ld, float sign) {
-  const int64_t groups = half / W;
-  for (int64_t k = grid_thread(); k < tokens * heads * groups; k += grid_threads()) {
+__global__ void __launch_bounds__(kThreads) rope_kernel(AgRope a) {
+  const int64_t half = a.dim / 2, groups = half / W, rotated = a.heads + a.kv_heads, ld = (rotated + a.kv_heads) * a.dim;
+  const int64_t heads = rotated + (a.k_cache ? a.kv_heads : 0);
+  for (int64_t k = grid_thread(); k < a.tokens * heads * groups; k += grid_threads()) {
     const Split of_head = split(k, groups), of_token = split(of_head.quotient, heads);
-    const int64_t t = of_token.quotient, i = of_head.rest * W, at = t * ld + of_token.rest * 2 * half + i;
-    const int64_t row = int64_t(position[t]) * half + i;
-    float p[W], q[W], c[W], s[W], u[W], v[W];
-    load_lanes<W>(p, x + at);
-    load_lanes<W>(q, x + at + half);
-    load_lanes<W>(c, cos + row);
-    load_lanes<W>(s, sin + row);
+    const int64_t t = of_token.quotient, h = of_token.rest, i = of_head.rest * W;
+    T* at = static_cast<T*>(a.x) + t * ld + h * a.dim + i;
+    float p[W], q[W];
+    load_lanes<W>(p, at);
+    load_lanes<W>(q, at + half);
+    if (h < rotated) {
+      const int64_t row = int64_t(a.position[t]) * half + i;
+      float c[W], s[W];
+      load_lanes<W>(c, static_cast<const float*>(a.cos) + row);
+      load_lanes<W>(s, static_cast<const float*>(a.sin) + row);
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-      u[j] = p[j] * c[j] - q[j] * (s[j] * sign);
-      v[j] = q[j] * c[j] + p[j] * (s[j] * sign);
+      for (int j = 0; j < W; j++) {
+        const float x = p[j], y = q[j], turn = s[j] * float(a.sign);
+        p[j] = x * c[j] - y * turn;
+        q[j] = y * c[j] + x * turn;
+      }
+      store_lanes<W>(at, p);
+      store_lanes<W>(at + half, q);
     }
-    store_lanes<W>(y + at, u);
-    store_lanes<W>(y + at + half, v);
+    if (!a.k_cache || h < a.heads) continue;
+    const int64_t head = h - (h < rotated ? a.heads : rotated);
+    T* to = static_cast<T*>(h < rotated ? a.k_cache : a.v_cache) + (int64_t(a.slot[t]) * a.kv_heads + head) * a.dim + i;
+    store_lanes<W>(to, p);
+    store_lanes<W>(to + half, q);
   }
 }
 
@@ -414,14 +424,12 @@ AgStatus silu_mul_grad(AgCtx* ctx, const AgSiluMulGrad* a) {
 AgStatus rope(AgCtx* ctx, const AgRope* a) {
   return with_float(ctx, "rope", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
-    const int64_t half = a->dim / 2;
-    const bool vector = aligned16(a->x) && aligned16(a->y) && aligned16(a->cos) && aligned16(a->sin) && half % Pack<T>::n == 0 &&
-                        a->ld % Pack<T>::n == 0;
+    const int64_t half = a->dim / 2, pairs = a->tokens * (a->heads + (a->k_cache ? 2 : 1) * a->kv_heads) * half;
+    const bool vector = aligned16(a->x) && aligned16(a->cos) && aligned16(a->sin) && aligned16(a->k_cache) && aligned16(a->v_cache) &&
+                        half % Pack<T>::n == 0;
     return with_width<T>(vector, [&](auto width) {
       constexpr int W = decltype(width)::value;
-      return launch(ctx, "rope", rope_kernel<W, T>, grid_for(a->tokens * a->heads * half / W, kThreads), kThreads, 0,
-                    static_cast<T*>(a->y), static_cast<const T*>(a->x), a->position, static_cast<const float*>(a->cos),
-                    static_cast<const float*>(a->sin), a->tokens, a->heads, half, a->ld, float(a->sign));
+      return launch(ctx, "rope", rope_kernel<W, T>, grid_for(pairs / W, kThreads), kThreads, 0, *a);
     });
   });
 }

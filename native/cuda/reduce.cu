@@ -183,29 +183,6 @@ AgStatus sort_rows(AgCtx* ctx, const char* op, const int32_t* index, int64_t n, 
 
 namespace {
 
-// One block for each sorted row; of equal indices only the last one writes.
-template <class U>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(U* dst, const U* src, const uint64_t* keys, int64_t n, int64_t units) {
-  const int64_t at = blockIdx.x;
-  const int64_t row = key_row(keys[at]), i = key_source(keys[at]);
-  if (at + 1 < n && key_row(keys[at + 1]) == row) return;
-  for (int64_t u = threadIdx.x; u < units; u += kThreads) dst[row * units + u] = src[i * units + u];
-}
-
-// The same without a sort for at most kThreads rows, as a step of decoding has them: each thread looks at one index.
-template <class U>
-__global__ void __launch_bounds__(kThreads) scatter_few(U* dst, const U* src, const int32_t* index, int64_t n, int64_t units) {
-  SMEM(raw);
-  int* later = reinterpret_cast<int*>(raw);
-  const int64_t i = blockIdx.x, row = index[i];
-  if (threadIdx.x == 0) *later = 0;
-  __syncthreads();
-  if (int64_t(threadIdx.x) > i && threadIdx.x < n && index[threadIdx.x] == row) atomicOr(later, 1);
-  __syncthreads();
-  if (*later) return;
-  for (int64_t u = threadIdx.x; u < units; u += kThreads) dst[row * units + u] = src[i * units + u];
-}
-
 // Calls f with the widest unsigned type that divides rows of `bytes` at both addresses.
 template <class F>
 AgStatus with_unit(const void* dst, const void* src, int64_t bytes, const F& f) {
@@ -328,23 +305,6 @@ AgStatus gather_rows(AgCtx* ctx, const AgGatherRows* a) {
     const int64_t units = bytes / int64_t(sizeof(U));
     return launch(ctx, "gather_rows", gather_kernel<U>, grid_for(a->n * units, kThreads), kThreads, 0, static_cast<U*>(a->dst),
                   static_cast<const U*>(a->src), a->index, a->n, units);
-  });
-}
-
-int64_t scatter_rows_workspace(const AgScatterRows* a) { return a->n <= kThreads ? 0 : sort_workspace(a->n); }
-AgStatus scatter_rows(AgCtx* ctx, const AgScatterRows* a) {
-  const int64_t bytes = a->cols * size_of(a->dt);
-  const uint64_t* keys = nullptr;
-  if (a->n > kThreads)
-    if (AgStatus status = sort_rows(ctx, "scatter_rows", a->index, a->n, &keys)) return status;
-  return with_unit(a->dst, a->src, bytes, [&](auto tag) {
-    typedef typename decltype(tag)::type U;
-    const dim3 grid(unsigned(a->n));
-    const int64_t units = bytes / int64_t(sizeof(U));
-    U* dst = static_cast<U*>(a->dst);
-    const U* src = static_cast<const U*>(a->src);
-    if (keys) return launch(ctx, "scatter_rows", scatter_kernel<U>, grid, kThreads, 0, dst, src, keys, a->n, units);
-    return launch(ctx, "scatter_rows", scatter_few<U>, grid, kThreads, sizeof(int), dst, src, a->index, a->n, units);
   });
 }
 

@@ -1,4 +1,4 @@
-// Inference: the paged key/value cache and sampling. Nothing here is recorded.
+// Inference: attention against the paged key/value cache, and sampling. Nothing here is recorded.
 #include <cmath>
 
 #include "ops.h"
@@ -6,21 +6,6 @@
 namespace ag::ops {
 
 static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
-
-void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot) {
-  const char* op = "cacheWrite";
-  want_rank(op, "cache", cache, 3);
-  want_float(op, "cache", cache);
-  want_dtype(op, "rows", rows, cache.dt);
-  want_shape(op, "rows", rows, Shape{slot.numel(), cache.shape[2]});
-  int64_t places = cache.shape[0] * cache.shape[1];
-  want_index(op, "slot", slot, 0, places);
-  want_same_device(op, {&cache, &rows});
-  cache.storage->written();
-  run(op, cache.device(), table(cache).scatter_rows,
-      AgScatterRows{cache.data(), rows.data(), device_i32(slot, cache.device()), slot.numel(), cache.shape[2], places, cache.dt},
-      AG_K_SCATTER_ROWS);
-}
 
 static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Tensor& blocks, const Tensor& len, int64_t batch) {
   const char* op = "attentionCached";
@@ -40,40 +25,41 @@ static void check_blocks(const Tensor& cache, const Tensor& q_offsets, const Ten
   }
 }
 
-Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& q_offsets,
+Tensor attention_cached(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& q_offsets,
                         const Tensor& block_table, const Tensor& kv_len, int64_t heads, int64_t kv_heads, double scale) {
   const char* op = "attentionCached";
-  want_float(op, "q", q);
+  want_float(op, "qkv", qkv);
   check_heads(op, heads, kv_heads);
-  int64_t dim = head_dim(op, "q", q, heads);
+  int64_t dim = head_dim(op, "qkv", qkv, heads + 2 * kv_heads), rows = qkv.shape[0];
   want_rank(op, "kCache", k_cache, 3);
   want_shape(op, "kCache", k_cache, Shape{k_cache.shape[0], k_cache.shape[1], kv_heads * dim});
   want_shape(op, "vCache", v_cache, k_cache.shape);
-  want_dtype(op, "kCache", k_cache, q.dt);
-  want_dtype(op, "vCache", v_cache, q.dt);
-  int64_t batch = want_offsets(op, "qOffsets", q_offsets, q.shape[0]);
+  want_dtype(op, "kCache", k_cache, qkv.dt);
+  want_dtype(op, "vCache", v_cache, qkv.dt);
+  int64_t batch = want_offsets(op, "qOffsets", q_offsets, rows);
   check_blocks(k_cache, q_offsets, block_table, kv_len, batch);
-  want_same_device(op, {&q, &k_cache, &v_cache});
-  Tensor o = empty_like(q);
+  want_same_device(op, {&qkv, &k_cache, &v_cache});
+  Tensor o = empty(qkv.device(), Shape{rows, heads * dim}, qkv.dt);
   AgAttentionCached a{};
-  a.q = q.data();
-  a.ldq = a.ldo = heads * dim;
+  a.q = qkv.data();
+  a.ldq = qkv.shape[1];
+  a.ldo = heads * dim;
   a.k_cache = k_cache.data();
   a.v_cache = v_cache.data();
   a.o = o.data();
-  a.q_offsets = device_i32(q_offsets, q.device());
-  a.block_table = device_i32(block_table, q.device());
-  a.kv_len = device_i32(kv_len, q.device());
+  a.q_offsets = device_i32(q_offsets, qkv.device());
+  a.block_table = device_i32(block_table, qkv.device());
+  a.kv_len = device_i32(kv_len, qkv.device());
   a.batch = batch;
-  a.q_tokens = q.shape[0];
+  a.q_tokens = rows;
   a.max_blocks = block_table.shape[1];
   a.block_size = k_cache.shape[1];
   a.heads = heads;
   a.kv_heads = kv_heads;
   a.dim = dim;
   a.scale = scale;
-  a.dt = q.dt;
-  run(op, q.device(), table(q).attention_cached, a, AG_K_ATTENTION_CACHED);
+  a.dt = qkv.dt;
+  run(op, qkv.device(), table(qkv).attention_cached, a, AG_K_ATTENTION_CACHED);
   return o;
 }
 

@@ -23,6 +23,8 @@ void want_i32(const char* op, const char* what, const Tensor& t);
 void want_index(const char* op, const char* what, const Tensor& t, int64_t low, int64_t high);
 // i32 [batch+1], ascending from 0 to `total`; returns batch
 int64_t want_offsets(const char* op, const char* what, const Tensor& t, int64_t total);
+// from column c of row 0 on
+inline void* column(const Tensor& t, int64_t c) { return t.as<char>() + c * dtype_size(t.dt); }
 // columns of x [T, heads*dim] -> dim (attention.cc)
 int64_t head_dim(const char* op, const char* what, const Tensor& x, int64_t heads);
 void check_heads(const char* op, int64_t heads, int64_t kv_heads);
@@ -62,6 +64,17 @@ Tensor linear(const Tensor& x, const Tensor& w, const Opt& b, const std::string&
 // y = (silu(gate) * up) W^T + b: gate, up [..., K], W [N, K], b [N]
 Tensor silu_mul_linear(const Tensor& gate, const Tensor& up, const Tensor& w, const Opt& b);
 Tensor matmul(const Tensor& a, const Tensor& b, bool trans_a, bool trans_b);
+// Queries, keys and values beside each other: x [T, D] -> [T, (heads + 2*kvHeads)*dim].
+struct QkvIn {
+  Tensor x;
+  int64_t heads, kv_heads;
+  std::vector<Tensor> weights;  // [heads*dim, D], [kvHeads*dim, D] twice
+  std::vector<Tensor> biases;   // of the weights, or none
+  Opt plus;                     // [T, (heads + 2*kvHeads)*dim], added to the products
+  Opt position, cos, sin;       // i32 [T]; [max, dim/2] in the accumulation type: then queries and keys are rotated
+  Opt k_cache, v_cache, slots;  // [blocks, block, kvHeads*dim]; i32 [T] ascending: where keys and values go, too (not recorded)
+};
+Tensor qkv_linear(const QkvIn& in);
 // CLIP: pixels [M, C, S, S], weight [D, C, p, p], class [D], position [P+1, D] -> [M, P+1, D]
 Tensor patch_embedding(const Tensor& pixels, const Tensor& weight, const Tensor& cls, const Tensor& position);
 
@@ -72,10 +85,8 @@ Tensor softmax(const Tensor& x);
 Tensor l2_normalize(const Tensor& x);
 
 // ---- attention.cc -----------------------------------------------------------------------------------
-// x [T, heads*dim], position i32 [T], cos/sin [max, dim/2] in the accumulation type
-Tensor rope(const Tensor& x, const Tensor& position, const Tensor& cos, const Tensor& sin, int64_t heads);
-// q [T, heads*dim], k, v [S, kvHeads*dim], offsets i32 [batch+1]
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets, const Tensor& k_offsets,
+// q [T, heads*dim], k, v [S, kvHeads*dim], offsets i32 [batch+1] -> [T, heads*dim]. Without k and v, q is what qkvLinear gives.
+Tensor attention(const Tensor& q, const Opt& k, const Opt& v, const Tensor& q_offsets, const Tensor& k_offsets,
                  int64_t heads, int64_t kv_heads, bool causal, double scale);
 
 // ---- align.cc ---------------------------------------------------------------------------------------
@@ -122,9 +133,8 @@ struct AdamWIn {
 };
 void adamw(const AdamWIn& in);
 // ---- decode.cc (inference only: nothing is recorded) -------------------------------------------------
-// cache [blocks, block, kvHeads*dim]; slot i32 [T] = block * block_size + place
-void cache_write(const Tensor& cache, const Tensor& rows, const Tensor& slot);
-Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& q_offsets,
+// Of qkvLinear's rows only the queries are read; caches [blocks, block, kvHeads*dim].
+Tensor attention_cached(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& q_offsets,
                         const Tensor& block_table, const Tensor& kv_len, int64_t heads, int64_t kv_heads, double scale);
 // logits f32 [B, V], one uniform number in [0, 1) per row -> ids
 std::vector<double> sample(const Tensor& logits, double temperature, int64_t top_k, double top_p,

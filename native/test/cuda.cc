@@ -248,7 +248,7 @@ const struct {
   const char* name;
 } kEntries[] = {
     ENTRY(fill), ENTRY(copy2d), ENTRY(cast), ENTRY(random), ENTRY(unary), ENTRY(unary_grad), ENTRY(binary), ENTRY(silu_mul),
-    ENTRY(silu_mul_grad), ENTRY(col_sum), ENTRY(sum), ENTRY(sum_squares), ENTRY(gather_rows), ENTRY(scatter_rows), ENTRY(scatter_add),
+    ENTRY(silu_mul_grad), ENTRY(col_sum), ENTRY(sum), ENTRY(sum_squares), ENTRY(gather_rows), ENTRY(scatter_add),
     ENTRY(gemm), ENTRY(norm), ENTRY(norm_grad), ENTRY(softmax), ENTRY(softmax_grad), ENTRY(l2norm), ENTRY(l2norm_grad), ENTRY(rope),
     ENTRY(attention), ENTRY(attention_grad), ENTRY(attention_cached), ENTRY(align_mix), ENTRY(align_mix_grad), ENTRY(cross_entropy),
     ENTRY(patchify), ENTRY(adamw), ENTRY(sample),

@@ -115,19 +115,21 @@ void test_silu_mul(Test& t) {
 }
 
 void test_rope(Test& t) {
-  const int64_t shapes[][4] = {{0, 1, 8, 8}, {5, 3, 16, 48}, {7, 2, 64, 160}, {3, 2, 6, 13}};  // tokens, heads, dim, ld
+  const int64_t shapes[][4] = {{0, 1, 1, 8}, {5, 4, 2, 16}, {7, 2, 1, 64}, {3, 3, 3, 6}};  // tokens, heads, kv_heads, dim
   for (auto& s : shapes)
-    for (double sign : {1.0, -1.0}) {
-      const int64_t tokens = s[0], heads = s[1], dim = s[2], ld = s[3];
-      Buffer &x = t.in(tokens * ld), &position = t.ids(tokens, 11), &cos = t.in(AG_F32, 11 * dim / 2), &sin = t.in(AG_F32, 11 * dim / 2);
-      Buffer &y = t.in_place("y", t.dt, tokens * ld), &place = t.in_place("y in place", t.dt, tokens * ld);
-      auto args = [&](void* to, const void* from) {
-        return AgRope{to, from, position.i32(), cos.p(), sin.p(), tokens, heads, dim, ld, sign, t.dt};
-      };
-      t.run("rope", &AgBackend::rope, [&] { return args(y.p(), x.p()); });
-      t.run("rope in place", &AgBackend::rope, [&] { return args(place.p(), place.p()); });
-      t.clear();
-    }
+    for (double sign : {1.0, -1.0})
+      for (bool cached : {false, true}) {
+        const int64_t tokens = s[0], heads = s[1], kv = s[2], dim = s[3], slots = 2 * tokens + 1;
+        Buffer &position = t.ids(tokens, 11), &cos = t.in(AG_F32, 11 * dim / 2), &sin = t.in(AG_F32, 11 * dim / 2), &slot = t.ids(tokens, slots);
+        for (int64_t i = 0; i < tokens; i++) slot.set(i, double(2 * i + i % 2));
+        Buffer &x = t.in_place("rows", t.dt, tokens * (heads + 2 * kv) * dim);
+        Buffer &k = t.in_place("key cache", t.dt, slots * kv * dim), &v = t.in_place("value cache", t.dt, slots * kv * dim).exact();
+        t.run("rope", &AgBackend::rope, [&] {
+          return AgRope{x.p(), position.i32(), cos.p(), sin.p(), tokens, heads, kv, dim, sign, cached ? k.p() : nullptr,
+                        cached ? v.p() : nullptr, slot.i32(), t.dt};
+        });
+        t.clear();
+      }
 }
 
 void test_patchify(Test& t) {
@@ -187,12 +189,6 @@ void test_sum_squares(Test& t) {
 }
 
 // ---- rows by index ----------------------------------------------------------------------------------
-void scatter_rows(Test& t, AgDtype dt, int64_t n, int64_t cols, int64_t rows) {
-  Buffer &index = t.ids(n, rows), &from = t.in(dt, n * cols, -9e4, 9e4), &to = t.in_place("rows", dt, rows * cols).exact();
-  t.run("scatter_rows", &AgBackend::scatter_rows, [&] { return AgScatterRows{to.p(), from.p(), index.i32(), n, cols, rows, dt}; },
-        AG_K_SCATTER_ROWS);
-  t.clear();
-}
 void test_rows(Test& t) {
   for (AgDtype dt : {t.dt, AG_I32, AG_I64})
     for (int64_t cols : {1, 8, 33, 640}) {
@@ -200,12 +196,7 @@ void test_rows(Test& t) {
       Buffer &index = t.ids(n, rows), &src = t.in(dt, rows * cols, -9e4, 9e4), &dst = t.out("rows", dt, n * cols).exact();
       t.run("gather_rows", &AgBackend::gather_rows, [&] { return AgGatherRows{dst.p(), src.p(), index.i32(), n, cols, rows, dt}; });
       t.clear();
-      scatter_rows(t, dt, n, cols, rows);
     }
-  scatter_rows(t, t.dt, 0, 8, 3);
-  scatter_rows(t, t.dt, 257, 5, 90);  // one more than are looked through without a sort
-  if (small()) return;
-  for (int64_t n : {256, 1024, 1025, 3333}) scatter_rows(t, t.dt, n, 16, n - 100);
 }
 
 void scatter_add(Test& t, const std::vector<int32_t>& list, int64_t cols, int64_t rows) {

@@ -391,27 +391,42 @@ void test_silu_mul(Fixture f) {
 }
 
 void test_rope(Fixture f) {
-  AgDtype acc = acc_of(f.dt);
+  const AgDtype acc = acc_of(f.dt);
   for (int64_t dim : {2, 6, 64, 80, 128})
     for (int64_t tokens : {0, 1, 37}) {
-      int64_t heads = 3, ld = heads * dim + 5, half = dim / 2, places = 50;
-      Data x(f.dt, tokens * ld, -2, 2), y(f.dt, tokens * ld), cos(acc, places * half), sin(acc, places * half);
+      const int64_t heads = 4, kv = 2, ld = (heads + 2 * kv) * dim, width = kv * dim, half = dim / 2, places = 50, slots = 60;
+      Data x(f.dt, tokens * ld, -2, 2), cos(acc, places * half), sin(acc, places * half);
       for (int64_t i = 0; i < cos.n; i++) {
         double angle = double(i / half) * std::pow(10000.0, -double(i % half) / double(half));
         cos.set(i, std::cos(angle)), sin.set(i, std::sin(angle));
       }
-      Data position = ids(tokens, places);
+      Data position = ids(tokens, places), slot = ids(tokens, 1);
+      for (int64_t t = 0; t < tokens; t++) slot.set(t, double((t * 7 + 3) % slots));  // 7 and 60 have no factor in common
       for (double sign : {1.0, -1.0}) {
-        std::memcpy(y.p(), x.p(), x.bytes());
-        run(f.b, f.b.rope, AgRope{y.p(), y.p(), i32(position), cos.p(), sin.p(), tokens, heads, dim, ld, sign, f.dt});
-        auto want = [&](int64_t i) {
+        auto rotated = [&](int64_t i) {
           int64_t t = i / ld, c = i % ld, j = c % dim;
-          if (c >= heads * dim) return x.get(i);
+          if (c >= (heads + kv) * dim) return x.get(i);
           int64_t at = i32(position)[t] * half + j % half;
           double other = j < half ? -x.get(i + half) : x.get(i - half);
           return x.get(i) * cos.get(at) + sign * other * sin.get(at);
         };
-        compare("rope", y, want, tolerance(f.dt));
+        for (bool cached : {false, true}) {
+          Data y = x, k(f.dt, slots * width, -1, 1), v(f.dt, slots * width, -1, 1), k0 = k, v0 = v;
+          run(f.b, f.b.rope,
+              AgRope{y.p(), i32(position), cos.p(), sin.p(), tokens, heads, kv, dim, sign, cached ? k.p() : nullptr, cached ? v.p() : nullptr,
+                     i32(slot), f.dt});
+          compare("rope", y, rotated, tolerance(f.dt));
+          std::vector<int64_t> from(size_t(slots), -1);
+          for (int64_t t = 0; t < tokens && cached; t++) from[size_t(i32(slot)[t])] = t;
+          auto in_cache = [&](const Data& before, int64_t first) {
+            return [&, first](int64_t i) {
+              const int64_t t = from[size_t(i / width)];
+              return t < 0 ? before.get(i) : y.get(t * ld + first + i % width);
+            };
+          };
+          compare("keys in the cache", k, in_cache(k0, heads * dim), {0, 0});
+          compare("values in the cache", v, in_cache(v0, (heads + kv) * dim), {0, 0});
+        }
       }
     }
 }
@@ -486,15 +501,7 @@ void test_rows(Fixture f) {
       Data src(f.dt, rows * cols, -1, 1), dst(f.dt, n * cols), index = ids(n, rows);
       run(f.b, f.b.gather_rows, AgGatherRows{dst.p(), src.p(), i32(index), n, cols, rows, f.dt});
       compare("gather", dst, [&](int64_t i) { return src.get(i32(index)[i / cols] * cols + i % cols); }, {0, 0});
-      Data from(f.dt, n * cols, -1, 1), to = src;
-      run(f.b, f.b.scatter_rows, AgScatterRows{to.p(), from.p(), i32(index), n, cols, rows, f.dt});
-      std::vector<int64_t> last(size_t(rows), -1);
-      for (int64_t i = 0; i < n; i++) last[size_t(i32(index)[i])] = i;
-      auto want = [&](int64_t i) {
-        int64_t r = last[size_t(i / cols)];
-        return r < 0 ? src.get(i) : from.get(r * cols + i % cols);
-      };
-      compare("scatter", to, want, {0, 0});
+      Data from(f.dt, n * cols, -1, 1);
       for (int accumulate : {0, 1})
         for (AgDtype dt : {f.dt, acc_of(f.dt)}) {
           Data sum(dt, rows * cols, -1, 1), before = sum, some = index;

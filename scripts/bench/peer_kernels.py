@@ -125,13 +125,8 @@ class AdamW:
         return {str(i): self.parameters[i] for i in (0, 2, 7, len(self.parameters) - 1)}
 
 
-def rotate_half(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
-
-
 class Pointwise(Differentiated):
-    def __init__(self, name, rows, width, heads, dtype):
+    def __init__(self, name, rows, width, dtype):
         weights = name in ("rmsNorm", "layerNorm")
         inputs = {"x": values((rows, width), 1, 1, dtype)}
         if weights:
@@ -141,13 +136,6 @@ class Pointwise(Differentiated):
         if name == "siluMul":
             inputs["up"] = values((rows, width), 3, 1, dtype)
         self.apply = getattr(self, name)
-        self.heads = heads
-        if name == "rope":
-            dim = width // heads
-            inv = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            angle = torch.arange(rows, dtype=torch.float64)[:, None] * inv
-            angle = torch.cat((angle, angle), -1)
-            self.cos, self.sin = angle.cos().to(DTYPES[dtype])[:, None], angle.sin().to(DTYPES[dtype])[:, None]
         super().__init__(inputs, values((rows, width), 4, 1, dtype))
 
     def forward(self):
@@ -164,10 +152,6 @@ class Pointwise(Differentiated):
 
     def siluMul(self, x, up):
         return F.silu(x) * up
-
-    def rope(self, x):
-        h = x.view(x.shape[0], self.heads, -1)
-        return (h * self.cos + rotate_half(h) * self.sin).view(x.shape)
 
 
 def mix(x, weight, bias, embed, table, w0, b0, w1, b1, ids):

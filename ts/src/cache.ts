@@ -1,6 +1,6 @@
 /** The paged key/value cache of a batch of sequences while they are being generated. */
 import { native } from './native.js'
-import { type AttentionOptions, attention } from './ops.js'
+import { type AttentionOptions, selfAttention } from './ops.js'
 import { type Device, type Dtype, Indices, Tensor, tensor, zeros } from './tensor.js'
 
 const BLOCK = 32
@@ -27,7 +27,7 @@ export class Cache {
     this.#blockTable = tensor(table, [sequences, this.#perSequence]).persist()
   }
 
-  /** Announces `counts[s]` new tokens of each sequence; returns their positions. Then every layer calls `attention`. */
+  /** Announces `counts[s]` new tokens of each sequence; returns their positions. Then every layer stores them and attends. */
   extend(counts: readonly number[]): number[] {
     const slots: number[] = []
     const positions: number[] = []
@@ -44,15 +44,18 @@ export class Cache {
     return positions
   }
 
-  /** Stores this layer's new keys and values and attends to all there are. */
-  attention(layer: number, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, o: AttentionOptions): Tensor {
-    native.cacheWrite(this.#k[layer].h, k.h, this.#slots.tensor.h)
-    native.cacheWrite(this.#v[layer].h, v.h, this.#slots.tensor.h)
-    if (this.#fresh) return attention(q, k, v, offsets, offsets, o) // nothing older to look at
-    const scale = o.scale ?? 1 / Math.sqrt(q.shape[1] / o.heads)
+  /** Where `qkvLinear` stores this layer's new keys and values. */
+  place(layer: number): { k: Tensor; v: Tensor; slots: Tensor } {
+    return { k: this.#k[layer], v: this.#v[layer], slots: this.#slots.tensor }
+  }
+
+  /** Attention of the new rows of `qkvLinear`, which are stored, to all there are. */
+  attention(layer: number, qkv: Tensor, offsets: Tensor, o: AttentionOptions): Tensor {
+    if (this.#fresh) return selfAttention(qkv, offsets, o) // nothing older to look at
+    const scale = o.scale ?? 1 / Math.sqrt(qkv.shape[1] / (o.heads + 2 * o.kvHeads))
     return new Tensor(
       native.attentionCached(
-        q.h,
+        qkv.h,
         this.#k[layer].h,
         this.#v[layer].h,
         offsets.h,

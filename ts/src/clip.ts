@@ -1,7 +1,7 @@
 /** CLIP's two towers (Radford et al. 2021; property names are Hugging Face's CLIPModel). */
 import type { ClipConfig, ClipTextConfig, ClipVisionConfig } from './config.js'
-import { activationOf, Embedding, type Init, LayerNorm, Linear, Module, type Source } from './nn.js'
-import { type Activation, add, attention, embedding, gather, l2Normalize, patchEmbedding, reshape } from './ops.js'
+import { activationOf, adjoin, Embedding, type Init, LayerNorm, Linear, Module, projectQkv, type Source } from './nn.js'
+import { type Activation, add, embedding, gather, l2Normalize, patchEmbedding, reshape, selfAttention } from './ops.js'
 import { type Device, type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 interface TowerConfig {
@@ -33,11 +33,12 @@ class CLIPAttention extends Module {
     this.v_proj = make('v_proj', inner)
     this.q_proj = make('q_proj', inner)
     this.out_proj = make('out_proj', normal(d ** -0.5))
+    adjoin([this.q_proj, this.k_proj, this.v_proj])
   }
   forward(x: Tensor, offsets: Tensor, causal: boolean): Tensor {
     const o = { heads: this.#heads, kvHeads: this.#heads, causal }
-    const [q, k, v] = [this.q_proj, this.k_proj, this.v_proj].map((p) => p.forward(x))
-    return this.out_proj.forward(attention(q, k, v, offsets, offsets, o))
+    const qkv = projectQkv(x, [this.q_proj, this.k_proj, this.v_proj], o)
+    return this.out_proj.forward(selfAttention(qkv, offsets, o))
   }
 }
 

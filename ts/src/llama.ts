@@ -2,8 +2,8 @@
 
 import type { Cache } from './cache.js'
 import type { LlamaConfig } from './config.js'
-import { Embedding, Linear, Module, RMSNorm, type Source } from './nn.js'
-import { add, attention, rope, siluMulLinear } from './ops.js'
+import { adjoin, Embedding, Linear, Module, projectQkv, RMSNorm, type Source } from './nn.js'
+import { add, selfAttention, siluMulLinear } from './ops.js'
 import { type Device, type Dtype, scope, type Tensor, tensor } from './tensor.js'
 
 /** What the layers need to know about the packed batch. */
@@ -101,15 +101,13 @@ class LlamaAttention extends Module {
     this.k_proj = make('k_proj', c.hidden_size, this.#kvHeads * c.head_dim)
     this.v_proj = make('v_proj', c.hidden_size, this.#kvHeads * c.head_dim)
     this.o_proj = make('o_proj', this.#heads * c.head_dim, c.hidden_size)
+    adjoin([this.q_proj, this.k_proj, this.v_proj])
   }
   forward(x: Tensor, p: Packing, layer: number): Tensor {
-    const q = rope(this.q_proj.forward(x), p.positions, p.cos, p.sin, this.#heads)
-    const k = rope(this.k_proj.forward(x), p.positions, p.cos, p.sin, this.#kvHeads)
-    const v = this.v_proj.forward(x)
     const o = { heads: this.#heads, kvHeads: this.#kvHeads, causal: true }
-    return this.o_proj.forward(
-      p.cache ? p.cache.attention(layer, q, k, v, p.offsets, o) : attention(q, k, v, p.offsets, p.offsets, o),
-    )
+    const layers = [this.q_proj, this.k_proj, this.v_proj] as const
+    const qkv = projectQkv(x, layers, { ...o, rope: p, cache: p.cache?.place(layer) })
+    return this.o_proj.forward(p.cache ? p.cache.attention(layer, qkv, p.offsets, o) : selfAttention(qkv, p.offsets, o))
   }
 }
 

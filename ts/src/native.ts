@@ -31,6 +31,21 @@ export interface NativeAlignMix {
   global: boolean
 }
 
+export interface NativeQkvLinear {
+  x: H
+  heads: number
+  kvHeads: number
+  weights: H[]
+  biases: H[]
+  plus: H | null
+  position: H | null
+  cos: H | null
+  sin: H | null
+  kCache: H | null
+  vCache: H | null
+  slots: H | null
+}
+
 export interface Capabilities {
   /** cpu, cuda */
   name: string
@@ -146,17 +161,17 @@ export interface Native {
   unpack(w: H): void
   linear(x: H, w: H, b: H | null, activation: string): H
   siluMulLinear(gate: H, up: H, w: H, b: H | null): H
+  qkvLinear(args: NativeQkvLinear): H
   matmul(a: H, b: H, transA: boolean, transB: boolean): H
   patchEmbedding(pixels: H, weight: H, cls: H, position: H): H
   layerNorm(x: H, w: H, b: H, eps: number): H
   rmsNorm(x: H, w: H, eps: number): H
   softmax(x: H): H
   l2Normalize(x: H): H
-  rope(x: H, position: H, cos: H, sin: H, heads: number): H
   attention(
     q: H,
-    k: H,
-    v: H,
+    k: H | null,
+    v: H | null,
     qOffsets: H,
     kOffsets: H,
     heads: number,
@@ -165,7 +180,7 @@ export interface Native {
     scale: number,
   ): H
   attentionCached(
-    q: H,
+    qkv: H,
     kCache: H,
     vCache: H,
     qOffsets: H,
@@ -175,7 +190,6 @@ export interface Native {
     kvHeads: number,
     scale: number,
   ): H
-  cacheWrite(cache: H, rows: H, slot: H): void
   alignMix(args: NativeAlignMix): H[]
   lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number, scale: H | null): H[]
   crossEntropy(logits: H, targets: H): H

@@ -1,8 +1,21 @@
 /** Modules: a tree of objects whose property names are the Hugging Face parameter names. */
 import { AlignGPTError } from './errors.js'
 import { native } from './native.js'
-import { type Activation, add, cast, layerNorm, linear, rmsNorm, scale, to } from './ops.js'
-import { type Device, type Dtype, scope, Tensor } from './tensor.js'
+import {
+  type Activation,
+  add,
+  cast,
+  concat,
+  layerNorm,
+  linear,
+  type QkvArgs,
+  qkvLinear,
+  rmsNorm,
+  scale,
+  slice,
+  to,
+} from './ops.js'
+import { type Device, type Dtype, scope, Tensor, zeros } from './tensor.js'
 
 /** How a new parameter is filled; `seed` and the parameter's name decide the values. */
 export type Init =
@@ -111,9 +124,48 @@ export class Linear extends Module {
   }
   /** y + (alpha / r) (x A^T) B^T where there is an adapter, else y; `project` multiplies the layer's input x by A^T. */
   adapted(y: Tensor, project: (a: Tensor) => Tensor): Tensor {
-    if (!this.lora_A || !this.lora_B) return y
-    return add(y, this.lora_B.forward(scale(project(this.lora_A.weight), this.scaling)))
+    const update = this.update(project)
+    return update ? add(y, update) : y
   }
+  /** What the adapter adds, if there is one. */
+  update(project: (a: Tensor) => Tensor): Tensor | null {
+    if (!this.lora_A || !this.lora_B) return null
+    return this.lora_B.forward(scale(project(this.lora_A.weight), this.scaling))
+  }
+}
+
+type Three = readonly [Linear, Linear, Linear]
+
+/** Puts the values of layers with one input behind each other in memory, so that their products can be one (`qkvLinear`). */
+export function adjoin(layers: readonly Linear[]): void {
+  for (const key of ['weight', 'bias'] as const) {
+    const parts = layers.flatMap((l) => l[key] ?? [])
+    if (parts.length < layers.length) continue
+    const whole = scope(() => concat(parts, 0).persist())
+    let at = 0
+    for (const [i, l] of layers.entries()) {
+      const end = at + parts[i].shape[0]
+      Object.assign(l, { [key]: scope(() => slice(whole, 0, at, end).persist()) })
+      parts[i].dispose()
+      at = end
+    }
+    whole.dispose() // the views keep its memory
+  }
+}
+
+/** `qkvLinear` with the layers of queries, keys and values, their adapters included. */
+export function projectQkv(x: Tensor, layers: Three, o: Omit<QkvArgs, 'weights' | 'biases' | 'plus'>): Tensor {
+  return scope(() => {
+    const updates = layers.map((l) => l.update((a) => linear(x, a)))
+    const part = (u: Tensor | null, i: number): Tensor =>
+      u ?? zeros([x.shape[0], layers[i].weight.shape[0]], x.dtype, x.device)
+    return qkvLinear(x, {
+      ...o,
+      weights: [layers[0].weight, layers[1].weight, layers[2].weight],
+      biases: layers.flatMap((l) => l.bias ?? []),
+      plus: updates.some(Boolean) ? concat(updates.map(part), 1) : null,
+    })
+  })
 }
 
 export class LayerNorm extends Module {

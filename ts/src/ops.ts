@@ -72,9 +72,39 @@ export const rmsNorm = (x: Tensor, weight: Tensor, eps: number): Tensor => wrap(
 export const softmax = (x: Tensor): Tensor => wrap(native.softmax(x.h))
 /** x / |x| per row of the last dimension, without an epsilon (as CLIP). */
 export const l2Normalize = (x: Tensor): Tensor => wrap(native.l2Normalize(x.h))
-/** Rotary embedding, Hugging Face layout: x [T, heads*dim], position i32 [T], cos and sin [max, dim/2]. */
-export const rope = (x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, heads: number): Tensor =>
-  wrap(native.rope(x.h, position.h, cos.h, sin.h, heads))
+
+export interface QkvArgs {
+  heads: number
+  kvHeads: number
+  /** of queries [heads*dim, D], keys and values [kvHeads*dim, D]; one product where they lie behind each other (nn.ts, adjoin) */
+  weights: readonly [Tensor, Tensor, Tensor]
+  /** of all three, or none */
+  biases?: readonly Tensor[]
+  /** [T, (heads + 2*kvHeads)*dim], added to the products */
+  plus?: Tensor | null
+  /** rotary embedding of queries and keys, Hugging Face layout: positions i32 [T], cos and sin [max, dim/2] */
+  rope?: { positions: Tensor; cos: Tensor; sin: Tensor }
+  /** caches [blocks, block, kvHeads*dim] into whose rows `slots` (i32 [T], ascending) keys and values go, too; not differentiable */
+  cache?: { k: Tensor; v: Tensor; slots: Tensor }
+}
+/** Queries, keys and values of rows x [T, D] beside each other: [T, (heads + 2*kvHeads)*dim], for `selfAttention`. */
+export const qkvLinear = (x: Tensor, a: QkvArgs): Tensor =>
+  wrap(
+    native.qkvLinear({
+      x: x.h,
+      heads: a.heads,
+      kvHeads: a.kvHeads,
+      weights: a.weights.map((t) => t.h),
+      biases: (a.biases ?? []).map((t) => t.h),
+      plus: handle(a.plus),
+      position: handle(a.rope?.positions),
+      cos: handle(a.rope?.cos),
+      sin: handle(a.rope?.sin),
+      kCache: handle(a.cache?.k),
+      vCache: handle(a.cache?.v),
+      slots: handle(a.cache?.slots),
+    }),
+  )
 
 export interface AttentionOptions {
   heads: number
@@ -94,6 +124,12 @@ export function attention(
 ): Tensor {
   const scale = o.scale ?? 1 / Math.sqrt(q.shape[1] / o.heads)
   return wrap(native.attention(q.h, k.h, v.h, qOffsets.h, kOffsets.h, o.heads, o.kvHeads, o.causal, scale))
+}
+
+/** The same for rows of `qkvLinear` [T, (heads + 2*kvHeads)*dim], each sequence attending to itself -> [T, heads*dim]. */
+export function selfAttention(qkv: Tensor, offsets: Tensor, o: AttentionOptions): Tensor {
+  const scale = o.scale ?? 1 / Math.sqrt(qkv.shape[1] / (o.heads + 2 * o.kvHeads))
+  return wrap(native.attention(qkv.h, null, null, offsets.h, offsets.h, o.heads, o.kvHeads, o.causal, scale))
 }
 
 export interface AlignMixArgs {

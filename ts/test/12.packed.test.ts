@@ -42,9 +42,13 @@ describe('a packed weight is dropped by whatever changes it:', () => {
     copy: (w) => native.copy(w.h, other.h),
     random: (w) => native.random(w.h, 'normal', 0, 1, 1, 0),
     readFile: (w) => native.readFile(w.h, file, 0, 'f32'),
-    cacheWrite: (w) => {
-      const cache = ops.reshape(w, [2, ROWS / 2, COLS])
-      native.cacheWrite(cache.h, tensor(numbers(COLS, 6), [1, COLS]).h, tensor(Int32Array.of(3)).h)
+    'keys that go into it': (w) => {
+      const x = tensor(numbers(5, 6), [1, 5])
+      const weight = tensor(numbers(5 * COLS, 7), [COLS, 5])
+      const [k, v] = [ops.reshape(w, [2, ROWS / 2, COLS]), zeros([2, ROWS / 2, COLS])]
+      const rope = { positions: zeros([1], 'i32'), cos: zeros([1, COLS / 2]), sin: zeros([1, COLS / 2]) }
+      const cache = { k, v, slots: tensor(Int32Array.of(3)) }
+      ops.qkvLinear(x, { heads: 1, kvHeads: 1, weights: [weight, weight, weight], rope, cache })
     },
     'adamw as parameter': (w) => adamw(w.h, other.h, state()[0], state()[0]),
     'adamw as moment': (w) => adamw(state()[0], other.h, w.h, state()[0]),

@@ -5,7 +5,7 @@
 
 import { native } from '../src/native.js'
 import * as ops from '../src/ops.js'
-import { Tensor, tensor } from '../src/tensor.js'
+import { noGrad, Tensor, tensor } from '../src/tensor.js'
 
 type A = Float64Array
 // biome-ignore lint/suspicious/noExplicitAny: each row has its own options
@@ -498,37 +498,145 @@ const attentionCases: Case[] = [
   ],
   o,
 }))
+const selfCases: Case[] = attentionCases
+  .map((c) => c.o as { heads: number; kvHeads: number; dim: number; qo: number[]; ko: number[] })
+  .filter((o) => String(o.qo) === String(o.ko))
+  .map((o) => ({ inputs: [[o.qo.at(-1)!, (o.heads + 2 * o.kvHeads) * o.dim]], o }))
+/** Positions and their tables for T rows. */
+function ropeOf(x: Tensor, dim: number): { positions: Tensor; cos: Tensor; sin: Tensor } {
+  const acc = x.dtype === 'f64' ? 'f64' : 'f32'
+  const make = (f: (v: number) => number): Tensor =>
+    tensor(Float64Array.from(table(f, dim / 2)), [11, dim / 2], acc, x.device)
+  return { positions: i32(positions(x.shape[0])), cos: make(Math.cos), sin: make(Math.sin) }
+}
+/** Rows [queries | keys | values], spelled out. */
+function qkvRef(x: A, shapes: number[][], w: A[], b: A[], plus: A | undefined, o: Options): A {
+  const [[t, width]] = shapes
+  const outputs = (o.h + 2 * o.kv) * o.d
+  const bias = b.flatMap((v) => Array.from(v))
+  const flat = Float64Array.from(w.flatMap((m) => Array.from(m)))
+  const y = product(x, flat, t, outputs, width, false, true).map(
+    (v, i) => v + (bias[i % outputs] ?? 0) + (plus?.[i] ?? 0),
+  )
+  if (!o.rope) return y
+  const half = o.d / 2
+  for (const [i, p] of positions(t).entries())
+    for (let h = 0; h < o.h + o.kv; h++)
+      for (let c = 0; c < half; c++) {
+        const angle = p * 10000 ** (-c / half)
+        const at = i * outputs + h * o.d + c
+        const [u, v] = [y[at], y[at + half]]
+        y[at] = u * Math.cos(angle) - v * Math.sin(angle)
+        y[at + half] = v * Math.cos(angle) + u * Math.sin(angle)
+      }
+  return y
+}
+/** [rows, width, heads, kvHeads, dim] and what the call has besides. */
+const qkvCases: Case[] = [
+  { s: [1, 1, 1, 1, 2], rope: true },
+  { s: [3, 5, 2, 2, 4], rope: true, bias: true },
+  { s: [5, 7, 4, 2, 6], rope: true, plus: true },
+  { s: [0, 3, 2, 1, 4], rope: true },
+  { s: [7, 33, 3, 1, 66], rope: true, bias: true, plus: true },
+  { s: [70, 40, 2, 1, 34], rope: true },
+  { s: [4, 6, 2, 2, 5], bias: true },
+  { s: [9, 8, 6, 3, 3] },
+].map(({ s: [t, width, h, kv, d], rope = false, bias = false, plus = false }) => {
+  const rows = [h, kv, kv].map((n) => n * d)
+  return {
+    inputs: [
+      [t, width],
+      ...rows.map((n) => [n, width]),
+      ...(bias ? rows.map((n) => [n]) : []),
+      ...(plus ? [[t, (h + 2 * kv) * d]] : []),
+    ],
+    o: { h, kv, d, rope, bias, plus },
+  }
+})
+function runQkv(x: Tensor[], o: Options, apart: boolean): Tensor {
+  const three = (first: number): [Tensor, Tensor, Tensor] => {
+    if (apart) return [x[first], x[first + 1], x[first + 2]]
+    const whole = ops.concat(x.slice(first, first + 3), 0)
+    let at = 0
+    return x.slice(first, first + 3).map((part) => {
+      at += part.shape[0]
+      return ops.slice(whole, 0, at - part.shape[0], at)
+    }) as [Tensor, Tensor, Tensor]
+  }
+  return ops.qkvLinear(x[0], {
+    heads: o.h,
+    kvHeads: o.kv,
+    weights: three(1),
+    biases: o.bias ? three(4) : [],
+    plus: o.plus ? x[x.length - 1] : null,
+    rope: o.rope ? ropeOf(x[0], o.d) : undefined,
+  })
+}
+const splitQkv = (x: A[], shapes: number[][], o: Options): A =>
+  qkvRef(x[0], shapes, x.slice(1, 4), o.bias ? x.slice(4, 7) : [], o.plus ? x[x.length - 1] : undefined, o)
+/** Columns first..end of rows of x. */
+const columns = (x: A, width: number, first: number, end: number): A =>
+  Float64Array.from(
+    Array.from({ length: x.length / width }, (_, r) =>
+      Array.from(x.subarray(r * width + first, r * width + end)),
+    ).flat(),
+  )
+
 const attentions: Spec[] = [
+  ...[true, false].map(
+    (apart): Spec => ({
+      name: apart ? 'qkvLinear' : 'qkvLinear, matrices behind each other',
+      covers: ['qkvLinear'],
+      cases: qkvCases,
+      depth: (c) => c.inputs[0][1],
+      run: (x, o) => runQkv(x, o, apart),
+      ref: splitQkv,
+    }),
+  ),
   {
-    name: 'rope',
-    covers: ['rope'],
-    cases: [
-      [1, 1, 2],
-      [3, 2, 4],
-      [5, 1, 6],
-      [0, 2, 4],
-      [7, 3, 66],
-      [4, 2, 34],
-    ].map(([t, h, d]) => ({ inputs: [[t, h * d]], o: { h, d } })),
-    run: ([x], o) => {
-      const acc = x.dtype === 'f64' ? 'f64' : 'f32'
-      const make = (f: (v: number) => number): Tensor =>
-        tensor(Float64Array.from(table(f, o.d / 2)), [11, o.d / 2], acc, x.device)
-      return ops.rope(x, i32(positions(x.shape[0])), make(Math.cos), make(Math.sin), o.h)
+    name: 'qkvLinear into a cache',
+    covers: ['qkvLinear'],
+    cases: qkvCases.filter(({ o }) => o?.rope && !o.bias && !o.plus),
+    depth: (c) => c.inputs[0][1],
+    gradient: false,
+    run: (x, o) =>
+      noGrad(() => {
+        const t = x[0].shape[0]
+        const [k, v] = [0, 1].map(() => new Tensor(native.zeros([t + 1, 2, o.kv * o.d], x[0].dtype, x[0].device)))
+        const slots = i32(Array.from({ length: t }, (_, i) => 2 * i + (i % 2)))
+        const weights = [x[1], x[2], x[3]] as const
+        const rope = ropeOf(x[0], o.d)
+        const qkv = ops.qkvLinear(x[0], { heads: o.h, kvHeads: o.kv, weights, rope, cache: { k, v, slots } })
+        return ops.concat(
+          [qkv, k, v].map((a) => ops.reshape(a, [size([...a.shape])])),
+          0,
+        )
+      }),
+    ref: (x, shapes, o) => {
+      const qkv = splitQkv(x, shapes, o)
+      const [[t]] = shapes
+      const width = o.kv * o.d
+      const total = (o.h + 2 * o.kv) * o.d
+      const caches = [o.h * o.d, o.h * o.d + width].map((first) => {
+        const rowsOf = columns(qkv, total, first, first + width)
+        const cache = new Float64Array((t + 1) * 2 * width)
+        for (let i = 0; i < t; i++) cache.set(rowsOf.subarray(i * width, (i + 1) * width), (2 * i + (i % 2)) * width)
+        return cache
+      })
+      return Float64Array.from([qkv, ...caches].flatMap((a) => Array.from(a)))
     },
-    ref: ([x], [[t]], o) => {
-      const half = o.d / 2
-      const p = positions(t)
-      const y = new Float64Array(x.length)
-      for (let i = 0; i < t; i++)
-        for (let h = 0; h < o.h; h++)
-          for (let c = 0; c < half; c++) {
-            const angle = p[i] * 10000 ** (-c / half)
-            const at = (i * o.h + h) * o.d + c
-            y[at] = x[at] * Math.cos(angle) - x[at + half] * Math.sin(angle)
-            y[at + half] = x[at + half] * Math.cos(angle) + x[at] * Math.sin(angle)
-          }
-      return y
+  },
+  {
+    name: 'attention of rows with queries, keys and values',
+    covers: ['attention'],
+    cases: selfCases,
+    range: 2,
+    depth: (c) => c.inputs[0][0] + 16,
+    run: ([qkv], o) => ops.selfAttention(qkv, i32(o.qo), o),
+    ref: ([qkv], [[, total]], o) => {
+      const [q, kv] = [o.heads * o.dim, o.kvHeads * o.dim]
+      const part = (first: number, width: number): A => columns(qkv, total, first, first + width)
+      return attentionRef(part(0, q), part(q, kv), part(q + kv, kv), o)
     },
   },
   {
@@ -542,7 +650,7 @@ const attentions: Spec[] = [
   },
   {
     name: 'attentionCached',
-    covers: ['attentionCached', 'cacheWrite'],
+    covers: ['attentionCached'],
     cases: attentionCases.filter((c) => (c.o as { causal: boolean }).causal),
     range: 2,
     depth: (c) => c.inputs[1][0] + 16,
@@ -558,18 +666,17 @@ const attentions: Spec[] = [
         Array.from({ length: n }, (_, j) => tableOf[s * most + (j >> 2)] * 4 + (j & 3)),
       )
       const width = k.shape[1]
-      const cache = [k, v].map((x) => {
-        const c = native.zeros([blocks, 4, width], x.dtype, x.device)
-        native.cacheWrite(c, x.h, i32(slots).h)
-        return c
-      })
+      const source = Array<number>(blocks * 4).fill(0)
+      for (const [i, slot] of slots.entries()) source[slot] = i
+      const cache = [k, v].map((x) => ops.reshape(ops.gather(x, i32(source)), [blocks, 4, width]))
       const blockTable = tensor(tableOf, [batch, most])
       const dim = q.shape[1] / o.heads
+      const qkv = ops.concat([q, new Tensor(native.zeros([q.shape[0], 2 * width], q.dtype, q.device))], 1)
       return new Tensor(
         native.attentionCached(
-          q.h,
-          cache[0],
-          cache[1],
+          qkv.h,
+          cache[0].h,
+          cache[1].h,
           i32(o.qo).h,
           blockTable.h,
           i32(lens).h,
