@@ -5,6 +5,7 @@
 import { checkLevels, type Mix, pixelShape } from './align.js'
 import type { AlignGPT, LossOptions } from './aligngpt.js'
 import { BATCH_TENSORS, type BatchTensor, type PackedBatch, padBatch } from './batch.js'
+import { mismatch } from './errors.js'
 import { native } from './native.js'
 import type { Parameter } from './optim.js'
 import { Graph, scope, type Tensor, tensor, wantsGraphs, zeros } from './tensor.js'
@@ -115,10 +116,20 @@ class Graphs {
   /** Puts the batch where the recorded work finds it. What ops check when they are recorded, and a batch may have otherwise, is checked here. */
   #write(b: PackedBatch, denominator: number): Inputs {
     if (this.mix.mode === 'level') checkLevels(b, this.model.levels)
+    this.#checkIds(b)
     const at = new Map(BATCH_TENSORS.map((key) => [key, this.#input(key, b)]))
     const scale = this.#kept('scale', () => zeros([1], 'f32', this.model.device))
     scale.write(Float32Array.of(1 / denominator))
     return { tensors: (key) => at.get(key) as Tensor, scale }
+  }
+
+  /** A tokenizer may know more than the embedding table has. */
+  #checkIds(b: PackedBatch): void {
+    const [vocabulary] = this.model.model.embed_tokens.weight.shape
+    for (const key of ['tokens', 'lossTargets', 'gateIds'] as const) {
+      const highest = b[key].reduce((a, id) => Math.max(a, id), 0)
+      if (highest >= vocabulary) throw mismatch('ERR_RANGE', 'AlignGPT', key, `ids below ${vocabulary}`, `${highest}`)
+    }
   }
 
   #input(key: BatchTensor, b: PackedBatch): Tensor {

@@ -4,13 +4,15 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
+import { makeBatch } from '../../scripts/bench/model.js'
 import { AlignGPT } from '../src/aligngpt.js'
 import { loadDataset } from '../src/data.js'
 import { generateBatch } from '../src/generate.js'
+import { MicroSteps } from '../src/microsteps.js'
 import { type Device, native, resolveDevice } from '../src/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
 import { AdamW } from '../src/optim.js'
-import { backward, Graph, memory, scope, tensor, zeros } from '../src/tensor.js'
+import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../src/tensor.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train.js'
 
 const found = native.probeCuda()
@@ -244,8 +246,11 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
       vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', '1')
       const model = await load()
       const weight = model.model.norm.weight
+      const learns = model.mm_projector?.namedParameters().next().value?.[1] as Tensor
+      let before: unknown
       const broken = () => {
         weight.write(new Float32Array(weight.numel).fill(Number.NaN))
+        before = learns.toArray()
         return 0
       }
       const onStep = ({ step }: StepInfo): number => (step === 2 ? broken() : 0)
@@ -253,6 +258,19 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
       await expect(pretrain(model, records, { ...options, onStep })).rejects.toThrow(
         /\[train\] loss: expected a finite/,
       )
+      expect(learns.toArray()).toEqual(before)
+      model.dispose()
+    })
+    test('an id that the embedding table has not is named', async () => {
+      vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', '1')
+      const model = await load()
+      const batch = makeBatch(model, [7, 9])
+      const parameters = [{ name: 'lm_head', tensor: model.headWeight.requiresGrad() }]
+      const steps = new MicroSteps(model, { mode: 'gate' }, parameters)
+      for (const _ of [1, 2]) steps.run(batch, 1)
+      const lossTargets = batch.lossTargets.with(0, 1e6)
+      expect(() => steps.run({ ...batch, lossTargets }, 1)).toThrow(/lossTargets, expected ids below \d+, got 1000000/)
+      steps.dispose()
       model.dispose()
     })
     test('a level that the model has not is named', async () => {
