@@ -95,7 +95,8 @@ describe('where settings come from', () => {
     ['saveevery: 8', 'the nearest: saveEvery'],
     ['llm: x', 'a key of finetune (the nearest: lr), got "llm"'],
     ['lora: { ranc: 8 }', 'the nearest: lora.rank'],
-    ['lora: 8', 'got "lora"'],
+    ['lora: 8', 'values for lora.rank, lora.alpha, lora.targets, got "lora"'],
+    ['prest: 7b', 'the nearest: preset'],
     ['batch: 0', 'batch, expected an integer > 0, got 0'],
     ['batch: "8"', 'batch, expected an integer > 0, got "8"'],
     ['dtype: f16', 'dtype, expected f32 or bf16, got "f16"'],
@@ -116,6 +117,8 @@ describe('where settings come from', () => {
     await expect(given({ set: ['bach=3'] })).rejects.toThrow(
       '[config] --set, expected a known key (the nearest: batch)',
     )
+    await expect(given({ set: ['lora.rank.x=3'] })).rejects.toThrow('(the nearest: lora.rank), got "lora.rank.x"')
+    expect(await given({ set: ['preset=tiny'] })).toMatchObject({ augment: true })
     await expect(given({ set: ['batch'] })).rejects.toThrow('--set, expected key=value, got "batch"')
     await expect(given({ config: path.join(dir, 'none.yaml') })).rejects.toThrow('ENOENT')
   })
@@ -162,10 +165,11 @@ describe('from the command line', () => {
   )
 
   test('a run, and once more from what it wrote down', () => {
-    const first = aligngpt('finetune', '--config', config, '--set', 'lr=1e-3', '--steps', '3', '--seed', '7')
+    const more = ['--set', 'lr=1e-3', '--steps', '3', '--seed', '7', '--set', 'recompute=true', '--no-recompute']
+    const first = aligngpt('finetune', '--config', config, ...more)
     expect(first.status, first.stderr).toBe(0)
     const written = JSON.parse(fs.readFileSync(path.join(out, 'run.json'), 'utf8'))
-    expect(written).toMatchObject({ phase: 'finetune', batch: 2, lr: 1e-3, steps: 3, seed: 7, out })
+    expect(written).toMatchObject({ phase: 'finetune', batch: 2, lr: 1e-3, steps: 3, seed: 7, recompute: false, out })
     const again = path.join(dir, 'again')
     const second = aligngpt('finetune', '--config', path.join(out, 'run.json'), '--out', again)
     expect(second.status, second.stderr).toBe(0)
@@ -191,6 +195,9 @@ describe('from the command line', () => {
     const preset = aligngpt('plan', '--config', write('seven.yaml', 'preset: 7b\nphase: pretrain'), '--memory', '80G')
     expect(preset.status, preset.stderr).toBe(0)
     expect(preset.stdout).toMatch(/^pretrain, bf16, 16 x \d+ text tokens and a picture, recompute\n/)
+    const both = aligngpt('plan', '--config', write('empty.yaml', 'phase: finetune'), '--preset', '7b')
+    expect(both.stdout).toMatch(/^finetune, bf16, 4 x .* recompute\n[\s\S]*\nsteps and time: with a --config/)
+    expect(aligngpt('plan', '--preset', '7b', '--set', 'batch=3').stderr).toContain('--set goes with --config')
     expect(aligngpt('plan', '--preset', '7b', '--measure').stderr).toContain(
       'a --config that names the model and the data',
     )

@@ -87,11 +87,12 @@ function complaint(o: Options): string | undefined {
 
 /** Takes from the config what no flag says. @returns the settings of the run */
 async function configured(command: Command, o: Options): Promise<Values | null> {
-  if (o.config === undefined) return null
+  if (o.config === undefined) return o.set ? command.error('error: --set goes with --config') : null
   const flagged = (name: string): boolean => command.getOptionValueSource(name) === 'cli'
   const { phase, preset } = await readConfig(o.config)
   if (phase && !flagged('phase')) o.phase = phase
-  const settings = await resolveSettings(o.phase, { config: o.config, set: o.set })
+  const chosen = flagged('preset') ? o.preset : undefined
+  const settings = await resolveSettings(o.phase, { config: o.config, preset: chosen, set: o.set })
   const lora = (settings.lora ?? {}) as { rank?: number; targets?: string[] }
   const found: Values = { ...settings, loraRank: lora.rank, loraTargets: lora.targets }
   if (found.model === undefined && found.llm === undefined && preset && preset in VICUNA) found.preset = preset
@@ -185,6 +186,7 @@ async function run(this: Command, o: Options): Promise<void> {
       JSON.stringify({ options, plan: planned, memory: memory ?? null, largestMicroBatch: largest, run: length }),
     )
   else console.log(lines(planned, options).join('\n'))
+  if (!length && !o.json) console.log('steps and time: with a --config that names the model and the data')
   if (length && !o.json) console.log((await lengthLines(length, (settings?.saveEvery ?? '30m') as string)).join('\n'))
   if (memory === undefined) return
   if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)

@@ -204,7 +204,10 @@ function optionOf(s: Setting): Option {
 
 /** Flags of a training command. */
 export function settingsOptions(command: Command, phase: PhaseName): Command {
-  for (const s of settingsOf(phase)) command.addOption(optionOf(s))
+  for (const s of settingsOf(phase)) {
+    command.addOption(optionOf(s))
+    if (s.kind === 'switch') command.addOption(new Option(flagOf(s).replace('--', '--no-')).hideHelp())
+  }
   return configOptions(command)
 }
 
@@ -238,9 +241,9 @@ function* flat(values: Values): Generator<[string, unknown]> {
 }
 
 function put(values: Values, key: string, v: unknown): void {
-  const [section, name] = key.split('.')
-  if (name === undefined) values[key] = v
-  else values[section] = { ...(values[section] as Values), [name]: v }
+  const [section, ...names] = key.split('.')
+  if (names.length) values[section] = { ...(values[section] as Values), [names.join('.')]: v }
+  else values[key] = v
 }
 
 /** @throws ERR_CONFIG naming the place, the key, and the nearest one there is, or what its value should be */
@@ -257,19 +260,34 @@ async function checked(where: string, values: Values, phase: PhaseName): Promise
 }
 
 async function unknownKey(where: string, key: string, phase: PhaseName, known: string[]): Promise<Error> {
+  const fail = (expected: string): Error => mismatch('ERR_CONFIG', 'config', where, expected, show(key))
+  const inside = known.filter((k) => k.startsWith(`${key}.`))
+  if (inside.length) return fail(`values for ${inside.join(', ')}`)
   const { default: distance } = await import('leven')
   const other = SETTINGS.some((s) => s.key === key) ? `a key of ${phase}` : 'a known key'
-  const near = known
-    .map((k) => [distance(key.toLowerCase(), k.toLowerCase()), k] as const)
-    .sort(([a], [b]) => a - b)[0][1]
-  return mismatch('ERR_CONFIG', 'config', where, `${other} (the nearest: ${near})`, show(key))
+  const far = (k: string): number => distance(key.toLowerCase(), k.toLowerCase())
+  const near = [...known, 'preset', 'phase'].reduce((a, b) => (far(b) < far(a) ? b : a))
+  return fail(`${other} (the nearest: ${near})`)
+}
+
+/** What a file or --set says: settings, a preset, the phase it is for. */
+interface Said {
+  phase?: PhaseName
+  preset?: Preset
+  values: Values
+}
+
+function said(where: string, content: Values, phase?: PhaseName): Said {
+  const { preset, phase: own, ...values } = content
+  if (own !== undefined && !(phase ? own === phase : own === 'pretrain' || own === 'finetune'))
+    throw mismatch('ERR_CONFIG', 'config', `${where}: phase`, phase ?? 'pretrain or finetune', show(own))
+  if (preset !== undefined && !Object.hasOwn(PRESETS, preset as string))
+    throw mismatch('ERR_CONFIG', 'config', `${where}: preset`, Object.keys(PRESETS).join(', '), show(preset))
+  return { phase: own as PhaseName | undefined, preset: preset as Preset | undefined, values }
 }
 
 /** What a file says; of this phase, if it names one. */
-export async function readConfig(
-  file: string,
-  phase?: PhaseName,
-): Promise<{ phase?: PhaseName; preset?: Preset; values: Values }> {
+export async function readConfig(file: string, phase?: PhaseName): Promise<Said> {
   const { parse } = await import('yaml')
   let content: unknown
   try {
@@ -278,23 +296,18 @@ export async function readConfig(
     throw mismatch('ERR_CONFIG', 'config', file, 'readable YAML or JSON', (e as Error).message.split('\n')[0])
   }
   if (!isSection(content)) throw mismatch('ERR_CONFIG', 'config', file, 'keys and values', show(content))
-  const { preset, phase: own, ...values } = content
-  if (own !== undefined && !(phase ? own === phase : own === 'pretrain' || own === 'finetune'))
-    throw mismatch('ERR_CONFIG', 'config', `${file}: phase`, phase ?? 'pretrain or finetune', show(own))
-  if (preset !== undefined && !Object.hasOwn(PRESETS, preset as string))
-    throw mismatch('ERR_CONFIG', 'config', `${file}: preset`, Object.keys(PRESETS).join(', '), show(preset))
-  return { phase: own as PhaseName | undefined, preset: preset as Preset | undefined, values }
+  return said(file, content, phase)
 }
 
-async function readSet(list: readonly string[]): Promise<Values> {
+async function readSet(list: readonly string[], phase: PhaseName): Promise<Said> {
   const { parse } = await import('yaml')
-  const values: Values = {}
+  const content: Values = {}
   for (const text of list) {
     const at = text.indexOf('=')
     if (at <= 0) throw mismatch('ERR_CONFIG', 'config', '--set', 'key=value', show(text))
-    put(values, text.slice(0, at).trim(), parse(text.slice(at + 1)))
+    put(content, text.slice(0, at).trim(), parse(text.slice(at + 1)))
   }
-  return values
+  return said('--set', content, phase)
 }
 
 /**
@@ -302,8 +315,9 @@ async function readSet(list: readonly string[]): Promise<Values> {
  * @throws AlignGPTError ERR_CONFIG
  */
 export async function resolveSettings(phase: PhaseName, g: Given): Promise<Values> {
-  const file = g.config === undefined ? { values: {}, preset: undefined } : await readConfig(g.config, phase)
-  const preset = g.preset ?? file.preset
+  const file: Said = g.config === undefined ? { values: {} } : await readConfig(g.config, phase)
+  const set = await readSet(g.set ?? [], phase)
+  const preset = g.preset ?? set.preset ?? file.preset
   const flags: Values = {}
   for (const s of settingsOf(phase)) {
     const v = g.flags?.[attributeOf(s)]
@@ -312,7 +326,7 @@ export async function resolveSettings(phase: PhaseName, g: Given): Promise<Value
   const layers: [string, Values][] = [
     [`preset ${preset}`, preset === undefined ? {} : PRESETS[preset as Preset][phase]],
     [g.config ?? '', file.values],
-    ['--set', await readSet(g.set ?? [])],
+    ['--set', set.values],
     ['flags', flags],
   ]
   const values: Values = {}
