@@ -202,14 +202,12 @@ export class AlignGPT extends Module {
     holds: (name: string) => boolean,
   ): Map<string, { shape: number[]; init: Init }> {
     const found = new Map<string, { shape: number[]; init: Init }>()
-    const nothing = zeros([0]).persist()
     const s = new Source((name, shape, init) => {
       found.set(name, { shape, init })
-      return nothing
+      return zeros([0]).persist()
     }, holds)
     const from = { llm: s, vision: s, projector: s, table: s, gate: s }
-    new AlignGPT(from, settings as Parts, { dtype: 'f32', device: 'cpu' })
-    nothing.dispose()
+    new AlignGPT(from, settings as Parts, { dtype: 'f32', device: 'cpu' }).dispose()
     return found
   }
 
