@@ -1,4 +1,4 @@
-// Rows in the order of their indices, for sums that have one order (reduce.cu, align.cu).
+// Rows in the order of their indices, for sums that have one order (reduce.cu, align_grad.cu).
 #pragma once
 #include "gpu.h"
 
