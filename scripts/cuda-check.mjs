@@ -1,6 +1,7 @@
 // What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon (npm ci); rung 6 needs
 // nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes down what it measured.
 // The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a planted bug is not found.
+import { AsyncLocalStorage } from 'node:async_hooks'
 import { spawn } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -22,8 +23,25 @@ const quiet = {
   ALIGNGPT_THREADS: '1', // the CPU backend it compares with is not instrumented: ThreadSanitizer would not see its pool's order
 }
 
-/** Runs a program; resolves with its status and everything it printed. */
-function run(command, args, { limit = 420, cwd = root, env = {} } = {}) {
+// All rungs climb at once, and as many programs run as there are cores; who asks first goes first.
+let free = jobs
+const waiting = []
+const current = new AsyncLocalStorage() // the rung a program runs for: { seconds } that its programs took
+
+/** Runs a program when its turn has come; resolves with its status and everything it printed. */
+async function run(command, args, options) {
+  if (free > 0) free--
+  else await new Promise((go) => waiting.push(go))
+  const start = Date.now()
+  const result = await runNow(command, args, options)
+  const next = waiting.shift()
+  if (next) next()
+  else free++
+  current.getStore().seconds += (Date.now() - start) / 1000
+  return result
+}
+
+function runNow(command, args, { limit = 420, cwd = root, env = {} } = {}) {
   return new Promise((resolve) => {
     const child = spawn(command, args, {
       cwd,
@@ -46,26 +64,12 @@ function run(command, args, { limit = 420, cwd = root, env = {} } = {}) {
   })
 }
 
-/** As many at a time as there are cores; results in the order of the list. */
-async function parallel(list, work) {
-  const results = []
-  let next = 0
-  const worker = async () => {
-    while (next < list.length) {
-      const at = next++
-      results[at] = await work(list[at])
-    }
-  }
-  await Promise.all(Array.from({ length: jobs }, worker))
-  return results
-}
-
 const tail = (text, lines) => text.trimEnd().split('\n').slice(-lines).join('\n')
 const program = (name) => path.join(build, name)
 
 /** Runs all; the first failure's output is the rung's. */
 async function all(commands) {
-  const results = await parallel(commands, ([command, ...args]) => run(command, args))
+  const results = await Promise.all(commands.map(([command, ...args]) => run(command, args)))
   const bad = results.find((result) => result.status !== 0)
   return bad
     ? { ok: false, detail: tail(bad.output, 25) }
@@ -191,13 +195,14 @@ async function resources(sources, folder, archs) {
   const kernels = {}
   const objects = path.join(build, 'nvcc')
   fs.mkdirSync(objects, { recursive: true })
-  const results = await parallel(sources, (source) => {
+  const compile = (source) => {
     const out = path.join(objects, `${source}.${archs.length}.o`)
     const targets = onlySm90(source) ? ['90a'] : archs
     const gencode = targets.map((arch) => `-gencode=arch=compute_${arch},code=sm_${arch}`)
     const flags = ['-std=c++17', '-O3', '-Xptxas', '-v', ...gencode, '-I', path.join(root, 'native')]
     return run('nvcc', [...flags, '-c', path.join(folder, source), '-o', out])
-  })
+  }
+  const results = await Promise.all(sources.map(compile))
   for (const { status, output } of results) {
     if (status !== 0) return { error: tail(output, 20), kernels }
     await collect(output, kernels)
@@ -327,7 +332,7 @@ async function checkCublasLt() {
 const planted = { found: [], missed: [], notRun: [] }
 async function checkPlants() {
   const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda-plants.json'), 'utf8'))
-  const where = await parallel(plants, (plant) => hunt(plant, plants.indexOf(plant)))
+  const where = await Promise.all(plants.map(hunt))
   const lines = plants.map((plant, i) => {
     const list = where[i] === 'not run' ? planted.notRun : where[i] ? planted.found : planted.missed
     list.push(plant.name)
@@ -354,7 +359,6 @@ const everything = (name, seeds, ...more) => [
   ),
 ]
 const rungs = [
-  ['build', configure],
   [
     '1 CPU backend against the goldens',
     () =>
@@ -365,7 +369,7 @@ const rungs = [
   ],
   [
     '2 emulation against the CPU, bytes moved',
-    () => all([...everything('test_cuda', schedules), [program('test_traffic')], ...throughNode()]),
+    () => all([...throughNode(), ...everything('test_cuda', schedules), [program('test_traffic')]]),
   ],
   ['3 AddressSanitizer, UndefinedBehaviorSanitizer', () => all(everything('test_cuda_asan', [0, 1000], '--small'))],
   ['4 ThreadSanitizer', () => all(everything('test_cuda_tsan', [0], '--small'))],
@@ -374,17 +378,32 @@ const rungs = [
   ['7 cublasLt constants', checkCublasLt],
 ]
 
-const results = {}
-for (const [name, work] of rungs) {
-  if (options.only && name !== 'build' && !options.only.includes(name[0])) continue
-  const start = Date.now()
-  const { ok, ran = true, detail } = await work().catch((error) => ({ ok: false, detail: error.message }))
+/** Climbs one rung; resolves with whether it passed. */
+async function climb(name, work) {
+  const spent = { seconds: 0 }
+  const failed = (error) => ({ ok: false, detail: error.message })
+  const { ok, ran = true, detail } = await current.run(spent, () => work().catch(failed))
   const state = !ok ? 'failed' : ran ? 'passed' : 'not run'
-  if (name !== 'build') results[name] = state
-  console.log(`=== ${name}: ${state}, ${((Date.now() - start) / 1000).toFixed(0)} s\n${detail}`)
   if (!ok) process.exitCode = 1
-  if (!ok && name === 'build') break
+  return { name, ok, state, text: `=== ${name}: ${state}, ${spent.seconds.toFixed(0)} s of programs\n${detail}` }
 }
+
+const start = Date.now()
+const results = {}
+const built = await climb('build', configure)
+console.log(built.text)
+if (built.ok) {
+  const wanted = rungs.filter(([name]) => !options.only || options.only.includes(name[0]))
+  // long programs first, the many short ones of the planted bugs last: no core waits at the end
+  const climbing = [...wanted].sort(([a], [b]) => '6421375'.indexOf(a[0]) - '6421375'.indexOf(b[0]))
+  const ends = new Map(climbing.map(([name, work]) => [name, climb(name, work)]))
+  for (const [name] of wanted) {
+    const { state, text } = await ends.get(name)
+    results[name] = state
+    console.log(text)
+  }
+}
+console.log(`${((Date.now() - start) / 1000).toFixed(0)} s`)
 const total = planted.found.length + planted.missed.length + planted.notRun.length
 console.log(
   JSON.stringify({

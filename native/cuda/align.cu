@@ -71,9 +71,9 @@ struct Gate {
   int64_t hidden, patches, locals;  // gate_hidden, patches, levels - 1
   float global;
 };
-// One block for each picture.
+// One block for each picture: they are few, so registers are not what limits them.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gate_kernel(Gate g) {
+__global__ void __launch_bounds__(kThreads, 2) gate_kernel(Gate g) {
   SMEM(raw);
   float *dots = reinterpret_cast<float*>(raw), *activated = dots + g.patches, *logits = activated + g.hidden;
   const int64_t m = blockIdx.x, warp = threadIdx.x / 32, levels = g.locals + 1;

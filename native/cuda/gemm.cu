@@ -16,39 +16,63 @@ struct Product {
   void* pre;
   const int32_t* c_rows;
   AgUnaryOp act;
-  int32_t bf16_in, bf16_out, vector;  // vector: rows begin at multiples of 16 bytes, and are whole packs
+  int32_t bf16_in, bf16_out, vector;  // vector: rows of a and b begin at multiples of 16 bytes, and are whole packs
+  int32_t pairs;                      // two numbers of a result's row from an even column on are one access
   float* parts;                       // [gridDim.z, m, n] when the sum is cut
   int64_t part;                       // of k
   RowDots dots;                       // of the tiles with kDots
 };
 
-// One number of the result, once its sum is complete. Returns it before it is rounded.
-__device__ __forceinline__ float finish(const Product& p, int64_t row, int64_t col, float x) {
-  if (p.bias) x += p.bf16_in ? to_float(static_cast<const bf16*>(p.bias)[col]) : static_cast<const float*>(p.bias)[col];
-  if (p.pre && p.bf16_out) {
-    const bf16 rounded = from_float<bf16>(x);
-    static_cast<bf16*>(p.pre)[row * p.n + col] = rounded;
-    x = to_float(rounded);  // what backward will see
-  } else if (p.pre) {
-    static_cast<float*>(p.pre)[row * p.n + col] = x;
+// The first `left` of W neighbours in a row; with whole pairs in one access.
+template <int W, class T>
+__device__ __forceinline__ void store(T* to, const float (&x)[W], int64_t left, bool pairs, bool accumulate = false) {
+  if (W > 1 && pairs) {
+    float y[W] = {};
+    if (accumulate) load_lanes<W>(y, to);
+#pragma unroll
+    for (int j = 0; j < W; j++) y[j] += x[j];
+    return store_lanes<W>(to, y);
   }
-  x = activate(p.act, x);
-  grad_put(p.c, (p.c_rows ? p.c_rows[row] : row) * p.ldc + col, x);
-  return x;
+#pragma unroll
+  for (int j = 0; j < W; j++)
+    if (j < left) grad_put(to + j, accumulate, x[j]);
 }
-__device__ __forceinline__ void put(const Product& p, int64_t row, int64_t col, float x) {
+// W neighbours of the result, once their sums are complete. Leaves in x what they are before they are rounded.
+template <int W>
+__device__ __forceinline__ void finish(const Product& p, int64_t row, int64_t col, float (&x)[W]) {
+  const int64_t left = p.n - col, at = row * p.n + col;
+#pragma unroll
+  for (int j = 0; j < W; j++)
+    if (p.bias && j < left) x[j] += p.bf16_in ? to_float(static_cast<const bf16*>(p.bias)[col + j]) : static_cast<const float*>(p.bias)[col + j];
+  if (p.pre && p.bf16_out) {
+    store<W>(static_cast<bf16*>(p.pre) + at, x, left, p.pairs);
+#pragma unroll
+    for (int j = 0; j < W; j++) x[j] = to_float(from_float<bf16>(x[j]));  // what backward will see
+  } else if (p.pre) {
+    store<W>(static_cast<float*>(p.pre) + at, x, left, p.pairs);
+  }
+#pragma unroll
+  for (int j = 0; j < W; j++) x[j] = activate(p.act, x[j]);
+  const int64_t to = (p.c_rows ? p.c_rows[row] : row) * p.ldc + col;
+  if (p.c.bf16)
+    store<W>(static_cast<bf16*>(p.c.p) + to, x, left, p.pairs, p.c.accumulate);
+  else
+    store<W>(static_cast<float*>(p.c.p) + to, x, left, p.pairs, p.c.accumulate);
+}
+template <int W>
+__device__ __forceinline__ void put(const Product& p, int64_t row, int64_t col, float (&x)[W]) {
   if (row >= p.m || col >= p.n) return;
   if (p.parts)
-    p.parts[(int64_t(blockIdx.z) * p.m + row) * p.n + col] = x;
+    store<W>(p.parts + (int64_t(blockIdx.z) * p.m + row) * p.n + col, x, p.n - col, p.pairs);
   else
-    finish(p, row, col, x);
+    finish<W>(p, row, col, x);
 }
 __global__ void __launch_bounds__(256) finish_parts(Product p, int64_t parts) {
   for (int64_t i = grid_thread(); i < p.m * p.n; i += grid_threads()) {
-    float x = p.parts[i];
-    for (int64_t z = 1; z < parts; z++) x += p.parts[z * p.m * p.n + i];
+    float x[1] = {p.parts[i]};
+    for (int64_t z = 1; z < parts; z++) x[0] += p.parts[z * p.m * p.n + i];
     const Split at = split(i, p.n);
-    finish(p, at.quotient, at.rest, x);
+    finish<1>(p, at.quotient, at.rest, x);
   }
 }
 
@@ -139,10 +163,13 @@ __device__ __forceinline__ void finish_with_dots(const Product& p, const float (
     const float* with = p.dots.with + split(known, p.dots.group).quotient * p.n;
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {  // its columns
-      const int64_t col = col0 + warp_col + j / 2 * 8 + lane % 4 * 2 + j % 2;
+    for (int j = 0; j < 4; j++) {  // its columns
+      const int64_t col = col0 + warp_col + j * 8 + lane % 4 * 2;
       if (row >= p.m || col >= p.n) continue;
-      sum += to_float(from_float<bf16>(finish(p, row, col, c[i / 2][j / 2][i % 2 * 2 + j % 2]))) * with[col];
+      float x[2] = {c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]};
+      finish<2>(p, row, col, x);
+      sum += to_float(from_float<bf16>(x[0])) * with[col];
+      if (col + 1 < p.n) sum += to_float(from_float<bf16>(x[1])) * with[col + 1];
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
@@ -188,8 +215,10 @@ __global__ void __launch_bounds__(kThreads) tensor_product(Product p) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        put(p, tiles.row + warp_row + i * 16 + lane / 4 + e / 2 * 8, tiles.col + warp_col + j * 8 + lane % 4 * 2 + e % 2, c[i][j][e]);
+      for (int half = 0; half < 2; half++) {
+        float x[2] = {c[i][j][half * 2], c[i][j][half * 2 + 1]};
+        put<2>(p, tiles.row + warp_row + i * 16 + lane / 4 + half * 8, tiles.col + warp_col + j * 8 + lane % 4 * 2, x);
+      }
 }
 
 // ---- f32: 64 x 64 of the result for each block, 4 x 4 for each thread ----------------------------------
@@ -226,7 +255,10 @@ __global__ void __launch_bounds__(kThreads, 2) f32_product(Product p, int32_t tr
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) put(p, row + r + i, col + q + j, c[i][j]);
+    for (int j = 0; j < 4; j += 2) {
+      float x[2] = {c[i][j], c[i][j + 1]};
+      put<2>(p, row + r + i, col + q + j, x);
+    }
 }
 
 // ---- up to 8 rows x W^T: one column of the result for each warp ----------------------------------------
@@ -251,8 +283,8 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(Product p) {
   }
 #pragma unroll
   for (int i = 0; i < kFew; i++) {
-    const float x = warp_reduce<Add>(sum[i]);
-    if (lane == 0 && mine < p.n && i < p.m) finish(p, i, mine, x);
+    float x[1] = {warp_reduce<Add>(sum[i])};
+    if (lane == 0 && mine < p.n && i < p.m) finish<1>(p, i, mine, x);
   }
 }
 
@@ -272,6 +304,11 @@ bool vectors(const AgGemm* g) {
   const int64_t pack = 16 / (g->dt == AG_BF16 ? 2 : 4);
   const int64_t a_cols = g->trans_a ? g->m : g->k, b_cols = g->trans_b ? g->k : g->n;
   return aligned16(g->a) && aligned16(g->b) && g->lda % pack == 0 && g->ldb % pack == 0 && a_cols % pack == 0 && b_cols % pack == 0;
+}
+
+bool pairs(const AgGemm* g) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(g->c) | reinterpret_cast<uintptr_t>(g->pre);
+  return g->n % 2 == 0 && g->ldc % 2 == 0 && all % (g->dt_c == AG_BF16 ? 4 : 8) == 0;
 }
 
 AgStatus tensor(AgCtx* ctx, const AgGemm* g, const Product& p, dim3 grid) {
@@ -317,7 +354,7 @@ AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
   const int64_t parts = parts_of(g);
   const int32_t in = g->dt == AG_BF16, out = g->dt_c == AG_BF16;
   Product p{g->a, g->b, g->bias, g->lda, g->ldb, g->ldc, g->m, g->n, g->k, {g->c, out, g->accumulate}, g->pre, g->c_rows, g->act, in, out,
-            vectors(g), nullptr, g->k, dots};
+            vectors(g), pairs(g), nullptr, g->k, dots};
   if (is_few(g)) return few(ctx, g, p);
   if (parts > 1) {
     p.parts = static_cast<float*>(ctx->workspace);

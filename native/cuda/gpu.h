@@ -147,14 +147,15 @@ struct GradTarget {
   void* p;
   int32_t bf16, accumulate;
 };
+template <class T>
+__device__ __forceinline__ void grad_put(T* p, bool accumulate, float x) {
+  *p = from_float<T>(accumulate ? to_float(*p) + x : x);
+}
 __device__ __forceinline__ void grad_put(const GradTarget& g, int64_t i, float x) {
-  if (g.bf16) {
-    ::bf16* p = static_cast<::bf16*>(g.p) + i;
-    *p = from_float<::bf16>(g.accumulate ? to_float(*p) + x : x);
-  } else {
-    float* p = static_cast<float*>(g.p) + i;
-    *p = g.accumulate ? *p + x : x;
-  }
+  if (g.bf16)
+    grad_put(static_cast<::bf16*>(g.p) + i, g.accumulate, x);
+  else
+    grad_put(static_cast<float*>(g.p) + i, g.accumulate, x);
 }
 inline GradTarget grad_target(const AgGrad& g) { return {g.p, g.dt == AG_BF16, g.accumulate}; }
 

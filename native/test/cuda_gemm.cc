@@ -51,7 +51,7 @@ void product(Test& t, const Shape& s, bool trans_a, bool trans_b, const End& end
 }  // namespace
 
 void every_product(Test& t) {
-  const Shape every[] = {{1, 1, 1, 0, 0}, {3, 9, 70, 0, 0}, {8, 24, 520, 0, 0}, {9, 17, 5, 3, 1}, {40, 24, 96, 8, 0}, {130, 72, 40, 0, 0}};
+  const Shape every[] = {{1, 1, 1, 0, 0}, {3, 9, 70, 0, 0}, {7, 6, 24, 3, 0}, {8, 24, 520, 0, 0}, {9, 17, 5, 3, 1}, {40, 24, 96, 8, 0}, {130, 72, 40, 0, 0}};
   const Shape wide[] = {{72, 136, 64, 0, 0}, {24, 40, 1040, 0, 0}, {17, 3, 600, 0, 0}};  // the last two: parts of k
   for (int way = 0; way < 4; way++) {
     for (const Shape& s : every) {
