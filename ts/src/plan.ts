@@ -58,6 +58,8 @@ export interface MemoryPlan {
   snapshot: number
   /** main memory of pictures that are decoded ahead of their step */
   pictures: number
+  /** page-locked main memory that copies from and to a GPU go through; none of it for a model on the CPU */
+  pinned: number
 }
 
 /** As the native allocator rounds (native/tensor.cc). */
@@ -146,7 +148,7 @@ function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table
 function stateBytes(
   m: PlanModel,
   o: PlanOptions,
-): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host' | 'pictures'> {
+): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host' | 'pictures' | 'pinned'> {
   const { rank, layers } = adapted(m.llm, o)
   const lora = layers.flat().flatMap(([, inputs, outputs]) => [rank * inputs, outputs * rank])
   const shapes = { ...parameterShapes(m), lora }
@@ -171,6 +173,10 @@ function stateBytes(
     snapshot: tensors(size, ...saved) + 2 * tensors(kept, ...trained) + masters,
   }
 }
+
+// Two pieces for all copies (native/cuda/device.cc); three places for a parameter and its gradient (native/ops/optim.cc).
+const STAGING = 2 * 2 ** 23
+const OFFLOAD_PLACES = 3 * 2 * 2 ** 22
 
 /** What one layer keeps for backward besides its input (docs: ARCHITECTURE.md, Memory). */
 function layerKeeps(c: LlamaConfig, rows: number, size: number): number {
@@ -253,7 +259,8 @@ export function plan(m: PlanModel, o: PlanOptions): MemoryPlan {
   const peak = state.weights + state.gradients + (kept - host) + activations + transient
   const ahead = microBatchesAhead(o.batch ?? o.microBatch, o.microBatch)
   const pictures = (ahead + 1) * o.microBatch * v.num_channels * v.image_size ** 2 // and those in use
-  return { ...state, activations, transient, peak, host, pictures }
+  const pinned = STAGING + (o.offloadOptimizer ? OFFLOAD_PLACES : 0)
+  return { ...state, activations, transient, peak, host, pictures, pinned }
 }
 
 /** The most samples at once whose step stays below `bytes`; 0 when not even one does. */

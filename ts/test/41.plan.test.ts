@@ -168,7 +168,9 @@ test('the largest micro-batch fits and the next one does not', () => {
   expect(largestMicroBatch(SEVEN, { ...full, offloadOptimizer: true }, 80e9)).toBeGreaterThan(0)
   const away = plan(SEVEN, { ...full, microBatch: 1, offloadOptimizer: true })
   expect(away.host / away.trainable).toBeCloseTo(12, 3) // two moments and the master, of 4 bytes each
-  expect(away.peak + away.host).toBe(plan(SEVEN, { ...full, microBatch: 1 }).peak)
+  const here = plan(SEVEN, { ...full, microBatch: 1 })
+  expect(away.peak + away.host).toBe(here.peak)
+  expect([here.pinned, away.pinned]).toEqual([16 * 2 ** 20, 40 * 2 ** 20])
 })
 
 test('bad sizes are named', () => {

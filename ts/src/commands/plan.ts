@@ -67,6 +67,7 @@ function lines(p: MemoryPlan, o: PlanOptions): string[] {
     ...(o.offloadOptimizer ? [['optimizer, in main memory', p.host] as [string, number]] : []),
     ['while a checkpoint is written, in main memory', p.snapshot],
     ['decoded pictures, in main memory', p.pictures],
+    ['with a GPU: page-locked, in main memory', p.pinned],
   ]
   return [
     `${o.phase}, ${o.dtype}, ${o.microBatch} x ${o.textTokens} text tokens and a picture${o.recompute ? ', recompute' : ''}`,
