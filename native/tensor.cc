@@ -125,10 +125,18 @@ void* Device::allocate(int64_t bytes, int64_t* actual, bool ahead) {
     const int64_t most = recording ? INT64_MAX : std::max(c_.peak, c_.in_use + want) + kSlack - want;
     // Idle blocks of other sizes make room: what is reserved stays near the most that was ever in use.
     drop_idle(most);
-    if (backend->alloc(stream, want, &p) != AG_OK) {
-      if (!recording) drop_idle(0);
-      if (recording || backend->alloc(stream, want, &p) != AG_OK)
-        fail("ERR_MEMORY", "[memory] out of memory: ", bytes, " bytes wanted, ", c_.in_use, " in use");
+    AgStatus status = backend->alloc(stream, want, &p);
+    if (status == AG_OUT_OF_MEMORY && !recording) {
+      drop_idle(0);
+      status = backend->alloc(stream, want, &p);
+    }
+    if (status == AG_OUT_OF_MEMORY)
+      fail("ERR_MEMORY", "[memory] out of memory: ", bytes, " bytes wanted, ", c_.in_use, " in use");
+    if (status != AG_OK) {  // work before this failed, and the device answers nothing else from then on
+      AgCtx ctx{};
+      ctx.stream = stream;
+      if (!recording) backend->synchronize(&ctx);
+      check_status("memory", status, ctx);
     }
     c_.reserved += want;
   }

@@ -47,6 +47,7 @@ function packNode() {
 }
 
 function packLibraries() {
+  run(process.execPath, from('scripts', 'build-native.mjs')) // an addon of these sources, as the library will be
   copy(from('build', 'Release', 'aligngpt.node'), to('build', 'Release', 'aligngpt.node'))
   if (options['without-cuda']) return
   const build = from('build-native', 'cuda')

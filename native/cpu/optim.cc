@@ -60,6 +60,12 @@ inline void set_high(bf16* p, vu x, int64_t n) {
   memcpy(p, t, size_t(n) * sizeof(bf16));
 }
 
+// For rounding by adding: a NaN with all bits set, as a GPU's gradients have it, would become -0.
+inline vu bits_of(vf x) {
+  const vu number = (vu)(x == x);
+  return ((vu)x & number) | (0x7fc00000u & ~number);
+}
+
 template <class G>
 void compact_range(const AgAdamWTensor& t, const Factors& f, uint32_t key, int64_t lo, int64_t hi) {
   bf16 *p = static_cast<bf16*>(t.p) + lo, *rest = static_cast<bf16*>(t.master) + lo;
@@ -70,14 +76,14 @@ void compact_range(const AgAdamWTensor& t, const Factors& f, uint32_t key, int64
   each_vector<float>(hi - lo, [&](int64_t i, int64_t n) {
     vu bits = (vu)get(p + i, n) + (vu)((vi)get(rest + i, n) >> 16);
     State s = next({(vf)bits, get(ms + i, n), get(vs + i, n)}, get(g + i, n) * f.scale, f);
-    bits = (vu)s.w;
+    bits = bits_of(s.w);
     vu rounded = (bits + 0x8000u) & 0xffff0000u;
     const uint64_t at = uint64_t(t.first + lo + i);
     vu low = lane + uint32_t(at), r = mix(low ^ mix(uint32_t(at >> 32) ^ key));
     set_high(p + i, rounded, n);
     set_high(rest + i, (bits - rounded) << 16, n);
-    set_high(ms + i, (vu)s.m + (r & 0xffffu), n);
-    set_high(vs + i, (vu)s.v + (r >> 16), n);
+    set_high(ms + i, bits_of(s.m) + (r & 0xffffu), n);
+    set_high(vs + i, bits_of(s.v) + (r >> 16), n);
   });
 }
 

@@ -167,6 +167,7 @@ bool expressible(const State& s, const AgCtx* ctx, const AgGemm* g) {
   if (!s.handle || g->k == 0 || g->c_rows) return false;
   if (ctx->stream && ctx->stream != s.compute_stream) return false;  // the workspace belongs to the work of one stream
   if (g->bias && g->dt_c != g->dt) return false;                     // a bias is of the type of the result
+  if (reinterpret_cast<uintptr_t>(g->bias) % 16) return false;       // its alignment cannot be told, and is taken for granted
   if (g->act > AG_SILU || (g->act != AG_NONE && g->ldc != g->n)) return false;
   if (g->pre && g->accumulate) return false;
   return g->lda >= (g->trans_a ? g->m : g->k) && g->ldb >= (g->trans_b ? g->k : g->n) && g->ldc >= g->n;
@@ -308,6 +309,7 @@ bool cublaslt_open(const AgBackend& services, char* message, int64_t message_byt
 AgStatus cublaslt_gemm(AgCtx* ctx, const AgGemm* g) {
   State& s = state();
   if (!expressible(s, ctx, g)) return AG_UNSUPPORTED;
+  void* const stream = stream_of(ctx);  // before any question: it makes the device this thread's
   const Product p = product_of(g);
   const Key key = key_of(p);
   Descriptors d(s.call, p);
@@ -315,7 +317,7 @@ AgStatus cublaslt_gemm(AgCtx* ctx, const AgGemm* g) {
   const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
   if (!d.status && !plan.refused) {
     const int status = s.call.matmul(s.handle, d.desc, &one, g->b, d.left, g->a, d.right, &beta, p.d, d.result, p.d, d.result,
-                                     &plan.algo, s.workspace, size_t(kCublasWorkspace), stream_of(ctx));
+                                     &plan.algo, s.workspace, size_t(kCublasWorkspace), stream);
     if (is_refusal(status))
       forget(s, key);
     else if (d.did(status, "cublasLtMatmul"))

@@ -37,11 +37,14 @@ Probe look() {
   if (version) version(&p.driver_version);
   p.init_error = init ? init(0) : -1;
   if (p.init_error || p.driver_version / 1000 < p.runtime_version / 1000) return p;
-  if (cudaGetDeviceCount(&p.devices) != cudaSuccess || p.devices == 0 || cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
+  cudaError_t error = cudaGetDeviceCount(&p.devices);
+  if (!error && p.devices) error = cudaGetDeviceProperties(&properties, 0);
+  if (error) {
     cudaGetLastError();
     p.devices = 0;
-    return p;
+    p.runtime_error = error == cudaErrorNoDevice ? nullptr : cudaGetErrorString(error);
   }
+  if (!p.devices) return p;
   p.major = properties.major;
   p.minor = properties.minor;
   std::snprintf(p.name, sizeof p.name, "%s", properties.name);
@@ -80,21 +83,36 @@ void free_host(void* p) {
 }
 
 // ---- copies -----------------------------------------------------------------------------------------
-// Ordinary host memory goes through two pinned pieces, one of which is filled while the other is on its way.
-constexpr size_t kStage = size_t(8) << 20;
-constexpr size_t kSmall = size_t(64) << 10;  // to this size the runtime keeps the bytes itself and nobody waits for a piece
+// Ordinary host memory goes through pinned memory: the source may change once `copy` has returned, and nothing promises that the runtime has read
+// it by then. Large copies take two pieces, one of which is filled while the other is on its way; for small ones there are so many places
+// that nobody waits for the one before.
+constexpr size_t kStage = size_t(8) << 20, kSmall = size_t(64) << 10;
+constexpr int kStages = 2, kPlaces = 64;
+struct Place {
+  char* p = nullptr;
+  cudaEvent_t done = nullptr;
+
+  cudaError_t open(size_t bytes) {
+    if (p) return cudaSuccess;
+    if (!done)
+      if (const cudaError_t error = cudaEventCreateWithFlags(&done, cudaEventDisableTiming)) return error;
+    return cudaMallocHost(reinterpret_cast<void**>(&p), bytes);
+  }
+  cudaError_t send(char* dst, const char* src, size_t bytes, cudaStream_t stream) {
+    if (const cudaError_t error = cudaEventSynchronize(done)) return error;
+    std::memcpy(p, src, bytes);
+    if (const cudaError_t error = cudaMemcpyAsync(dst, p, bytes, cudaMemcpyHostToDevice, stream)) return error;
+    return cudaEventRecord(done, stream);
+  }
+};
 struct Staging {
   std::mutex mutex;
-  char* piece[2] = {};
-  cudaEvent_t done[2] = {};
-  int next = 0;
+  Place stage[kStages], place[kPlaces];
+  unsigned next_stage = 0, next_place = 0;
 
   cudaError_t open() {
-    for (int i = 0; i < 2; i++) {
-      if (piece[i]) continue;
-      if (cudaError_t error = cudaEventCreateWithFlags(&done[i], cudaEventDisableTiming)) return error;
-      if (cudaError_t error = cudaMallocHost(reinterpret_cast<void**>(&piece[i]), kStage)) return error;
-    }
+    for (Place& s : stage)
+      if (const cudaError_t error = s.open(kStage)) return error;
     return cudaSuccess;
   }
 };
@@ -104,17 +122,16 @@ Staging& staging() {
 }
 
 cudaError_t upload(char* dst, const char* src, size_t bytes, cudaStream_t stream) {
-  if (bytes <= kSmall) return cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream);
   Staging& s = staging();
   std::lock_guard<std::mutex> lock(s.mutex);
-  cudaError_t error = s.open();
-  for (size_t at = 0; at < bytes && !error; at += kStage, s.next ^= 1) {
-    const size_t n = bytes - at < kStage ? bytes - at : kStage;
-    if ((error = cudaEventSynchronize(s.done[s.next]))) break;
-    std::memcpy(s.piece[s.next], src + at, n);
-    error = cudaMemcpyAsync(dst + at, s.piece[s.next], n, cudaMemcpyHostToDevice, stream);
-    if (!error) error = cudaEventRecord(s.done[s.next], stream);
+  if (bytes <= kSmall) {
+    Place& place = s.place[s.next_place++ % kPlaces];
+    const cudaError_t error = place.open(kSmall);
+    return error ? error : place.send(dst, src, bytes, stream);
   }
+  cudaError_t error = s.open();
+  for (size_t at = 0; at < bytes && !error; at += kStage)
+    error = s.stage[s.next_stage++ % kStages].send(dst + at, src + at, bytes - at < kStage ? bytes - at : kStage, stream);
   return error;
 }
 
@@ -122,35 +139,39 @@ cudaError_t download(char* dst, const char* src, size_t bytes, cudaStream_t stre
   Staging& s = staging();
   std::lock_guard<std::mutex> lock(s.mutex);
   cudaError_t error = s.open();
-  size_t sent = 0, size[2] = {0, 0};
+  size_t sent = 0, size[kStages] = {};
   for (size_t at = 0; at < bytes && !error;) {
-    while (sent < bytes && sent - at < 2 * kStage && !error) {  // keep both pieces on their way
-      const int piece = int(sent / kStage % 2);
-      size[piece] = bytes - sent < kStage ? bytes - sent : kStage;
-      if ((error = cudaEventSynchronize(s.done[piece]))) break;  // an upload may still read it
-      error = cudaMemcpyAsync(s.piece[piece], src + sent, size[piece], cudaMemcpyDeviceToHost, stream);
-      if (!error) error = cudaEventRecord(s.done[piece], stream);
-      sent += size[piece];
+    while (sent < bytes && sent - at < kStages * kStage && !error) {  // keep all pieces on their way
+      const size_t i = sent / kStage % kStages, n = bytes - sent < kStage ? bytes - sent : kStage;
+      Place& stage = s.stage[i];
+      if ((error = cudaEventSynchronize(stage.done))) break;  // an upload may still read it
+      error = cudaMemcpyAsync(stage.p, src + sent, size[i] = n, cudaMemcpyDeviceToHost, stream);
+      if (!error) error = cudaEventRecord(stage.done, stream);
+      sent += n;
     }
     if (error) break;
-    const int piece = int(at / kStage % 2);
-    if ((error = cudaEventSynchronize(s.done[piece]))) break;
-    std::memcpy(dst + at, s.piece[piece], size[piece]);
-    at += size[piece];
+    const size_t i = at / kStage % kStages;
+    if ((error = cudaEventSynchronize(s.stage[i].done))) break;
+    std::memcpy(dst + at, s.stage[i].p, size[i]);
+    at += size[i];
   }
   return error;
 }
 
-bool ordinary_host_memory(const void* p) {
+// After a kernel that failed every question is answered with its error: nobody knows then whose memory this is.
+cudaError_t is_ordinary_host_memory(const void* p, bool* ordinary) {
   cudaPointerAttributes a{};
-  if (cudaPointerGetAttributes(&a, p) != cudaSuccess) cudaGetLastError();
-  return a.type == cudaMemoryTypeUnregistered;
+  const cudaError_t error = cudaPointerGetAttributes(&a, p);
+  *ordinary = a.type == cudaMemoryTypeUnregistered;
+  return error;
 }
 
 AgStatus copy(AgCtx* ctx, void* dst, const void* src, int64_t bytes) {
   if (bytes <= 0) return AG_OK;
   const cudaStream_t stream = own_stream(ctx);
-  const bool from_host = ordinary_host_memory(src), to_host = ordinary_host_memory(dst);
+  bool from_host = false, to_host = false;
+  for (const cudaError_t error : {is_ordinary_host_memory(src, &from_host), is_ordinary_host_memory(dst, &to_host)})
+    if (error) return answer(ctx, "copy", error);
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capturing);
   if ((from_host || to_host) && capturing != cudaStreamCaptureStatusNone)
@@ -201,7 +222,11 @@ void graph_destroy(void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec
 }  // namespace
 
 const DeviceInfo& device() { return info; }
-void* stream_of(const AgCtx* ctx) { return ctx->stream ? ctx->stream : streams[AG_STREAM_COMPUTE]; }
+void* stream_of(const AgCtx* ctx) {
+  static thread_local const cudaError_t bound = cudaSetDevice(0);  // cublasLt takes the context of its thread and does not ask for one
+  (void)bound;
+  return ctx->stream ? ctx->stream : streams[AG_STREAM_COMPUTE];
+}
 
 // The device is the first one the driver shows; CUDA_VISIBLE_DEVICES chooses.
 bool open_services(AgBackend& b, char* message, int64_t message_bytes) {

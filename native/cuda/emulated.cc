@@ -26,6 +26,14 @@ bool known(const void* p) {
   return it != blocks.begin() && at < std::prev(it)->first + std::prev(it)->second;
 }
 
+// ALIGNGPT_EMULATED_FAULT=N: the N-th launch fails. As on a GPU nobody hears of it before the next question, and nothing works from then on.
+const char* const fault = std::getenv("ALIGNGPT_EMULATED_FAULT");
+int64_t begun = 0;
+bool broken() { return fault && begun >= std::atoll(fault); }
+AgStatus working(AgCtx* ctx, const char* what) {
+  return broken() ? gpu::fail(ctx, AG_DEVICE_ERROR, "[%s] an illegal memory access was encountered (emulated)", what) : AG_OK;
+}
+
 void enqueue(std::function<void()> work) {
   if (recording)
     recording->push_back(std::move(work));
@@ -43,6 +51,7 @@ void capabilities(AgCapabilities* c) {
 }
 // Of exactly this size: AddressSanitizer sees an access behind it.
 AgStatus alloc(void*, int64_t bytes, void** out) {
+  if (broken()) return AG_DEVICE_ERROR;
   if (posix_memalign(out, 256, bytes > 0 ? size_t(bytes) : 1)) return AG_OUT_OF_MEMORY;
   std::memset(*out, 0xff, size_t(bytes));
   std::lock_guard<std::mutex> lock(mutex);
@@ -60,11 +69,12 @@ void* stream(AgStream) { return nullptr; }
 // What a GPU refuses while work is recorded is refused here too.
 AgStatus copy(AgCtx* ctx, void* dst, const void* src, int64_t bytes) {
   if (recording && !(known(dst) && known(src))) return gpu::fail(ctx, AG_UNSUPPORTED, "[copy] ordinary host memory cannot be part of a graph");
+  if (const AgStatus status = working(ctx, "copy")) return status;
   enqueue([=] { std::memmove(dst, src, size_t(bytes)); });
   return AG_OK;
 }
 AgStatus synchronize(AgCtx* ctx) {
-  return recording ? gpu::fail(ctx, AG_DEVICE_ERROR, "[synchronize] not while work is recorded") : AG_OK;
+  return recording ? gpu::fail(ctx, AG_DEVICE_ERROR, "[synchronize] not while work is recorded") : working(ctx, "synchronize");
 }
 AgStatus event_create(void** out) {
   *out = nullptr;
@@ -81,7 +91,8 @@ AgStatus graph_end(AgCtx*, void** out) {
   *out = recording.release();
   return AG_OK;
 }
-AgStatus graph_launch(AgCtx*, void* graph) {
+AgStatus graph_launch(AgCtx* ctx, void* graph) {
+  if (const AgStatus status = working(ctx, "graph")) return status;
   for (const std::function<void()>& work : *static_cast<Graph*>(graph)) work();
   return AG_OK;
 }
@@ -91,7 +102,10 @@ void graph_destroy(void* graph) { delete static_cast<Graph*>(graph); }
 
 namespace shim {
 void submit(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
-  enqueue([=] { run_grid(grid, block, shared_bytes, body); });
+  enqueue([=] {
+    begun++;
+    if (!broken()) run_grid(grid, block, shared_bytes, body);
+  });
 }
 }  // namespace shim
 

@@ -88,6 +88,9 @@ __device__ __forceinline__ void full_step(const TensorEntry& t, const Factors& f
   store_lanes<N>(p, w);
 }
 
+// For rounding by adding: a GPU's NaN, 0x7fffffff, would become -0.
+__device__ __forceinline__ uint32_t bits_of(float x) { return x == x ? __float_as_uint(x) : 0x7fc00000u; }
+
 // 10 bytes a parameter with its gradient (backend.h). The halves are moved as bits, not as numbers.
 template <int N, class G>
 __device__ __forceinline__ void compact_step(const TensorEntry& t, const Factors& f, int64_t i) {
@@ -103,13 +106,13 @@ __device__ __forceinline__ void compact_step(const TensorEntry& t, const Factors
     const uint32_t bits = (uint32_t(hp.v[j]) << 16) + uint32_t(int32_t(int16_t(hr.v[j])));
     const State s = next({__uint_as_float(bits), __uint_as_float(uint32_t(hm.v[j]) << 16), __uint_as_float(uint32_t(hv.v[j]) << 16)},
                          g[j] * f.scale, f);
-    const uint32_t after = __float_as_uint(s.w), rounded = (after + 0x8000u) & 0xffff0000u;
+    const uint32_t after = bits_of(s.w), rounded = (after + 0x8000u) & 0xffff0000u;
     const uint64_t number = uint64_t(t.first + i + j);
     const uint32_t random = mix(uint32_t(number) ^ mix(uint32_t(number >> 32) ^ f.key));
     hp.v[j] = uint16_t(rounded >> 16);
     hr.v[j] = uint16_t(after - rounded);
-    hm.v[j] = uint16_t((__float_as_uint(s.m) + (random & 0xffffu)) >> 16);
-    hv.v[j] = uint16_t((__float_as_uint(s.v) + (random >> 16)) >> 16);
+    hm.v[j] = uint16_t((bits_of(s.m) + (random & 0xffffu)) >> 16);
+    hv.v[j] = uint16_t((bits_of(s.v) + (random >> 16)) >> 16);
   }
   *reinterpret_cast<Half*>(p) = hp;
   *reinterpret_cast<Half*>(rest) = hr;

@@ -13,6 +13,8 @@ bool judge(const Probe& p, char* message, int64_t message_bytes) {
     say("[cuda] driver: expected libcuda.so.1 on this machine, found none%s", "");
   else if (have < want)
     say("[cuda] driver: expected one for CUDA %d.0 or newer, got one for CUDA %d.%d", want, have, p.driver_version % 1000 / 10);
+  else if (p.runtime_error)
+    say("[cuda] device: expected at least one, got an error: %s", p.runtime_error);
   else if (p.init_error == kNoDevice || (p.init_error == 0 && p.devices == 0))
     say("[cuda] device: expected at least one, the driver shows none%s (CUDA_VISIBLE_DEVICES?)", "");
   else if (p.init_error)

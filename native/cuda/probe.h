@@ -12,6 +12,7 @@ struct Probe {
   int devices = 0;
   int major = 0, minor = 0;  // compute capability of the device that would be used
   char name[256] = "";
+  const char* runtime_error = nullptr;  // what the runtime said instead of showing its devices
 };
 
 constexpr int kOldestMajor = 8;  // cp.async, bf16 on the tensor cores

@@ -92,10 +92,10 @@ inline float widen(uint16_t bits) {
   memcpy(&f, &u, 4);
   return f;
 }
-inline uint16_t narrow(float f) {  // round to nearest even, NaN stays NaN
+inline uint16_t narrow(float f) {  // round to nearest even; a GPU has one NaN
   uint32_t u;
   memcpy(&u, &f, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 

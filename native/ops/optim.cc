@@ -105,6 +105,7 @@ class Offloaded {
   }
 
   void update(AgAdamW a) {
+    const auto turn = device_->turn();  // what another thread records must not take these streams in
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < a.count; i++)
       for (int64_t at = 0; at < a.tensors[i].n; at += kPiece) pieces.push_back({&a.tensors[i], at, std::min(kPiece, a.tensors[i].n - at)});

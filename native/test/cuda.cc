@@ -1,6 +1,6 @@
 // The program of cuda_test.h.
-//   test_cuda [--schedule SEED] [--filter TEXT] [--library libaligngpt_cuda.so] [--small] [--list]
-// --schedule: the order of the emulation's threads (native/cuda/shim.h). Exit status 1 when a check failed.
+//   test_cuda [--schedule SEED] [--filter TEXT | --only CASE] [--library libaligngpt_cuda.so] [--small] [--list]
+// --schedule: the order of the emulation's threads (native/cuda/shim.h). Exit status 1 when a check failed, or without a device.
 #include "cuda_test.h"
 
 #include <dlfcn.h>
@@ -43,6 +43,12 @@ uint16_t narrow(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+[[noreturn]] void end() {
+  std::printf("%d checks, %d failed, ended here\n", g_checks, g_failed);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
 // The device's outcome of a copy must be there before the host looks at it.
 void transfer(const AgBackend& b, void* to, const void* from, size_t bytes) {
   AgCtx ctx{};
@@ -52,7 +58,9 @@ void transfer(const AgBackend& b, void* to, const void* from, size_t bytes) {
 }
 void* memory_of(const AgBackend& b, const std::vector<uint8_t>& content) {
   void* p = nullptr;
-  check(b.alloc(nullptr, int64_t(content.size()), &p) == AG_OK, "alloc of %zu bytes", content.size());
+  const AgStatus status = b.alloc(nullptr, int64_t(content.size()), &p);
+  check(status == AG_OK, "alloc of %zu bytes: status %d", content.size(), int(status));
+  if (status != AG_OK) end();  // a device that failed gives no more memory, and everything after this would be noise
   transfer(b, p, content.data(), content.size());
   return p;
 }
@@ -207,8 +215,12 @@ void Test::compare(const char* label) {
       compare_numbers(label, x);
       continue;
     }
+    auto same = [&](int64_t i) {  // which NaN is the machine's own choice
+      const size_t bytes = size_of(x.dt), first = size_t(i) * bytes;
+      return !std::memcmp(&x.results[0][first], &x.results[1][first], bytes) || (std::isnan(x.cpu(i)) && std::isnan(x.device(i)));
+    };
     int64_t at = 0;
-    while (at < x.n && !std::memcmp(&x.results[0][size_t(at) * size_of(x.dt)], &x.results[1][size_t(at) * size_of(x.dt)], size_of(x.dt))) at++;
+    while (at < x.n && same(at)) at++;
     check(at == x.n, "%s: %s[%lld of %lld]: expected exactly %.9g, got %.9g", label, x.name, (long long)at, (long long)x.n,
           at < x.n ? x.cpu(at) : 0, at < x.n ? x.device(at) : 0);
   }
@@ -275,7 +287,7 @@ void ran(size_t entry) { g_ran.insert(entry); }
 namespace {
 
 struct Options {
-  std::string filter, library;
+  std::string filter, only, library;
   unsigned schedule = 0;
   bool list = false;
 };
@@ -292,13 +304,14 @@ Options parse(int argc, char** argv) {
       g_small = true;
       continue;
     }
-    const bool known = name == "--filter" || name == "--library" || name == "--schedule";
+    const bool known = name == "--filter" || name == "--only" || name == "--library" || name == "--schedule";
     if (!known || i + 1 == argc) {
-      std::fprintf(stderr, "usage: test_cuda [--schedule SEED] [--filter TEXT] [--library FILE] [--small] [--list]\n");
+      std::fprintf(stderr, "usage: test_cuda [--schedule SEED] [--filter TEXT | --only CASE] [--library FILE] [--small] [--list]\n");
       std::exit(2);
     }
     const char* value = argv[++i];
     if (name == "--filter") o.filter = value;
+    if (name == "--only") o.only = value;
     if (name == "--library") o.library = value;
     if (name == "--schedule") o.schedule = unsigned(std::strtoul(value, nullptr, 10));
   }
@@ -344,25 +357,25 @@ void run_case(const Case& c, const AgBackend& device) {
 int run_all(int argc, char** argv) {
   const Options o = parse(argc, argv);
   shim::set_schedule(o.schedule);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a crash leaves what was said before it
+  std::vector<Case> wanted;
+  for (const Case& c : cases())
+    if (o.only.empty() ? std::strstr(c.name, o.filter.c_str()) != nullptr : o.only == c.name) wanted.push_back(c);
+  if (o.list) {
+    for (const Case& c : wanted) std::printf("%s\n", c.name);
+    return 0;
+  }
   const AgBackend* device = open_device(o);
   if (!device) return 1;
-  int ran = 0;
-  for (const Case& c : cases()) {
-    if (std::string(c.name).find(o.filter) == std::string::npos) continue;
-    ran++;
-    if (o.list)
-      std::printf("%s\n", c.name);
-    else
-      run_case(c, *device);
-  }
-  if (o.list) return 0;
+  for (const Case& c : wanted) run_case(c, *device);
   g_case = "contract";
-  check_contract(*device, o.filter.empty());
+  check_contract(*device, o.filter.empty() && o.only.empty());
+  if (!o.only.empty() && !wanted.empty()) return g_failed ? 1 : 0;
   AgCapabilities c;
   device->capabilities(&c);
-  std::printf("%s (%s), schedule %u, products by %s: %d cases, %d checks, %d failed\n", c.device, c.level, o.schedule, c.products, ran, g_checks,
-              g_failed);
-  return g_failed || !ran ? 1 : 0;
+  std::printf("%s (%s), schedule %u, products by %s: %zu cases, %d checks, %d failed\n", c.device, c.level, o.schedule, c.products, wanted.size(),
+              g_checks, g_failed);
+  return g_failed || wanted.empty() ? 1 : 0;
 }
 
 }  // namespace cuda_test

@@ -13,11 +13,13 @@ struct End {
   bool bias, pre, rows, f32;
   AgUnaryOp act;
   int32_t accumulate;
+  int64_t bias_shift = 0;
 };
 const End kEnds[] = {
     {"plain", false, false, false, false, AG_NONE, 0},
     {"bias, gelu, pre", true, true, false, false, AG_GELU, 0},
     {"bias, silu", true, false, false, false, AG_SILU, 0},
+    {"bias at an odd address", true, false, false, false, AG_NONE, 0, 1},
     {"added", false, false, false, false, AG_NONE, 1},
     {"added in f32", false, false, false, true, AG_NONE, 1},
     {"to rows in f32", true, false, true, true, AG_NONE, 0},
@@ -30,7 +32,7 @@ void product(Test& t, const Shape& s, bool trans_a, bool trans_b, const End& end
   std::snprintf(label, sizeof label, "%lld x %lld x %lld %c%c gap %lld, %s", (long long)s.m, (long long)s.n, (long long)s.k, trans_a ? 'T' : 'N',
                 trans_b ? 'T' : 'N', (long long)s.gap, end.name);
   Buffer &a = t.in((trans_a ? s.k : s.m) * lda).shifted(s.shift), &b = t.in((trans_b ? s.n : s.k) * ldb).shifted(s.shift);
-  Buffer &bias = t.in(s.n), &c = t.in_place("c", dt_c, (s.m + 2) * ldc).shifted(s.shift);
+  Buffer &bias = t.in(s.n).shifted(end.bias_shift), &c = t.in_place("c", dt_c, (s.m + 2) * ldc).shifted(s.shift);
   std::vector<int32_t> places;  // backwards, with gaps of their own
   for (int64_t i = 0; i < s.m; i++) places.push_back(int32_t(s.m + 1 - i - (i > s.m / 2)));
   Buffer& rows = t.list(places);
@@ -58,9 +60,9 @@ void every_product(Test& t) {
       if (small() && s.m > 9) continue;
       for (const End& end : kEnds) product(t, s, way & 1, way & 2, end);
     }
-    if (!small()) for (const Shape& s : wide) product(t, s, way & 1, way & 2, kEnds[way]);
+    if (!small()) for (const Shape& s : wide) product(t, s, way & 1, way & 2, kEnds[way < 3 ? way : 4]);
   }
-  if (small()) product(t, {40, 24, 96, 8, 0}, true, false, kEnds[1]), product(t, {24, 40, 520, 0, 0}, false, true, kEnds[4]);
+  if (small()) product(t, {40, 24, 96, 8, 0}, true, false, kEnds[1]), product(t, {24, 40, 520, 0, 0}, false, true, kEnds[5]);
   product(t, {5, 4, 0, 0, 0}, false, true, kEnds[1]);
   product(t, {20, 4, 0, 0, 0}, false, false, kEnds[0]);
 }

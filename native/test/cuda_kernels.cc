@@ -52,8 +52,6 @@ void test_cast(Test& t) {
     const uint32_t bits = (i / 2) << 16 | (i % 2 ? 0x8000 : 0x7fff);
     std::memcpy(&x.host[i * 4], &bits, 4);
   }
-  for (uint32_t i = 0; i < x.n; i++)
-    if (std::isnan(x.get(i))) x.set(i, NAN);  // which NaN is the machine's own choice
   t.run("to bf16", &AgBackend::cast, [&] { return AgCast{y.p(), AG_BF16, x.p(), AG_F32, x.n}; });
 }
 
@@ -410,6 +408,27 @@ void test_adamw(Test& t) {
   }
 }
 
+// The compact state rounds by adding to the bits, and a GPU's NaN has all of them set.
+void test_adamw_nan(Test& t) {
+  if (t.dt != AG_BF16) return;
+  constexpr int64_t n = 9;
+  const uint32_t machine_nan = 0x7fffffffu;
+  Moments x = tensor(t, AG_BF16, AG_F32, true, n, 0);
+  x.master->is_bits = true;
+  for (int64_t i = 0; i < n; i++) std::memcpy(&x.g->host[size_t(i) * 4], &machine_nan, 4);
+  AgAdamWStep step{1e-2, 1};
+  Buffer& now = t.in(AG_F64, 2);
+  std::memcpy(now.host.data(), &step, sizeof step);
+  AgAdamWTensor one;
+  t.run("adamw, NaN", &AgBackend::adamw, [&] {
+    one = {x.p->p(), AG_BF16, x.g->p(), AG_F32, AG_STATE_COMPACT, x.master->p(), x.m->p(), x.v->p(), n, 0, 1, 0.01};
+    return AgAdamW{&one, 1, 0.9, 0.999, 1e-8, static_cast<const AgAdamWStep*>(now.p()), nullptr, 0, 0};
+  });
+  for (const Buffer* b : {x.p, x.m, x.v})
+    for (int64_t i = 0; i < n; i++)
+      check(std::isnan(b->cpu(i)) && std::isnan(b->device(i)), "NaN: element %lld became %g on the CPU, %g on the device", (long long)i, b->cpu(i), b->device(i));
+}
+
 void test_adamw_many(Test& t) {  // more tensors than one launch takes
   if (small()) return;
   std::vector<Moments> all;
@@ -453,6 +472,42 @@ void test_table(Test& t) {
   }
 }
 
+// More than two pinned pieces, and not whole ones; then pinned memory over the two copying streams with events between, as the offloaded optimizer
+// does it. The compute stream doubles the numbers in the middle.
+void test_copies(Test& t) {
+  const AgBackend& b = t.device;
+  const int64_t n = 5 * (1 << 20) + 3, bytes = n * 4;
+  std::vector<float> there(static_cast<size_t>(n)), back(there.size());
+  for (int64_t i = 0; i < n; i++) there[size_t(i)] = float(i % 8191);
+  void *p = nullptr, *pinned = nullptr, *up = nullptr, *done = nullptr;
+  AgCtx ctx[3] = {};
+  for (int i = 0; i < 3; i++) ctx[i].stream = b.stream(AgStream(i));
+  AgCtx &compute = ctx[AG_STREAM_COMPUTE], &upload = ctx[AG_STREAM_UPLOAD], &download = ctx[AG_STREAM_DOWNLOAD];
+  bool ok = b.alloc(nullptr, bytes, &p) == AG_OK && b.alloc_host(bytes, &pinned) == AG_OK && b.event_create(&up) == AG_OK && b.event_create(&done) == AG_OK;
+  check(ok, "memory and events for copies");
+  if (!ok) return;
+  const AgUnary twice{AG_SCALE, p, p, n, AG_F32, 2.0};
+  auto compare = [&](const float* got, float factor, const char* way) {
+    int64_t at = 0;
+    while (at < n && got[at] == factor * there[size_t(at)]) at++;
+    check(at == n, "%s: number %lld of %lld", way, (long long)at, (long long)n);
+  };
+  ok = b.copy(&compute, p, there.data(), bytes) == AG_OK && b.unary(&compute, &twice) == AG_OK && b.copy(&compute, back.data(), p, bytes) == AG_OK &&
+       b.synchronize(&compute) == AG_OK;
+  check(ok, "ordinary memory: %s", compute.error);
+  compare(back.data(), 2, "ordinary memory");
+  std::memcpy(pinned, there.data(), size_t(bytes));
+  ok = b.copy(&upload, p, pinned, bytes) == AG_OK && b.event_record(&upload, up) == AG_OK && b.event_wait(&compute, up) == AG_OK &&
+       b.unary(&compute, &twice) == AG_OK && b.unary(&compute, &twice) == AG_OK && b.event_record(&compute, done) == AG_OK &&
+       b.event_wait(&download, done) == AG_OK && b.copy(&download, pinned, p, bytes) == AG_OK && b.synchronize(&download) == AG_OK;
+  check(ok, "pinned memory: %s%s%s", upload.error, compute.error, download.error);
+  compare(static_cast<float*>(pinned), 4, "pinned memory");
+  b.event_destroy(up);
+  b.event_destroy(done);
+  b.free_host(pinned);
+  b.free(nullptr, p);
+}
+
 // A graph keeps the launches and their arguments; what is in device memory is read when it runs.
 void test_services(Test& t) {
   const AgBackend& b = t.device;
@@ -486,7 +541,7 @@ const Registered kCases[] = {{"fill", test_fill}, {"copy2d", test_copy2d}, {"cas
   {"unary", test_unary}, {"binary", test_binary}, {"silu_mul", test_silu_mul}, {"rope", test_rope}, {"patchify", test_patchify},
   {"col_sum", test_col_sum}, {"sum", test_sum}, {"sum_squares", test_sum_squares}, {"rows", test_rows}, {"scatter_add", test_scatter_add},
   {"norm", test_norm}, {"norm_grad", test_norm_grad}, {"softmax", test_softmax}, {"cross_entropy", test_cross_entropy}, {"sample", test_sample},
-  {"adamw", test_adamw}, {"adamw_many", test_adamw_many}, {"refusals", test_refusals}, {"table", test_table}, {"services", test_services}};
+  {"adamw", test_adamw}, {"adamw_many", test_adamw_many}, {"adamw_nan", test_adamw_nan}, {"refusals", test_refusals}, {"table", test_table}, {"services", test_services}, {"copies", test_copies}};
 
 }  // namespace
 }  // namespace cuda_test

@@ -28,6 +28,7 @@ void test_probe() {
       {{true, 12040, 13000, 0, 1, 9, 0, "H100"}, false, "expected one for CUDA 13.0 or newer, got one for CUDA 12.4"},
       {{true, 13000, 13000, 100, 0, 0, 0, ""}, false, "the driver shows none"},
       {{true, 13000, 13000, 0, 0, 0, 0, ""}, false, "the driver shows none"},
+      {{true, 13000, 13000, 0, 0, 0, 0, "", "system not yet initialized"}, false, "got an error: system not yet initialized"},
       {{true, 13000, 13000, 999, 0, 0, 0, ""}, false, "cuInit failed with error 999"},
       {{true, 13000, 13000, 0, 1, 7, 5, "T4"}, false, "expected compute capability 8.0 or newer, got 7.5 (T4)"},
       {{true, 13000, 13010, 0, 1, 9, 0, "H100"}, true, "H100, compute capability 9.0, driver for CUDA 13.0"},

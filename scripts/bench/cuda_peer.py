@@ -5,8 +5,10 @@
 
 import json
 import sys
+from contextlib import contextmanager
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +39,24 @@ def row(name, work, moved, f):
     unit, scale = ("GB/s", 1e6) if moved else ("TFLOP/s", 1e9)
     line = {"row": name, "ms": round(best, 4), unit: round(work / best / scale, 1), "device": DEVICE}
     print(json.dumps({**line, "peer": f"torch {torch.__version__}", **CONTEXT}), flush=True)
+
+
+@contextmanager
+def labelled(label):
+    CONTEXT["backend"] = label
+    try:
+        yield
+    finally:
+        del CONTEXT["backend"]
+
+
+def attempt(name, f):
+    """What one part cannot do is a line; the others follow."""
+    try:
+        f()
+    except Exception as error:
+        print(json.dumps({"row": name, "failed": (str(error) or repr(error)).splitlines()[0], "peer": "torch", **CONTEXT}), flush=True)
+    torch.cuda.empty_cache()
 
 
 def copies():
@@ -79,24 +99,33 @@ def products():
         row(f"gemm bf16 {n}^3", 2 * n**3, False, lambda: a @ b.T)
 
 
+def causal_attention(name, lengths, dim):
+    """Padded to the longest sequence. `work` counts the pairs that matter, and causal needs no mask for what stands behind the end."""
+    heads, batch, length = 2048 // dim, len(lengths), max(lengths)
+    q, k, v = (bf16(batch, heads, length, dim, grad=True) for _ in range(3))
+    g = bf16(batch, heads, length, dim)
+    product = heads * sum(n * n for n in lengths) * dim
+
+    def forward():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def both():
+        with torch.no_grad():
+            row(f"{name} forward", 2 * product, False, forward)
+        o = forward()
+        row(f"{name} gradient", 5 * product, False, lambda: torch.autograd.grad(o, (q, k, v), g, retain_graph=True))
+
+    for backend, label in ((SDPBackend.FLASH_ATTENTION, "FA2"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
+        with sdpa_kernel(backend), labelled(label):
+            attempt(name, both)
+
+
 def attention():
     for dim in (64, 128):
         for length in (1024, 2048, 4096):
-            heads, batch = 2048 // dim, 16384 // length
-            q, k, v = (bf16(batch, heads, length, dim, grad=True) for _ in range(3))
-            g = bf16(batch, heads, length, dim)
-            product = batch * heads * length * length * dim
-            for backend, label in ((SDPBackend.FLASH_ATTENTION, "FA2"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
-                with sdpa_kernel(backend):
-                    name = f"attention causal bf16 d{dim} s{length}"
-                    CONTEXT["backend"] = label
-                    forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                    with torch.no_grad():
-                        row(f"{name} forward", 2 * product, False, forward)
-                    o = forward()
-                    backward = lambda: torch.autograd.grad(o, (q, k, v), g, retain_graph=True)
-                    row(f"{name} gradient", 5 * product, False, backward)
-            CONTEXT.pop("backend", None)
+            causal_attention(f"attention causal bf16 d{dim} s{length}", [length] * (16384 // length), dim)
+        conversations = [590 + i * i * 1458 // 225 for i in range(16)]
+        causal_attention(f"attention causal bf16 d{dim} 16 of 590 to 2048", conversations, dim)
 
 
 def decode():
@@ -129,14 +158,17 @@ def align_mix():
     product = 2 * images * patches * width * width
     grads = (x, w, b, table, *gate)
     torch._functorch.config.donated_buffer = False  # a compiled gradient runs more than once
-    for label, run in (("eager", forward), ("compiled", torch.compile(forward))):
-        CONTEXT["backend"] = label
+
+    def both(run):
         with torch.no_grad():
             row("alignMix forward bf16 16x576x4096", product, False, run)
         out = run()
         d_out = out.detach().clone()
         row("alignMix gradient bf16 16x576x4096", 2 * product, False, lambda: torch.autograd.grad(out, grads, d_out, retain_graph=True))
-    CONTEXT.pop("backend", None)
+
+    for label, run in (("eager", forward), ("compiled", torch.compile(forward))):
+        with labelled(label):
+            attempt(f"alignMix {label}", lambda: both(run))
 
 
 def layers():
@@ -175,8 +207,4 @@ def layers():
 
 
 for part in (copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix, layers):
-    try:
-        part()
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        print(json.dumps({"row": part.__name__, "failed": str(error).splitlines()[0], "peer": "torch", **CONTEXT}), flush=True)
-    torch.cuda.empty_cache()
+    attempt(part.__name__, part)

@@ -174,8 +174,8 @@ function stateBytes(
   }
 }
 
-// Two pieces for all copies (native/cuda/device.cc); three places for a parameter and its gradient (native/ops/optim.cc).
-const STAGING = 2 * 2 ** 23
+// Two pieces and 64 small places for all copies (native/cuda/device.cc); three places for a parameter and its gradient (native/ops/optim.cc).
+const STAGING = 2 * 2 ** 23 + 64 * 2 ** 16
 const OFFLOAD_PLACES = 3 * 2 * 2 ** 22
 
 /** What one layer keeps for backward besides its input (docs: ARCHITECTURE.md, Memory). */

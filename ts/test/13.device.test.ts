@@ -1,4 +1,5 @@
 /** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda-check.mjs). */
+import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
@@ -49,6 +50,35 @@ describe('choosing', () => {
     expect(() => resolveDevice('cuda', 'f64')).toThrow('expected dtype f32 or bf16, got f64')
   })
 })
+
+test.runIf(typeof found !== 'string' && found.level === 'emulated')(
+  'a GPU that fails is named as such by whatever asks it next; the CPU goes on',
+  () => {
+    const source = (name: string): string => JSON.stringify(new URL(`../src/${name}`, import.meta.url).href)
+    const code = `
+      import { add, scale } from ${source('ops.ts')}
+      import { scope, tensor, zeros } from ${source('tensor.ts')}
+      const told = (f) => { try { f(); return 'nothing' } catch (e) { return e.code + ' ' + e.message } }
+      const [x, late] = [[1, 2], [3, 4]].map((values) => tensor(values, [2], 'f32', 'cuda').persist())
+      scope(() => add(x, x)) // nobody looks at it
+      console.log(told(() => x.toArray()))
+      console.log(told(() => late.write(Float32Array.of(1, 2))))
+      console.log(told(() => zeros([1 << 20], 'f32', 'cuda')))
+      console.log(scope(() => scale(tensor([3], [1]), 2).item()))`
+    const { stdout, stderr, status } = spawnSync(
+      process.execPath,
+      ['--import', 'tsx', '--input-type=module', '-e', code],
+      { encoding: 'utf8', env: { ...process.env, ALIGNGPT_EMULATED_FAULT: '1' } },
+    )
+    const failed = /^ERR_DEVICE \[(copy|memory)\] .*an illegal memory access was encountered/
+    const lines = stdout.trim().split('\n')
+    expect({ lines, stderr, status }).toEqual({
+      lines: [...new Array(3).fill(expect.stringMatching(failed)), '6'],
+      stderr: '',
+      status: 0,
+    })
+  },
+)
 
 describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
   test('go there and back, in every dtype', () => {

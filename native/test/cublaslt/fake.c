@@ -208,6 +208,7 @@ EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const voi
   const void* pointers[5] = {a, b, c, d, o->bias};
   (void)stream;
   if (handle != &fake_cublaslt) return wrong("a handle that is not ours");
+  if ((uintptr_t)o->bias % 16) return wrong("a bias that is not aligned to 16 bytes");
   if (allowed(o, l, algo, pointers, workspace, workspace_bytes)) return FAKE_INVALID_VALUE;
   if (fake_cublaslt.matmul_status) return fake_cublaslt.matmul_status;
   __atomic_add_fetch(&fake_cublaslt.products, 1, __ATOMIC_RELAXED);
