@@ -85,6 +85,16 @@ describe('where settings come from', () => {
     expect(await given({ flags: { loraRank: 4, saveEvery: 5 } })).toEqual({ lora: { rank: 4 }, saveEvery: 5 })
     expect(await given({})).toEqual({})
   })
+  test('of two alternatives that from the place that counts more', async () => {
+    const config = write('alternatives.yaml', 'preset: 7b\nevalData: dev.jsonl\nsteps: 100')
+    const values = await given({ config })
+    expect(values).toMatchObject({ evalData: 'dev.jsonl', steps: 100 })
+    expect(values).not.toHaveProperty('evalShare')
+    const flags = await given({ config, flags: { evalShare: 0.1, epochs: 3 } })
+    expect(flags).toMatchObject({ evalShare: 0.1, epochs: 3 })
+    expect(flags).not.toHaveProperty('evalData')
+    expect(flags).not.toHaveProperty('steps')
+  })
   test('presets are settings of their phases', async () => {
     for (const preset of Object.keys(PRESETS))
       for (const phase of ['pretrain', 'finetune'] as const)

@@ -230,6 +230,12 @@ export interface Given {
   flags?: Values
 }
 
+/** A setting takes the place of its alternative from a place that counts less: a preset holds records out, a flag names a file. */
+const ALTERNATIVES: Record<string, string> = {
+  ...{ evalData: 'evalShare', evalShare: 'evalData' },
+  ...{ steps: 'epochs', epochs: 'steps' },
+}
+
 const sections = new Set(SETTINGS.filter((s) => s.key.includes('.')).map((s) => s.key.split('.')[0]))
 const isSection = (v: unknown): v is Values => typeof v === 'object' && v !== null && !Array.isArray(v)
 
@@ -330,6 +336,10 @@ export async function resolveSettings(phase: PhaseName, g: Given): Promise<Value
     ['flags', flags],
   ]
   const values: Values = {}
-  for (const [where, layer] of layers) for (const [key, v] of await checked(where, layer, phase)) put(values, key, v)
+  for (const [where, layer] of layers) {
+    const given = await checked(where, layer, phase)
+    for (const [key] of given) if (ALTERNATIVES[key]) delete values[ALTERNATIVES[key]]
+    for (const [key, v] of given) put(values, key, v)
+  }
   return values
 }
