@@ -61,7 +61,12 @@ async function prepare() {
   fs.cpSync(path.join(root, 'prebuilds', 'linux-arm64'), path.join(home, 'prebuilds', 'linux-arm64'), {
     recursive: true,
   })
-  const entries = ['ts/test/op-checks.ts', 'scripts/goldens.ts', 'ts/src/decode-worker.ts', 'ts/src/save-worker.ts']
+  const entries = [
+    'ts/test/op-checks.ts',
+    'scripts/goldens.ts',
+    'ts/src/data/image-worker.ts',
+    'ts/src/train/saver-worker.ts',
+  ]
   await bundle({
     entryPoints: entries.map((file) => path.join(root, file)),
     ...{ outdir: path.join(home, 'dist'), entryNames: '[name]', bundle: true, splitting: true, packages: 'external' },

@@ -6,7 +6,7 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
-import { integer } from '../ts/src/commands/options.js'
+import { integer } from '../ts/src/cli/options.js'
 import { crash, damage } from './crash/campaign.js'
 
 const o = new Command('crash')

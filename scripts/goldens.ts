@@ -10,28 +10,28 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
-import { AlignGPT, loadClip } from '../ts/src/aligngpt.js'
-import type { PackedBatch } from '../ts/src/batch.js'
-import { readPreprocessor } from '../ts/src/config.js'
-import { loadDataset } from '../ts/src/data.js'
-import { Decoding, loadPixels, packWithPixels } from '../ts/src/generate.js'
-import { decodeImage, preprocessImage } from '../ts/src/image.js'
-import { bucketLevels } from '../ts/src/levels.js'
-import { openLoader } from '../ts/src/loader.js'
-import { gather, matmul } from '../ts/src/ops.js'
-import { AdamW, cosineRate } from '../ts/src/optim.js'
-import { FINETUNE, type Phase, PRETRAIN, trainable } from '../ts/src/phases.js'
-import { buildPrompt, buildSample, type DataRecord } from '../ts/src/prompt.js'
+import { gather, matmul } from '../ts/src/core/ops.js'
+import { noGrad, scope, type Tensor, tensor } from '../ts/src/core/tensor.js'
+import { loadDataset } from '../ts/src/data/dataset.js'
+import { openLoader } from '../ts/src/data/loader.js'
 import {
   openSafetensors,
   readEntry,
   type StoredDtype,
   type TensorToWrite,
   writeSafetensors,
-} from '../ts/src/safetensors.js'
-import { clipScores } from '../ts/src/score.js'
-import { noGrad, scope, type Tensor, tensor } from '../ts/src/tensor.js'
-import { Tokenizer } from '../ts/src/tokenizer.js'
+} from '../ts/src/formats/safetensors.js'
+import { Decoding, loadPixels, packWithPixels } from '../ts/src/inference/generate.js'
+import { bucketLevels } from '../ts/src/levels/bucket.js'
+import { clipScores } from '../ts/src/levels/clip-scores.js'
+import { AlignGPT, loadClip } from '../ts/src/models/aligngpt.js'
+import { readPreprocessor } from '../ts/src/models/config.js'
+import type { PackedBatch } from '../ts/src/models/packed-batch.js'
+import { AdamW, cosineRate } from '../ts/src/nn/adamw.js'
+import { buildPrompt, buildSample, type DataRecord } from '../ts/src/processing/conversation.js'
+import { decodeImage, preprocessImage } from '../ts/src/processing/image.js'
+import { Tokenizer } from '../ts/src/processing/tokenizer.js'
+import { FINETUNE, type Phase, PRETRAIN, trainable } from '../ts/src/train/phases.js'
 
 interface Recipe {
   lr: number

@@ -10,7 +10,7 @@ const program = `
 const from = performance.now()
 await import(${dist('index.js')})
 const imported = performance.now() - from
-const [{ tensor }, { linear }] = await Promise.all([import(${dist('tensor.js')}), import(${dist('ops.js')})])
+const [{ tensor }, { linear }] = await Promise.all([import(${dist('core/tensor.js')}), import(${dist('core/ops.js')})])
 const a = tensor([1, 2, 3, 4], [2, 2])
 if (linear(a, a).toFloats().join() !== '5,11,11,25') throw new Error('wrong result')
 console.log(imported, performance.now() - from)`

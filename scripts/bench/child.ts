@@ -8,7 +8,7 @@
  */
 import fs from 'node:fs'
 import { setTimeout } from 'node:timers/promises'
-import { type Dtype, native } from '../../ts/src/native.js'
+import { type Dtype, native } from '../../ts/src/core/native.js'
 import { lmHeadCase } from './kernels.js'
 import { TrainStep } from './model.js'
 

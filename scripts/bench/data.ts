@@ -1,6 +1,6 @@
 /** Numbers that both sides make from the same formula, and what they compare of their results. */
-import type { Dtype } from '../../ts/src/native.js'
-import { type Tensor, tensor } from '../../ts/src/tensor.js'
+import type { Dtype } from '../../ts/src/core/native.js'
+import { type Tensor, tensor } from '../../ts/src/core/tensor.js'
 
 /** n 32-bit hashes of (seed, index) (murmur3's finalizer); `bits` in peer_kernels.py is the same function. */
 function bits(n: number, seed: number): Uint32Array {

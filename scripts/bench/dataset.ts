@@ -8,11 +8,11 @@
  */
 import fs from 'node:fs'
 import { Command } from 'commander'
-import { checkDataset } from '../../ts/src/check.js'
-import { loadDataset } from '../../ts/src/data.js'
-import { openPictures } from '../../ts/src/pictures.js'
-import { Rng } from '../../ts/src/rng.js'
-import { TarWriter } from '../../ts/src/tar.js'
+import { loadDataset } from '../../ts/src/data/dataset.js'
+import { checkDataset } from '../../ts/src/data/lint.js'
+import { TarWriter } from '../../ts/src/formats/tar.js'
+import { openPictures } from '../../ts/src/processing/image-source.js'
+import { Rng } from '../../ts/src/util/rng.js'
 
 const WORDS =
   'a the of in on with two red blue small large old wooden table street dog cat bird person people sitting standing holding next to near and is are there what color how many which side left right image photo café naïve “quoted” 日本 🙂'.split(

@@ -1,7 +1,7 @@
 /** Single operations against PyTorch's: matrix products, attention, AdamW, pointwise ops, alignMix, LM head. */
-import { type Dtype, native } from '../../ts/src/native.js'
-import * as ops from '../../ts/src/ops.js'
-import { backward, noGrad, scope, Tensor, tensor, zeros } from '../../ts/src/tensor.js'
+import { type Dtype, native } from '../../ts/src/core/native.js'
+import * as ops from '../../ts/src/core/ops.js'
+import { backward, noGrad, scope, Tensor, tensor, zeros } from '../../ts/src/core/tensor.js'
 import { assertSame, type Digest, digest, integers, random, running, TOLERANCE } from './data.js'
 import { type Comparison, type Context, compare, type Group, meanRow, type Result, worstRow } from './measure.js'
 

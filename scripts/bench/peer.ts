@@ -3,7 +3,7 @@ import { type ChildProcessWithoutNullStreams, spawn, spawnSync } from 'node:chil
 import path from 'node:path'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
-import { AlignGPTError } from '../../ts/src/errors.js'
+import { AlignGPTError } from '../../ts/src/util/errors.js'
 
 const SCRIPT = path.join(path.dirname(fileURLToPath(import.meta.url)), 'peer.py')
 const NEEDED = 'python3 -m venv VENV && VENV/bin/pip install torch transformers numpy safetensors'

@@ -1,6 +1,6 @@
 /** How the cost of our step grows with the work, and what of it is not kernels. No peer: these are ours alone. */
-import { native } from '../../ts/src/native.js'
-import { memory } from '../../ts/src/tensor.js'
+import { native } from '../../ts/src/core/native.js'
+import { memory } from '../../ts/src/core/tensor.js'
 import { median } from './measure.js'
 import { EVEN, type Size, TrainStep, writeModel } from './model.js'
 

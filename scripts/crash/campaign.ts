@@ -6,8 +6,8 @@ import { spawn } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { findCheckpoint, listCheckpoints, verifyCheckpoint } from '../../ts/src/checkpoint.js'
-import { Rng } from '../../ts/src/rng.js'
+import { findCheckpoint, listCheckpoints, verifyCheckpoint } from '../../ts/src/train/checkpoint.js'
+import { Rng } from '../../ts/src/util/rng.js'
 import type { ChildJob } from './child.js'
 
 const base = fileURLToPath(new URL('../../ts/test/golden/base/', import.meta.url))

@@ -23,7 +23,7 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import { type DataRecord, render, type Turn } from '../../ts/src/prompt.js'
+import { type DataRecord, render, type Turn } from '../../ts/src/processing/conversation.js'
 import { CATEGORIES, type Emoji, pictureName, selectEmoji, TRAINING_STYLES, writePictures } from './emoji.js'
 import {
   type LlavaRecord,

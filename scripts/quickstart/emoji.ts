@@ -15,7 +15,7 @@ import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import sharp from 'sharp'
-import { permutation } from '../../ts/src/rng.js'
+import { permutation } from '../../ts/src/util/rng.js'
 
 /** Emojibase groups and the one word each is called by here. */
 export const CATEGORIES = ['smiley', 'people', 'nature', 'food', 'travel', 'activity', 'object', 'symbol'] as const

@@ -1,8 +1,8 @@
 /** The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no font. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { CHART_STYLE, lineChart } from '../../ts/src/charts.js'
-import { escapeHtml, htmlPage, PAGE_STYLE } from '../../ts/src/html.js'
+import { CHART_STYLE, lineChart } from '../../ts/src/report/charts.js'
+import { escapeHtml, htmlPage, PAGE_STYLE } from '../../ts/src/report/html.js'
 import { barWithMarks, legend, type Series, stackedColumns, weightBars } from './charts.js'
 import { QUALITIES, type Quality, TESTS, type Test } from './records.js'
 

@@ -1,7 +1,7 @@
 /** What the quickstart and the ablations train with. */
-import type { CreateOptions } from '../../ts/src/aligngpt.js'
-import { PRESETS } from '../../ts/src/commands/settings.js'
-import type { TrainOptions } from '../../ts/src/train.js'
+import type { CreateOptions } from '../../ts/src/models/aligngpt.js'
+import { PRESETS } from '../../ts/src/train/run-settings.js'
+import type { TrainOptions } from '../../ts/src/train/trainer.js'
 
 /** Not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the end. */
 export const VISION: Pick<CreateOptions, 'selectLayer' | 'selectFeature'> = {

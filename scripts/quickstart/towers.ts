@@ -4,8 +4,17 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import { CLIPModel, offsetsOf } from '../../ts/src/clip.js'
-import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig } from '../../ts/src/config.js'
+import { native, resolveDevice } from '../../ts/src/core/native.js'
+import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/core/ops.js'
+import { backward, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
+import { writeSafetensors } from '../../ts/src/formats/safetensors.js'
+import { CLIPModel, offsetsOf } from '../../ts/src/models/clip.js'
+import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig } from '../../ts/src/models/config.js'
+import { LlamaModel, RopeTable } from '../../ts/src/models/llama.js'
+import { initSource } from '../../ts/src/models/parameter-sources.js'
+import { AdamW, cosineRate, type Parameter } from '../../ts/src/nn/adamw.js'
+import type { Module } from '../../ts/src/nn/module.js'
+import { type DataRecord, encodePieces, IGNORE, render } from '../../ts/src/processing/conversation.js'
 import {
   augment,
   decodeImage,
@@ -13,18 +22,9 @@ import {
   normaliseTable,
   preprocessImage,
   type RgbImage,
-} from '../../ts/src/image.js'
-import { LlamaModel, RopeTable } from '../../ts/src/llama.js'
-import { native, resolveDevice } from '../../ts/src/native.js'
-import type { Module } from '../../ts/src/nn.js'
-import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/ops.js'
-import { AdamW, cosineRate, type Parameter } from '../../ts/src/optim.js'
-import { type DataRecord, encodePieces, IGNORE, render } from '../../ts/src/prompt.js'
-import { permutation, Rng } from '../../ts/src/rng.js'
-import { writeSafetensors } from '../../ts/src/safetensors.js'
-import { backward, scope, type Tensor, tensor } from '../../ts/src/tensor.js'
-import { Tokenizer } from '../../ts/src/tokenizer.js'
-import { initSource } from '../../ts/src/weights.js'
+} from '../../ts/src/processing/image.js'
+import { Tokenizer } from '../../ts/src/processing/tokenizer.js'
+import { permutation, Rng } from '../../ts/src/util/rng.js'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'
 
 /** A loss every now and then, for the report. */

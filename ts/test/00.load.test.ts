@@ -1,6 +1,6 @@
 import { spawnSync } from 'node:child_process'
 import { expect, test } from 'vitest'
-import { native } from '../src/native.js'
+import { native } from '../src/core/native.js'
 import { allLevels } from './cpu-levels.js'
 
 const root = new URL('../..', import.meta.url)
@@ -12,7 +12,7 @@ function run(code: string, env: Record<string, string> = {}) {
     encoding: 'utf8',
   })
 }
-const load = "import { native } from './ts/src/native.ts';"
+const load = "import { native } from './ts/src/core/native.ts';"
 
 test('the native core loads and says what it runs on', () => {
   const c = native.capabilities()

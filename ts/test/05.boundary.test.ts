@@ -1,7 +1,7 @@
 /** Hostile arguments on every export: always a JavaScript error, never a crash, and nothing is lost. */
 import { afterAll, describe, expect, test } from 'vitest'
-import { native } from '../src/native.js'
-import { memory, tensor } from '../src/tensor.js'
+import { native } from '../src/core/native.js'
+import { memory, tensor } from '../src/core/tensor.js'
 
 type Any = (...args: unknown[]) => unknown
 const all = native as unknown as Record<string, Any>

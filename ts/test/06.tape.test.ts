@@ -1,8 +1,8 @@
 /** Scopes, handles and the tape. */
 import { expect, test } from 'vitest'
-import { native } from '../src/native.js'
-import * as ops from '../src/ops.js'
-import { backward, memory, noGrad, scope, type Tensor, tensor, zeros } from '../src/tensor.js'
+import { native } from '../src/core/native.js'
+import * as ops from '../src/core/ops.js'
+import { backward, memory, noGrad, scope, type Tensor, tensor, zeros } from '../src/core/tensor.js'
 
 test('a scope frees what was made in it, except its result', () => {
   const before = memory()

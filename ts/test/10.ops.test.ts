@@ -1,7 +1,7 @@
 /** Every op at every CPU level of this machine and on its GPU, see specs.ts and op-checks.ts. */
 import { spawnSync } from 'node:child_process'
 import { describe, expect, test } from 'vitest'
-import { native } from '../src/native.js'
+import { native } from '../src/core/native.js'
 import { cpuLevels } from './cpu-levels.js'
 import { specs } from './specs.js'
 

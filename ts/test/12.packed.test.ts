@@ -3,10 +3,10 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
-import { native } from '../src/native.js'
-import * as ops from '../src/ops.js'
-import { AdamW } from '../src/optim.js'
-import { backward, memory, scope, type Tensor, tensor, zeros } from '../src/tensor.js'
+import { native } from '../src/core/native.js'
+import * as ops from '../src/core/ops.js'
+import { backward, memory, scope, type Tensor, tensor, zeros } from '../src/core/tensor.js'
+import { AdamW } from '../src/nn/adamw.js'
 
 const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-packed-'))
 afterAll(() => fs.rmSync(temp, { recursive: true, force: true }))

@@ -6,15 +6,15 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { makeBatch } from '../../scripts/bench/model.js'
-import { AlignGPT } from '../src/aligngpt.js'
-import { loadDataset } from '../src/data.js'
-import { generateBatch } from '../src/generate.js'
-import { MicroSteps } from '../src/microsteps.js'
-import { type Device, native, resolveDevice } from '../src/native.js'
-import { add, embedding, gather, matmul, scale, sum, to } from '../src/ops.js'
-import { AdamW } from '../src/optim.js'
-import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../src/tensor.js'
-import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train.js'
+import { type Device, native, resolveDevice } from '../src/core/native.js'
+import { add, embedding, gather, matmul, scale, sum, to } from '../src/core/ops.js'
+import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../src/core/tensor.js'
+import { loadDataset } from '../src/data/dataset.js'
+import { generateBatch } from '../src/inference/generate.js'
+import { AlignGPT } from '../src/models/aligngpt.js'
+import { AdamW } from '../src/nn/adamw.js'
+import { MicroSteps } from '../src/train/micro-batches.js'
+import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train/trainer.js'
 
 const found = native.probeCuda()
 afterEach(() => void vi.unstubAllEnvs())
@@ -56,8 +56,8 @@ test.runIf(typeof found !== 'string' && found.level === 'emulated')(
   () => {
     const source = (name: string): string => JSON.stringify(new URL(`../src/${name}`, import.meta.url).href)
     const code = `
-      import { add, scale } from ${source('ops.ts')}
-      import { scope, tensor, zeros } from ${source('tensor.ts')}
+      import { add, scale } from ${source('core/ops.ts')}
+      import { scope, tensor, zeros } from ${source('core/tensor.ts')}
       const told = (f) => { try { f(); return 'nothing' } catch (e) { return e.code + ' ' + e.message } }
       const [x, late] = [[1, 2], [3, 4]].map((values) => tensor(values, [2], 'f32', 'cuda').persist())
       scope(() => add(x, x)) // nobody looks at it

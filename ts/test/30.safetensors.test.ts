@@ -2,7 +2,6 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { AlignGPTError } from '../src/errors.js'
 import {
   halfToFloat,
   layoutSafetensors,
@@ -14,7 +13,8 @@ import {
   type TensorEntry,
   type TensorToWrite,
   writeSafetensors,
-} from '../src/safetensors.js'
+} from '../src/formats/safetensors.js'
+import { AlignGPTError } from '../src/util/errors.js'
 import { caseDir, doing, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

@@ -2,9 +2,9 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { AlignGPTError } from '../src/errors.js'
-import { openCheckpoint, readFloats, type TensorEntry } from '../src/safetensors.js'
-import { openTorchBin } from '../src/torchbin.js'
+import { openCheckpoint, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
+import { openTorchBin } from '../src/formats/torchbin.js'
+import { AlignGPTError } from '../src/util/errors.js'
 import { caseDir, doing, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

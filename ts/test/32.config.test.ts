@@ -17,8 +17,8 @@ import {
   readLlamaConfig,
   readPreprocessor,
   writeAlignGPTConfig,
-} from '../src/config.js'
-import { AlignGPTError } from '../src/errors.js'
+} from '../src/models/config.js'
+import { AlignGPTError } from '../src/util/errors.js'
 import { caseDir, readJson, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

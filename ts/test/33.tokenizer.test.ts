@@ -2,8 +2,8 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { AlignGPTError } from '../src/errors.js'
-import { Tokenizer } from '../src/tokenizer.js'
+import { Tokenizer } from '../src/processing/tokenizer.js'
+import { AlignGPTError } from '../src/util/errors.js'
 import { CASES, caseDir, expectedOf, readJson, recordsOf, refuses, tempDir } from './data-cases.js'
 
 const dirs: string[] = []

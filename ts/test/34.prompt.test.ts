@@ -1,6 +1,5 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import { AlignGPTError } from '../src/errors.js'
 import {
   buildPrompt,
   buildSample,
@@ -12,8 +11,9 @@ import {
   type Style,
   type Turn,
   textOf,
-} from '../src/prompt.js'
-import { Tokenizer } from '../src/tokenizer.js'
+} from '../src/processing/conversation.js'
+import { Tokenizer } from '../src/processing/tokenizer.js'
+import { AlignGPTError } from '../src/util/errors.js'
 import { CASES, caseDir, expectedOf, recordsOf, refuses } from './data-cases.js'
 
 const load = (name: string): Tokenizer => Tokenizer.load(caseDir(name, 'model', 'llm'))

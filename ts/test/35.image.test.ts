@@ -4,7 +4,8 @@ import path from 'node:path'
 import fc from 'fast-check'
 import sharp from 'sharp'
 import { afterAll, describe, expect, it } from 'vitest'
-import { readPreprocessor } from '../src/config.js'
+import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
+import { readPreprocessor } from '../src/models/config.js'
 import {
   augment,
   compositeOver,
@@ -21,9 +22,8 @@ import {
   preprocessImage,
   type RgbImage,
   resizeBicubic,
-} from '../src/image.js'
-import { Rng } from '../src/rng.js'
-import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/safetensors.js'
+} from '../src/processing/image.js'
+import { Rng } from '../src/util/rng.js'
 import { CASES, caseDir, doing, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

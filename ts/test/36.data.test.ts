@@ -6,15 +6,15 @@ import { Worker } from 'node:worker_threads'
 import fc from 'fast-check'
 import sharp from 'sharp'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
-import { ALIGN_ROW, IMAGE_ROW, type PackedBatch, packBatch } from '../src/batch.js'
-import { readPreprocessor } from '../src/config.js'
-import { type Dataset, groupByModalityLength, loadDataset } from '../src/data.js'
-import { loadImage, normalise, preprocessImage } from '../src/image.js'
-import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/loader.js'
-import { buildSample, IGNORE, type Sample } from '../src/prompt.js'
-import { wordCount } from '../src/records.js'
-import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/safetensors.js'
-import { Tokenizer } from '../src/tokenizer.js'
+import { type Dataset, groupByModalityLength, loadDataset } from '../src/data/dataset.js'
+import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/data/loader.js'
+import { wordCount } from '../src/formats/record-file.js'
+import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
+import { readPreprocessor } from '../src/models/config.js'
+import { ALIGN_ROW, IMAGE_ROW, type PackedBatch, packBatch } from '../src/models/packed-batch.js'
+import { buildSample, IGNORE, type Sample } from '../src/processing/conversation.js'
+import { loadImage, normalise, preprocessImage } from '../src/processing/image.js'
+import { Tokenizer } from '../src/processing/tokenizer.js'
 import { CASES, caseDir, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()
@@ -508,9 +508,9 @@ describe('loader', () => {
   // The same in fresh processes: TypeScript through tsx, compiled JavaScript in plain node, and inside a worker thread.
   const root = fileURLToPath(new URL('../../', import.meta.url))
   const program = (src: string, ext: string, close: boolean): string => `
-    import { loadDataset } from ${JSON.stringify(`${src}/data.${ext}`)}
-    import { openLoader } from ${JSON.stringify(`${src}/loader.${ext}`)}
-    import { Tokenizer } from ${JSON.stringify(`${src}/tokenizer.${ext}`)}
+    import { loadDataset } from ${JSON.stringify(`${src}/data/dataset.${ext}`)}
+    import { openLoader } from ${JSON.stringify(`${src}/data/loader.${ext}`)}
+    import { Tokenizer } from ${JSON.stringify(`${src}/processing/tokenizer.${ext}`)}
     const c = ${JSON.stringify(caseDir(name))}
     const d = await loadDataset(c + '/data_phase1.json', { images: c + '/images' })
     const preprocess = { size: 32, crop: 32, mean: [0.48, 0.46, 0.41], std: [0.27, 0.26, 0.28], pad: true }
@@ -546,41 +546,10 @@ describe('loader', () => {
     try {
       fs.mkdirSync(out)
       fs.writeFileSync(path.join(out, 'package.json'), '{"type":"module"}')
-      const ts = await import('typescript')
-      for (const f of [
-        'data',
-        'records',
-        'numbers',
-        'saved',
-        'pictures',
-        'parquet',
-        'fingerprints',
-        'tar',
-        'loader',
-        'batch',
-        'decode-worker',
-        'image',
-        'prompt',
-        'tokenizer',
-        'sentencepiece',
-        'json',
-        'errors',
-        'package',
-        'rng',
-        'thread',
-        'config',
-      ])
-        fs.writeFileSync(
-          path.join(out, `${f}.js`),
-          ts.default.transpileModule(fs.readFileSync(path.join(root, 'ts/src', `${f}.ts`), 'utf8'), {
-            compilerOptions: {
-              module: ts.default.ModuleKind.ESNext,
-              target: ts.default.ScriptTarget.ES2023,
-              verbatimModuleSyntax: false,
-              isolatedModules: true,
-            },
-          }).outputText,
-        )
+      const { buildSync } = await import('esbuild')
+      const sources = path.join(root, 'ts/src')
+      const files = fs.readdirSync(sources, { recursive: true, encoding: 'utf8' }).filter((f) => f.endsWith('.ts'))
+      buildSync({ entryPoints: files.map((f) => path.join(sources, f)), outdir: out, outbase: sources, format: 'esm' })
       for (const [close, want] of [
         [true, 14],
         [false, 4],

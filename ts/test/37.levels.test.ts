@@ -2,8 +2,8 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { loadDataset } from '../src/data.js'
-import { type Buckets, bucketLevels, readLevels, withSimilarity, writeLevels } from '../src/levels.js'
+import { loadDataset } from '../src/data/dataset.js'
+import { type Buckets, bucketLevels, readLevels, withSimilarity, writeLevels } from '../src/levels/bucket.js'
 import { CASES, caseDir, expectedOf, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

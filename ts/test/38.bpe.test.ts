@@ -3,8 +3,14 @@ import path from 'node:path'
 import { Tokenizer as Library } from '@huggingface/tokenizers'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
-import { type BpeStyle, saveTokenizer, type TrainedTokenizer, trainBpe, trainClipBpe } from '../src/bpe.js'
-import { Tokenizer } from '../src/tokenizer.js'
+import {
+  type BpeStyle,
+  saveTokenizer,
+  type TrainedTokenizer,
+  trainBpe,
+  trainClipBpe,
+} from '../src/processing/bpe-trainer.js'
+import { Tokenizer } from '../src/processing/tokenizer.js'
 import { refuses, tempDir } from './data-cases.js'
 
 const TEXTS = [

@@ -4,8 +4,8 @@ import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
 import { stackedColumns, weightBars } from '../../scripts/quickstart/charts.js'
 import { type QuickstartResult, type ReportExtras, renderReport, writeReport } from '../../scripts/quickstart/report.js'
-import { heatMap, lineChart, smooth, ticks } from '../src/charts.js'
-import { escapeHtml } from '../src/html.js'
+import { heatMap, lineChart, smooth, ticks } from '../src/report/charts.js'
+import { escapeHtml } from '../src/report/html.js'
 import { caseDir, tempDir } from './data-cases.js'
 
 const dir = tempDir()

@@ -2,10 +2,10 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { describe, expect, it } from 'vitest'
-import { loadDataset } from '../src/data.js'
-import { readLevels } from '../src/levels.js'
-import { type LevelsOptions, levels } from '../src/score.js'
-import { FeatureFile } from '../src/score-files.js'
+import { loadDataset } from '../src/data/dataset.js'
+import { readLevels } from '../src/levels/bucket.js'
+import { type LevelsOptions, levels } from '../src/levels/clip-scores.js'
+import { FeatureFile } from '../src/levels/score-store.js'
 import { caseDir, expectedOf, tempDir } from './data-cases.js'
 
 const clip = caseDir('base', 'model', 'clip')

@@ -4,7 +4,7 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { native } from '../src/native.js'
+import { native } from '../src/core/native.js'
 import { cpuLevels } from './cpu-levels.js'
 
 const root = new URL('../..', import.meta.url)

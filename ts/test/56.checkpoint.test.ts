@@ -3,6 +3,9 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { native } from '../src/core/native.js'
+import { memory, type Tensor, tensor, zeros } from '../src/core/tensor.js'
+import { openSafetensors, readFloats } from '../src/formats/safetensors.js'
 import {
   findCheckpoint,
   listCheckpoints,
@@ -13,11 +16,8 @@ import {
   storedDtype,
   verifyCheckpoint,
   writeCheckpoint,
-} from '../src/checkpoint.js'
-import { native } from '../src/native.js'
-import { Rng } from '../src/rng.js'
-import { openSafetensors, readFloats } from '../src/safetensors.js'
-import { memory, type Tensor, tensor, zeros } from '../src/tensor.js'
+} from '../src/train/checkpoint.js'
+import { Rng } from '../src/util/rng.js'
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'checkpoint test '))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))

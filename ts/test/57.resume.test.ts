@@ -4,16 +4,22 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, test } from 'vitest'
-import { AlignGPT } from '../src/aligngpt.js'
-import { listCheckpoints, readCheckpoint, storedDtype, verifyCheckpoint, writeCheckpoint } from '../src/checkpoint.js'
-import { loadDataset } from '../src/data.js'
-import { type Device, native } from '../src/native.js'
-import { AdamW } from '../src/optim.js'
-import { PRETRAIN, trainable } from '../src/phases.js'
-import { parseInterval, Schedule, savedTensors } from '../src/resume.js'
-import { openSafetensors, readFloats } from '../src/safetensors.js'
-import { memory } from '../src/tensor.js'
-import { finetune, pretrain, type TrainOptions, type TrainResult } from '../src/train.js'
+import { type Device, native } from '../src/core/native.js'
+import { memory } from '../src/core/tensor.js'
+import { loadDataset } from '../src/data/dataset.js'
+import { openSafetensors, readFloats } from '../src/formats/safetensors.js'
+import { AlignGPT } from '../src/models/aligngpt.js'
+import { AdamW } from '../src/nn/adamw.js'
+import {
+  listCheckpoints,
+  readCheckpoint,
+  storedDtype,
+  verifyCheckpoint,
+  writeCheckpoint,
+} from '../src/train/checkpoint.js'
+import { PRETRAIN, trainable } from '../src/train/phases.js'
+import { parseInterval, Schedule, savedTensors } from '../src/train/resume.js'
+import { finetune, pretrain, type TrainOptions, type TrainResult } from '../src/train/trainer.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const folder = path.join(base, 'model/aligngpt')

@@ -4,19 +4,19 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, expect, test } from 'vitest'
-import { AlignGPT } from '../src/aligngpt.js'
+import { native } from '../src/core/native.js'
+import { memory, tensor } from '../src/core/tensor.js'
+import { loadDataset } from '../src/data/dataset.js'
+import { AlignGPT } from '../src/models/aligngpt.js'
 import {
   findCheckpoint,
   listCheckpoints,
   type StateTensor,
   verifyCheckpoint,
   writeCheckpoint,
-} from '../src/checkpoint.js'
-import { loadDataset } from '../src/data.js'
-import { native } from '../src/native.js'
-import { Saver } from '../src/saver.js'
-import { memory, tensor } from '../src/tensor.js'
-import { pretrain, type TrainOptions } from '../src/train.js'
+} from '../src/train/checkpoint.js'
+import { Saver } from '../src/train/saver.js'
+import { pretrain, type TrainOptions } from '../src/train/trainer.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'faults test '))

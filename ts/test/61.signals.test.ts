@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url'
 import sharp from 'sharp'
 import { afterAll, expect, test } from 'vitest'
 import { TESTS } from '../../scripts/quickstart/records.js'
-import { listCheckpoints, verifyCheckpoint } from '../src/checkpoint.js'
+import { listCheckpoints, verifyCheckpoint } from '../src/train/checkpoint.js'
 
 const root = fileURLToPath(new URL('../../', import.meta.url))
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
@@ -302,7 +302,7 @@ test('ablate leaves the cell that runs and keeps those before it', async () => {
 
 test('a second signal ends a command at once, also while its event loop waits', async () => {
   const file = path.join(scratch, 'busy.mts')
-  const module = JSON.stringify(path.join(root, 'ts/src/signals.ts'))
+  const module = JSON.stringify(path.join(root, 'ts/src/cli/signals.ts'))
   const work = `console.log('busy'); const end = Date.now() + 20000; while (Date.now() < end);`
   fs.writeFileSync(file, `import { hearing } from ${module}\nawait hearing('waiting', async () => { ${work} })\n`)
   const ended = await node(

@@ -5,10 +5,8 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
-import { AlignGPT } from '../src/aligngpt.js'
-import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert.js'
-import { addLora, loadAdapter, mergeLora, saveAdapter } from '../src/lora.js'
-import { Rng } from '../src/rng.js'
+import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert/convert.js'
+import { memory } from '../src/core/tensor.js'
 import {
   floatToHalf,
   halfToFloat,
@@ -19,9 +17,11 @@ import {
   type TensorEntry,
   type TensorToWrite,
   writeSafetensors,
-} from '../src/safetensors.js'
-import { memory } from '../src/tensor.js'
-import { Tokenizer } from '../src/tokenizer.js'
+} from '../src/formats/safetensors.js'
+import { AlignGPT } from '../src/models/aligngpt.js'
+import { addLora, loadAdapter, mergeLora, saveAdapter } from '../src/nn/lora.js'
+import { Tokenizer } from '../src/processing/tokenizer.js'
+import { Rng } from '../src/util/rng.js'
 
 const golden = fileURLToPath(new URL('golden/', import.meta.url))
 const base = path.join(golden, 'base/model')

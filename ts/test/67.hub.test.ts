@@ -7,7 +7,7 @@ import type { AddressInfo } from 'node:net'
 import os from 'node:os'
 import path from 'node:path'
 import { afterAll, beforeAll, beforeEach, expect, test } from 'vitest'
-import { type DownloadOptions, downloadRepo, readDownloadManifest } from '../src/hub.js'
+import { type DownloadOptions, downloadRepo, readDownloadManifest } from '../src/convert/hub.js'
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'hub test '))
 let folder = ''

@@ -6,9 +6,10 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
 import { afterAll, describe, expect, test } from 'vitest'
-import { candidates, completion } from '../src/commands/completion.js'
-import { finetune } from '../src/commands/finetune.js'
-import { jobOf } from '../src/commands/options.js'
+import { candidates, completion } from '../src/cli/commands/completion.js'
+import { finetune } from '../src/cli/commands/finetune.js'
+import { jobOf } from '../src/cli/options.js'
+import { loadDataset } from '../src/data/dataset.js'
 import {
   expectedOf,
   flagOf,
@@ -17,9 +18,8 @@ import {
   resolveSettings,
   SETTINGS,
   settingsOf,
-} from '../src/commands/settings.js'
-import { loadDataset } from '../src/data.js'
-import type { TrainOptions } from '../src/train.js'
+} from '../src/train/run-settings.js'
+import type { TrainOptions } from '../src/train/trainer.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))

@@ -4,8 +4,8 @@ import { createRequire } from 'node:module'
 import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import { expect, test } from 'vitest'
-import { native } from '../src/native.js'
-import { tensor } from '../src/tensor.js'
+import { native } from '../src/core/native.js'
+import { tensor } from '../src/core/tensor.js'
 
 const addon = fileURLToPath(new URL('../../build/Release/aligngpt.node', import.meta.url))
 const BODY = `

@@ -1,4 +1,4 @@
-import { native } from '../src/native.js'
+import { native } from '../src/core/native.js'
 
 /** Every CPU level, worst first: a machine that has one has those before it. */
 export const allLevels =

@@ -4,8 +4,8 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect } from 'vitest'
-import { AlignGPTError } from '../src/errors.js'
-import type { DataRecord, Turn } from '../src/prompt.js'
+import type { DataRecord, Turn } from '../src/processing/conversation.js'
+import { AlignGPTError } from '../src/util/errors.js'
 
 export const GOLDEN = fileURLToPath(new URL('./golden/', import.meta.url))
 export const CASES = ['base', 'gqa', 'wide'] as const

@@ -2,9 +2,9 @@
  * Runs every row of specs.ts on a device (the argument, default cpu at the CPU level of this process) and prints one JSON line
  * per row: {name, checks, failures}. Started by 10.ops.test.ts once per level and device.
  */
-import { native, resolveDevice } from '../src/native.js'
-import { mul, pack, sum } from '../src/ops.js'
-import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/tensor.js'
+import { native, resolveDevice } from '../src/core/native.js'
+import { mul, pack, sum } from '../src/core/ops.js'
+import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/core/tensor.js'
 import { type Case, type Spec, specs } from './specs.js'
 
 const device = resolveDevice((process.argv[2] ?? 'cpu') as 'cpu' | 'cuda')

@@ -3,9 +3,9 @@
  * forward against the reference (f32, bf16, f64), gradient check in f64, run twice, one thread against two, no leak.
  */
 
-import { native } from '../src/native.js'
-import * as ops from '../src/ops.js'
-import { noGrad, Tensor, tensor } from '../src/tensor.js'
+import { native } from '../src/core/native.js'
+import * as ops from '../src/core/ops.js'
+import { noGrad, Tensor, tensor } from '../src/core/tensor.js'
 
 type A = Float64Array
 // biome-ignore lint/suspicious/noExplicitAny: each row has its own options

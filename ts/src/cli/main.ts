@@ -1,0 +1,60 @@
+/**
+ * The command line: `aligngpt COMMAND`. A command is one file of commands/ that declares its options and loads what it
+ * works with when it runs, so that `--help` is there at once.
+ */
+import { Command, CommanderError } from 'commander'
+import { version } from '../util/package.js'
+import { chat } from './commands/chat.js'
+import { check } from './commands/check.js'
+import { completion } from './commands/completion.js'
+import { download } from './commands/download.js'
+import { evaluation } from './commands/eval.js'
+import { exporting } from './commands/export.js'
+import { finetune } from './commands/finetune.js'
+import { generate } from './commands/generate.js'
+import { importing } from './commands/import.js'
+import { info } from './commands/info.js'
+import { levels } from './commands/levels.js'
+import { plan } from './commands/plan.js'
+import { pretrain } from './commands/pretrain.js'
+import { report } from './commands/report.js'
+import { complain } from './options.js'
+
+const STATUS = `
+Exit status: 0 done; 1 it could not be done (one line on standard error says why), or what was checked is not in order;
+2 the command line is not understood; 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by
+SIGINT and SIGTERM.`
+
+/** Runs the command that process.argv names. @returns the exit status; undefined while a command still runs */
+export async function main(): Promise<number | undefined> {
+  const program = new Command('aligngpt')
+    .description('train, evaluate and run AlignGPT, a multimodal large language model (arXiv 2405.14129)')
+    .version(version())
+    .exitOverride()
+    .showHelpAfterError('(--help lists the options)')
+    .addHelpText('after', STATUS)
+  for (const declare of [
+    info,
+    check,
+    levels,
+    plan,
+    pretrain,
+    finetune,
+    evaluation,
+    report,
+    chat,
+    generate,
+    importing,
+    exporting,
+    download,
+    completion,
+  ])
+    declare(program)
+  try {
+    await program.parseAsync()
+  } catch (e) {
+    if (e instanceof CommanderError) return e.exitCode === 0 ? 0 : 2 // commander has said what is wrong
+    complain(e)
+    return (e as { code?: unknown }).code === 'ERR_SAVE' ? 3 : 1
+  }
+}

@@ -1,0 +1,163 @@
+/** What the commands share: parsers of options, a training run, the last line. */
+import fs from 'node:fs'
+import path from 'node:path'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+import type { Sampling } from '../inference/generate.js'
+import type { AlignGPT, AlignmentOptions, CreateOptions, LoadOptions, Mix } from '../models/aligngpt.js'
+import { STYLES, type Style } from '../processing/conversation.js'
+import { flagOf, type Given, resolveSettings, SETTINGS, type Values } from '../train/run-settings.js'
+import type { TrainOptions, TrainResult } from '../train/trainer.js'
+import type { TrainJob } from './train-worker.js'
+
+export function integer(text: string): number {
+  const n = Number(text)
+  if (!Number.isInteger(n) || n < 0) throw new InvalidArgumentError('expected an integer >= 0')
+  return n
+}
+export function number(text: string): number {
+  const n = Number(text)
+  if (!Number.isFinite(n) || n < 0) throw new InvalidArgumentError('expected a number >= 0')
+  return n
+}
+export function positive(text: string): number {
+  const n = integer(text)
+  if (n === 0) throw new InvalidArgumentError('expected an integer > 0')
+  return n
+}
+function numbers(text: string): number[] {
+  const list = text.split(',').map((t) => (t.trim() === '' ? Number.NaN : Number(t)))
+  if (!list.every(Number.isFinite)) throw new InvalidArgumentError('expected numbers with commas between them')
+  return list
+}
+/** 1024, 512M, 80G, 1.5TiB: units are powers of 1024. */
+export function bytes(text: string): number {
+  const [, digits, unit] = /^(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?$/i.exec(text) ?? []
+  const n = Math.floor(Number(digits) * 1024 ** ['', 'K', 'M', 'G', 'T'].indexOf((unit ?? '').toUpperCase()))
+  if (!(n > 0 && Number.isSafeInteger(n))) throw new InvalidArgumentError('expected bytes such as 512M or 80G')
+  return n
+}
+
+/** Expected errors (ours, the file system's) have a code and are one line; one without is a bug and shows its stack. */
+export function complain(e: unknown): void {
+  const { code, message } = e as { code?: unknown; message?: unknown }
+  const known = e instanceof Error && typeof code === 'string'
+  console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
+}
+
+/** What a new model is made from. */
+const CREATE = ['llm', 'clip', 'levels', 'projector', 'selectLayer', 'selectFeature']
+
+/** The run that settings describe. Ends the command when something is missing. */
+export function jobOf(command: Command, phase: TrainJob['phase'], settings: Values): TrainJob {
+  const missing = (what: string): never => command.error(`error: ${what} missing: give it here or in --config`)
+  const { data, images, model, dtype, device, alignment, gate, ...options } = settings as unknown as TrainingSettings
+  const { clip, gateText, seed } = options
+  const variant = { alignment, gate, gateText }
+  const made = Object.fromEntries(CREATE.map((key) => [key, settings[key]]))
+  for (const key of CREATE) delete (options as unknown as Values)[key]
+  if (data === undefined) missing('--data is')
+  if (options.lora !== undefined && options.lora.rank === undefined)
+    command.error('error: --lora-rank is missing beside --lora-alpha, --lora-targets')
+  const job = { phase, place: { dtype, device, seed }, data: { file: data, images }, options }
+  if (model !== undefined) {
+    const twice = SETTINGS.find((s) => s.key !== 'clip' && made[s.key] !== undefined)
+    if (twice) command.error(`error: ${flagOf(twice)} does not go with --model, which has one`)
+    return { ...job, model: { load: model, clip, ...variant } }
+  }
+  if (phase === 'finetune') missing('--model is')
+  if (made.llm === undefined || clip === undefined) missing('--llm and --clip, or --model, are')
+  return { ...job, model: { create: { ...(made as unknown as CreateOptions), ...variant } } }
+}
+
+/** Trains with the settings of all places, in a thread of its own, and says what came out. */
+export async function train(
+  command: Command,
+  phase: TrainJob['phase'],
+  { config, preset, set, ...flags }: Given & Values,
+): Promise<void> {
+  const settings = await resolveSettings(phase, { config, preset, set, flags })
+  const job = jobOf(command, phase, settings)
+  const { out } = job.options
+  if (out === undefined) return command.error('error: --out is missing: give it here or in --config')
+  const { runTraining } = await import('./train-thread.js')
+  const { writeJsonFile } = await import('../util/json.js')
+  fs.mkdirSync(out, { recursive: true })
+  writeJsonFile(path.join(out, 'run.json'), { phase, ...settings, resume: undefined })
+  const { result, status } = await runTraining(job)
+  summary(result, out)
+  process.exitCode = status
+}
+
+type TrainingSettings = TrainOptions &
+  LoadOptions &
+  AlignmentOptions & { data: string; images?: string; model?: string; clip?: string }
+
+function summary(result: TrainResult, out: string): void {
+  const { bad, skipped, resumed, outliers, best } = result
+  console.log(
+    `${result.steps} steps in ${result.seconds.toFixed(1)} s, loss ${result.loss[0]?.toFixed(4)} -> ${result.loss.at(-1)?.toFixed(4)}; saved to ${out}`,
+  )
+  if (resumed) console.log(`${resumed} of the steps were done before`)
+  if (best)
+    console.log(`lowest held-out loss ${best.loss.toFixed(4)} after step ${best.step + 1}: ${path.join(out, 'best')}`)
+  if (outliers) console.log(`${outliers} steps were outliers and not used`)
+  for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
+  for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
+}
+
+/** The parsed options of the commands that ask a model. */
+export interface ModelOptions {
+  model: string
+  clip?: string
+  level?: number
+  alpha?: number[]
+  style: Style
+  dtype: LoadOptions['dtype']
+  device: LoadOptions['device']
+}
+
+export function modelOptions(command: Command): Command {
+  return command
+    .requiredOption('--model <dir>', 'AlignGPT folder')
+    .option('--clip <dir>', 'settings of the vision tower, where the config does not lead to them')
+    .option('--level <k>', 'use the vector of one level instead of the gate', integer)
+    .addOption(
+      new Option(
+        '--alpha <weights>',
+        'of all N vectors instead of the gate: a,b,...,global (--alpha=-1,... for a minus)',
+      )
+        .argParser(numbers)
+        .conflicts('level'),
+    )
+    .addOption(
+      new Option('--style <name>', 'prompt style').choices(STYLES.filter((s) => s !== 'plain')).default('vicuna_v1'),
+    )
+    .option('--dtype <type>', 'f32 or bf16', 'f32')
+    .option('--device <device>', 'auto, cpu or cuda', 'auto')
+}
+
+/** The parsed options of sampling. */
+export interface SamplingOptions extends Required<Sampling> {
+  maxNewTokens: number
+}
+
+export function samplingOptions(command: Command): Command {
+  return command
+    .option('--max-new-tokens <n>', 'longest answer', integer, 256)
+    .option('--temperature <x>', '0: the most likely answer', number, 0)
+    .option('--top-p <x>', 'nucleus', number, 1)
+    .option('--top-k <n>', '0: all', integer, 0)
+    .option('--seed <n>', 'of sampling', integer, 0)
+}
+
+/** Loads the model, and how its alignment vectors are to be made. */
+export async function loadModel(o: ModelOptions): Promise<{ model: AlignGPT; mix: Mix }> {
+  const { AlignGPT } = await import('../models/aligngpt.js')
+  const model = await AlignGPT.load(o.model, { dtype: o.dtype, device: o.device, clip: o.clip })
+  if (o.level !== undefined) return { model, mix: { mode: 'level', level: o.level } }
+  return { model, mix: o.alpha ? { mode: 'fixed', coefficients: o.alpha } : model.mix }
+}
+
+/** The weights of the alignment vectors, on one line. */
+export const alphaLine = (alpha: readonly number[]): string =>
+  `alignment: ${alpha.map((a, i) => `${i === alpha.length - 1 ? 'global' : i} ${a.toFixed(3)}`).join('  ')}`

@@ -1,0 +1,257 @@
+/** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import path from 'node:path'
+import { AlignGPTError } from '../util/errors.js'
+import { packageRoot } from '../util/package.js'
+
+export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
+/** Where a tensor's memory is. cuda: the first GPU the driver shows (CUDA_VISIBLE_DEVICES chooses). */
+export type Device = 'cpu' | 'cuda'
+export type TensorData = Float32Array | Float64Array | Int32Array | BigInt64Array
+type H = number
+
+/** Arguments of the fused op; shapes at `alignMix` in ops.ts. */
+export interface NativeAlignMix {
+  x: H
+  weight: H | null
+  bias: H | null
+  embed: H
+  table: H
+  tokens: H
+  imageRows: H
+  alignRows: H
+  patches: number
+  mode: 'level' | 'gate' | 'fixed'
+  levels: H | null
+  coefficients: H | null
+  gateIds: H | null
+  gateOffsets: H | null
+  gate: H[]
+  global: boolean
+}
+
+export interface NativeQkvLinear {
+  x: H
+  heads: number
+  kvHeads: number
+  weights: H[]
+  biases: H[]
+  plus: H | null
+  position: H | null
+  cos: H | null
+  sin: H | null
+  kCache: H | null
+  vCache: H | null
+  slots: H | null
+}
+
+export interface Capabilities {
+  /** cpu, cuda */
+  name: string
+  /** avx2, sm_90 ... */
+  level: string
+  /** what the machine calls it */
+  device: string
+  threads: number
+  /** 0: unknown */
+  memoryBytes: number
+  /** what matrix products run on and why, in words; empty: nothing to say */
+  products: string
+}
+
+/** The lists have an entry for each parameter. */
+export interface NativeAdamW {
+  params: H[]
+  grads: H[]
+  /** of bf16 parameters */
+  masters: (H | null)[]
+  /** f32: full state; bf16: compact state */
+  m: H[]
+  v: H[]
+  lrScale: number[]
+  weightDecay: number[]
+  beta1: number
+  beta2: number
+  eps: number
+  lr: number
+  /** 1 for the first */
+  step: number
+  /** of sumSquares: not finite means that nothing is changed */
+  normSquared: H | null
+  /** 0: no clipping */
+  maxNorm: number
+  seed: number
+}
+
+/** Where a device can be named, the default is the CPU. */
+export interface Native {
+  tensor(data: TensorData, shape: number[], dtype: Dtype, device?: Device): H
+  write(t: H, data: TensorData): void
+  read(t: H): TensorData
+  zeros(shape: number[], dtype: Dtype, device?: Device): H
+  empty(shape: number[], dtype: Dtype, device?: Device): H
+  shape(t: H): number[]
+  dtype(t: H): Dtype
+  device(t: H): Device
+  readFile(t: H, path: string, offset: number, dtype: string): void
+  writeFile(t: H, path: string, offset: number): void
+  /** counts a call to the file system. @throws ERR_FILE when failFiles says so */
+  fileCall(path: string): void
+  /** of this process so far: those of readFile and writeFile, and fileCall */
+  fileCalls(): number
+  /** test hook: the `after`-th file call from now (from 0) and the `count` - 1 behind it fail, or end the process as kill -9; -1: off */
+  failFiles(after: number, count: number, kill: boolean): void
+  /** a ticket with which another thread takes the tensor, once; the storage is shared */
+  send(t: H): number
+  receive(ticket: number): H
+  /** ends the process at once, whatever its threads are doing */
+  exit(status: number): void
+  /** the first SIGINT or SIGTERM from now on is heard as usual, the second ends the process at once (130, 143); not on Windows */
+  secondSignalEnds(on: boolean): void
+  scopeBegin(): number
+  scopeEnd(depth: number): void
+  keep(t: H): void
+  persist(t: H): void
+  dispose(t: H): void
+  isLive(t: H): boolean
+  /** what this thread enqueues on the device until graphEnd is kept and not done, working in the memory of `beside`; the number is for the others */
+  graphBegin(device: Device, beside: number | null): number
+  graphEnd(graph: number): void
+  graphLaunch(graph: number): void
+  graphDispose(graph: number): void
+  requiresGrad(t: H, on: boolean): void
+  wantsGrad(t: H): boolean
+  detach(t: H): H
+  setGradEnabled(on: boolean): boolean
+  backward(root: H, seed: H | null): void
+  grad(t: H): H | null
+  setGrad(t: H, buffer: H | null): void
+  zeroGrad(ts: H[]): void
+  /** spent inside kernels by this process so far; on a GPU, in launching them */
+  kernelSeconds(device?: Device): number
+  memory(device?: Device): { inUse: number; peak: number; reserved: number; blocks: number; handles: number }
+  resetPeak(device?: Device): void
+  trim(device?: Device): void
+  failAfter(allocations: number, device?: Device): void
+  capabilities(): Capabilities
+  /** the GPU's, or a line that says why there is none to use */
+  probeCuda(): Capabilities | string
+  threads(): number
+  setThreads(n: number): void
+  cast(x: H, dtype: Dtype): H
+  to(x: H, device: Device): H
+  reshape(x: H, shape: number[]): H
+  slice(x: H, dim: number, start: number, end: number): H
+  concat(xs: H[], dim: number): H
+  gather(x: H, index: H): H
+  embedding(ids: H, table: H): H
+  add(a: H, b: H): H
+  sub(a: H, b: H): H
+  mul(a: H, b: H): H
+  scale(x: H, alpha: number): H
+  unary(x: H, name: string): H
+  siluMul(gate: H, up: H): H
+  sum(x: H): H
+  mean(x: H): H
+  fill(x: H, value: number): void
+  copy(dst: H, src: H): void
+  random(x: H, kind: 'uniform' | 'normal', a: number, b: number, seed: number, offset: number): void
+  pack(w: H, transB: boolean): number
+  unpack(w: H): void
+  linear(x: H, w: H, b: H | null, activation: string): H
+  siluMulLinear(gate: H, up: H, w: H, b: H | null): H
+  qkvLinear(args: NativeQkvLinear): H
+  matmul(a: H, b: H, transA: boolean, transB: boolean): H
+  patchEmbedding(pixels: H, weight: H, cls: H, position: H): H
+  layerNorm(x: H, w: H, b: H, eps: number): H
+  rmsNorm(x: H, w: H, eps: number): H
+  softmax(x: H): H
+  l2Normalize(x: H): H
+  attention(
+    q: H,
+    k: H | null,
+    v: H | null,
+    qOffsets: H,
+    kOffsets: H,
+    heads: number,
+    kvHeads: number,
+    causal: boolean,
+    scale: number,
+  ): H
+  attentionCached(
+    qkv: H,
+    kCache: H,
+    vCache: H,
+    qOffsets: H,
+    blockTable: H,
+    kvLen: H,
+    heads: number,
+    kvHeads: number,
+    scale: number,
+  ): H
+  alignMix(args: NativeAlignMix): H[]
+  lmHeadLoss(hidden: H, weight: H, rows: H, targets: H, denominator: number, chunk: number, scale: H | null): H[]
+  crossEntropy(logits: H, targets: H): H
+  contrastiveLoss(image: H, text: H, logScale: H): H
+  sumSquares(xs: H[]): H
+  adamw(args: NativeAdamW): void
+  sample(logits: H, temperature: number, topK: number, topP: number, uniform: number[]): number[]
+}
+
+/** The machine in the words in which binaries differ. */
+function platform(): string {
+  const name = `${process.platform}-${process.arch}`
+  if (process.platform !== 'linux') return name
+  const { header } = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } }
+  return `${name} with ${header.glibcVersionRuntime ? `glibc ${header.glibcVersionRuntime}` : 'musl'}`
+}
+
+/**
+ * The binary built here from source, where there is one, else the one that came with the package. The first that is there
+ * has to load: another one in its place could be an older one.
+ */
+function load(): { file: string; core: Native } {
+  const root = packageRoot()
+  const built = path.join(root, 'build', 'Release', 'aligngpt.node')
+  const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
+  const file = [built, prebuilt].find((candidate) => existsSync(candidate))
+  let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
+  try {
+    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
+  } catch (e) {
+    const { code, message } = e as { code?: string; message: string }
+    if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
+    problem = message.split('\n')[0]
+  }
+  const script = JSON.stringify(path.join(root, 'scripts', 'build-native.mjs'))
+  throw new AlignGPTError(
+    'ERR_NATIVE',
+    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: node ${script} ` +
+      '(needs a C++17 compiler, make or ninja, cmake >= 3.20 and the npm registry)',
+  )
+}
+
+const { file, core } = load()
+/** The native core's file. */
+export const nativeFile = file
+export const native: Native = core
+
+/**
+ * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,
+ * else the CPU.
+ * @throws ERR_DEVICE when the named device is not there; the message says what is missing
+ */
+export function resolveDevice(wanted: 'auto' | Device = 'auto', dtype: Dtype = 'f32'): Device {
+  const chosen = process.env.ALIGNGPT_DEVICE
+  const name = wanted === 'auto' && chosen ? chosen : wanted
+  if (name === 'cpu') return name
+  if (name !== 'cuda' && name !== 'auto')
+    throw new AlignGPTError('ERR_DEVICE', `[device] expected auto, cpu or cuda, got ${name}`)
+  const found = native.probeCuda()
+  const problem =
+    typeof found === 'string' ? found : dtype === 'f64' ? '[device] cuda: expected dtype f32 or bf16, got f64' : null
+  if (!problem) return 'cuda'
+  if (name === 'cuda') throw new AlignGPTError('ERR_DEVICE', problem)
+  return 'cpu'
+}

@@ -1,0 +1,327 @@
+/**
+ * A data set: a LLaVA data file and its pictures. The file is read once to check every record and remember where it lies;
+ * later a record is read by its byte range alone. The order of training is a pure function of (seed, epoch).
+ */
+import fs from 'node:fs'
+import path from 'node:path'
+import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
+import { unpackParquet } from '../formats/parquet.js'
+import { parseBytes, parseRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
+import type { DataRecord } from '../processing/conversation.js'
+import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image-source.js'
+import { type AlignGPTError, mismatch, show } from '../util/errors.js'
+import { Numbers } from '../util/growable-array.js'
+import { permutation } from '../util/rng.js'
+
+export { ALIGN_ROW, IMAGE_ROW, type PackedBatch, type PackOptions, packBatch } from '../models/packed-batch.js'
+export { type LoadedBatch, type Loader, type LoaderOptions, openLoader } from './loader.js'
+
+/** A record that was left out of its batch, and why. */
+export interface Dropped {
+  /** its place in the file, from 0 */
+  index: number
+  id: string
+  /** file name of the picture, null for text */
+  image: string | null
+  reason: string
+}
+
+/** What a run remembers about its data; plain JSON. */
+export interface DatasetState {
+  /** pictures that could not be used */
+  bad: Dropped[]
+  /** samples that do not fit the length limit */
+  skipped: Dropped[]
+  /** places of samples whose text was cut */
+  truncated: number[]
+}
+
+export interface OrderOptions {
+  /** samples of a global batch */
+  batch: number
+  seed: number
+  epoch: number
+  /** batches of one modality, longest samples first (LLaVA's group_by_modality_length) */
+  groupByLength?: boolean
+  /** false: file order */
+  shuffle?: boolean
+}
+
+/** The order of the epochs uses the streams below, augmentation those above. */
+const HOLD_OUT_STREAM = 2 ** 32 - 1
+
+/** A data file and its image folder. Open it with loadDataset. */
+export class Dataset {
+  private offsets: Float64Array = new Float64Array(0)
+  private sizes: Uint32Array = new Uint32Array(0)
+  /** words, negative for text-only records (as LLaVA's modality_lengths) */
+  private words: Int32Array = new Int32Array(0)
+  /** of a part of the file: the place of each record in the file */
+  private numbers: Uint32Array | null = null
+  private fd: number | null = null
+  private readonly bad = new Map<number, Dropped>()
+  private readonly skipped = new Map<number, Dropped>()
+  private readonly truncated = new Set<number>()
+
+  /** Use loadDataset. */
+  constructor(
+    readonly file: string,
+    private readonly pictures: Pictures | null,
+    private readonly saved: SavedOptions = {},
+  ) {}
+
+  /** Folder or tar files of the pictures, null when none was given. */
+  get images(): string | null {
+    return this.pictures?.where ?? null
+  }
+
+  /** Where the picture of this name lies. */
+  picture(name: string): PictureSource {
+    return this.pictures?.locate(name) ?? { name, problem: 'a data set without pictures' }
+  }
+
+  /** Number of records. */
+  get length(): number {
+    return this.offsets.length
+  }
+
+  /** Takes the index saved beside the file, or reads every record. @throws AlignGPTError ERR_DATA */
+  async open(fresh = false): Promise<this> {
+    this.close()
+    this.numbers = null
+    const { offsets, sizes, words } = await savedArrays(this.file, 'records', this.saved, () => this.read(), fresh)
+    this.offsets = offsets as Float64Array
+    this.sizes = sizes as Uint32Array
+    this.words = words as Int32Array
+    if (this.images === null) {
+      const i = this.words.findIndex((w) => w > 0)
+      if (i >= 0) throw this.needsImages(i)
+    }
+    return this
+  }
+
+  /** Reads the file again, for example after levels were written into it. @throws AlignGPTError ERR_DATA */
+  async reindex(): Promise<void> {
+    await this.open(true)
+  }
+
+  private needsImages(index: number): AlignGPTError {
+    const what = `${this.file}: record ${index}`
+    return mismatch('ERR_DATA', 'data', what, 'an images folder, since it names a picture', 'none')
+  }
+
+  /** Reads and checks every record. */
+  private async read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
+    const [offsets, sizes, words] = [new Numbers(), new Numbers(), new Numbers()]
+    let n = 0
+    await splitRecords(this.file, (bytes, offset) => {
+      const record = parseRecord(parseBytes(bytes, this.file, offset), this.file, n)
+      if (record.image !== null && this.images === null) throw this.needsImages(n)
+      const length = Math.max(wordCount(record), 1)
+      offsets.push(offset)
+      sizes.push(bytes.length)
+      words.push(record.image === null ? -length : length)
+      n++
+    })
+    return {
+      offsets: offsets.values.slice(),
+      sizes: Uint32Array.from(sizes.values),
+      words: Int32Array.from(words.values),
+    }
+  }
+
+  /** Place of a record in the file. */
+  private number(index: number): number {
+    return this.numbers ? this.numbers[index] : index
+  }
+
+  /** Some of the records, in the order of their indices here, as a data set that has only them. */
+  subset(indices: readonly number[] | Int32Array): Dataset {
+    const part = new Dataset(this.file, this.pictures, this.saved)
+    part.offsets = Float64Array.from(indices, (i) => this.offsets[i])
+    part.sizes = Uint32Array.from(indices, (i) => this.sizes[i])
+    part.words = Int32Array.from(indices, (i) => this.words[i])
+    part.numbers = Uint32Array.from(indices, (i) => this.number(i))
+    return part
+  }
+
+  /**
+   * Takes a random share of the records out, at least one: a pure function of (number of records, share, seed). Both parts keep the
+   * file's order.
+   * @throws AlignGPTError ERR_DATA when no record would be left
+   */
+  holdOut(share: number, seed: number): { rest: Dataset; held: Dataset } {
+    const count = Math.max(1, Math.round(share * this.length))
+    if (count >= this.length)
+      throw mismatch('ERR_DATA', 'data', `${this.file}: records`, `more than the ${count} held out`, `${this.length}`)
+    const order = permutation(this.length, seed, HOLD_OUT_STREAM)
+    const [held, rest] = [order.slice(0, count).sort(), order.slice(count).sort()]
+    return { rest: this.subset(rest), held: this.subset(held) }
+  }
+
+  /** Byte range of a record in the file. */
+  range(index: number): RecordRange {
+    if (!Number.isInteger(index) || index < 0 || index >= this.length)
+      throw mismatch('ERR_ARGUMENT', 'data', 'record index', `0..${this.length - 1}`, show(index))
+    return { offset: this.offsets[index], bytes: this.sizes[index] }
+  }
+
+  /** Words of a record on average; 0 of none. */
+  get meanWords(): number {
+    return this.words.reduce((n, w) => n + Math.abs(w), 0) / Math.max(1, this.length)
+  }
+
+  /** Whether a record names a picture; known without reading it. */
+  hasPicture(index: number): boolean {
+    return this.words[index] > 0
+  }
+
+  /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */
+  record(index: number): DataRecord {
+    const { offset, bytes } = this.range(index)
+    this.fd ??= fs.openSync(this.file, 'r')
+    const b = Buffer.allocUnsafe(bytes)
+    for (let done = 0; done < bytes; ) {
+      const n = fs.readSync(this.fd, b, done, bytes - done, offset + done)
+      if (n === 0)
+        throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${offset + done}`, 'the record seen before', 'the end')
+      done += n
+    }
+    return parseRecord(parseBytes(b, this.file, offset), this.file, this.number(index))
+  }
+
+  /** Every record in file order. */
+  *[Symbol.iterator](): Generator<DataRecord> {
+    for (let i = 0; i < this.length; i++) yield this.record(i)
+  }
+
+  /** Closes the file; it is opened again when a record is read. */
+  close(): void {
+    if (this.fd !== null) fs.closeSync(this.fd)
+    this.fd = null
+  }
+
+  /** Record indices in the order of an epoch; a pure function of the file and the options. */
+  order(options: OrderOptions): Int32Array {
+    const { seed, epoch, batch, shuffle = true } = options
+    if (!shuffle) return Int32Array.from({ length: this.length }, (_, i) => i)
+    if (!options.groupByLength) return permutation(this.length, seed, 4 * epoch)
+    return groupByModalityLength(this.words, batch, seed, epoch)
+  }
+
+  /** Steps of one epoch; the last batch may be smaller. */
+  stepsPerEpoch(batch: number): number {
+    return Math.ceil(this.length / batch)
+  }
+
+  /** Record indices of one batch after the other, from batch `start` of the epoch on. */
+  *batches(options: OrderOptions & { start?: number }): Generator<Int32Array> {
+    if (!Number.isInteger(options.batch) || options.batch < 1)
+      throw mismatch('ERR_ARGUMENT', 'data', 'batch', 'a positive integer', show(options.batch))
+    const order = this.order(options)
+    for (let i = (options.start ?? 0) * options.batch; i < order.length; i += options.batch)
+      yield order.slice(i, i + options.batch)
+  }
+
+  /** Notes a picture that could not be used; `index` is that of the record here, the state has its place in the file. */
+  noteBad(d: Dropped): void {
+    note(this.bad, { ...d, index: this.number(d.index) })
+  }
+  /** Notes a sample that does not fit. */
+  noteSkipped(d: Dropped): void {
+    note(this.skipped, { ...d, index: this.number(d.index) })
+  }
+  /** Notes a sample whose text was cut. */
+  noteTruncated(index: number): void {
+    this.truncated.add(this.number(index))
+  }
+  /** What was left out so far. */
+  get state(): DatasetState {
+    return { bad: [...this.bad.values()], skipped: [...this.skipped.values()], truncated: [...this.truncated] }
+  }
+  /** Continues from a saved state. */
+  restore(state: DatasetState): void {
+    for (const d of state.bad) note(this.bad, d)
+    for (const d of state.skipped) note(this.skipped, d)
+    for (const i of state.truncated) this.truncated.add(i)
+  }
+  /**
+   * Stops a run whose data is broken.
+   * @param maxBad share of the records that may have unusable pictures
+   * @throws AlignGPTError ERR_DATA with the list
+   */
+  checkBad(maxBad: number): void {
+    const n = this.bad.size
+    if (n <= maxBad * this.length) return
+    const list = [...this.bad.values()].slice(0, 50).map((d) => `\n  ${d.id}: ${d.image}: ${d.reason}`)
+    const more = n > list.length ? `\n  ... and ${n - list.length} more` : ''
+    const got = `${n} of ${this.length}:${list.join('')}${more}`
+    throw mismatch(
+      'ERR_DATA',
+      'data',
+      `${this.file}: unusable pictures`,
+      `at most ${100 * maxBad} % of the records`,
+      got,
+    )
+  }
+}
+
+function note(list: Map<number, Dropped>, d: Dropped): void {
+  if (!list.has(d.index)) list.set(d.index, d)
+}
+
+/**
+ * LLaVA's group_by_modality_length: shuffled within each modality, cut into batches that are sorted by length (longest
+ * first), batches shuffled; the incomplete ones of both modalities come last.
+ * @param words length of each record in words, negative for text-only records
+ */
+export function groupByModalityLength(words: Int32Array, batch: number, seed: number, epoch: number): Int32Array {
+  const pick = (sign: number, stream: number): number[][] => {
+    const all = [...words.keys()].filter((i) => words[i] * sign > 0)
+    const order = [...permutation(all.length, seed, 4 * epoch + stream)].map((i) => all[i])
+    const out: number[][] = []
+    for (let i = 0; i < order.length; i += batch)
+      // Ties by index: the result must not depend on the engine's sort.
+      out.push(order.slice(i, i + batch).sort((a, b) => Math.abs(words[b]) - Math.abs(words[a]) || a - b))
+    return out
+  }
+  const groups = [pick(1, 1), pick(-1, 2)].filter((g) => g.length)
+  const rest = groups.flatMap((g) => (g[g.length - 1].length < batch ? (g.pop() as number[]) : []))
+  const full = groups.flat()
+  const order = [...permutation(full.length, seed, 4 * epoch + 3)]
+  return Int32Array.from([...order.flatMap((i) => full[i]), ...rest])
+}
+
+export interface DatasetOptions extends SavedOptions {
+  /**
+   * folder the `image` names are relative to (pictures outside it are refused), or tar files with them
+   * (`shards/{00000..00009}.tar`, see openPictures); default for Parquet: the embedded pictures
+   */
+  images?: string
+  /** where Parquet is unpacked; default `<file>.unpacked` */
+  unpacked?: string
+}
+
+/** The data file itself and its pictures, after Parquet has been unpacked. */
+export async function openSources(
+  file: string,
+  { images, unpacked, ...saved }: DatasetOptions,
+): Promise<{ records: string; pictures: Pictures | null }> {
+  let [records, where] = [path.resolve(file), images]
+  if (file.endsWith('.parquet')) {
+    const u = await unpackParquet(expandShards(records), saved, unpacked)
+    records = u.records
+    where ??= u.pictures ?? undefined
+  }
+  return { records, pictures: where === undefined ? null : await openPictures(where, saved) }
+}
+
+/**
+ * Opens a LLaVA data file: JSON array, JSON lines, or Parquet (one file, or `train-{00000..00009}.parquet`). Every record is
+ * checked now, or was when the index beside a large file was saved; pictures are looked at when needed.
+ * @throws AlignGPTError ERR_DATA: file, byte offset or record, what was expected
+ */
+export async function loadDataset(file: string, options: DatasetOptions = {}): Promise<Dataset> {
+  const { records, pictures } = await openSources(file, options)
+  return new Dataset(records, pictures, options).open()
+}

@@ -1,0 +1,341 @@
+/**
+ * The data linter: reads a data file record by record, without stopping at the first mistake, and its pictures, and says what
+ * training would refuse, leave out, or take in a way that was hardly meant.
+ */
+import fs from 'node:fs'
+import { parseBytes, parseRecord, recordProblem, splitRecords, wordCount } from '../formats/record-file.js'
+import {
+  buildSample,
+  type DataRecord,
+  IMAGE_TEXT,
+  render,
+  type SampleOptions,
+  type Style,
+} from '../processing/conversation.js'
+import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image.js'
+import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image-source.js'
+import type { Tokenizer } from '../processing/tokenizer.js'
+import { AlignGPTError, show } from '../util/errors.js'
+import { Numbers } from '../util/growable-array.js'
+import { Fingerprints, hash53 } from '../util/hash-map.js'
+import { type DatasetOptions, openSources } from './dataset.js'
+
+/** Errors keep a record, or the whole file, out of training; a warning is trained on, but probably not as it was meant. */
+export const PROBLEMS = {
+  syntax: ['error', 'the file is no list of records from there on; the rest was not read'],
+  json: ['error', 'a record that is no JSON or no UTF-8'],
+  record: ['error', 'a key that is missing or of the wrong type'],
+  role: ['error', 'a turn from nobody known'],
+  turns: ['error', 'turns that do not alternate, or not as the prompt style needs them'],
+  placeholders: ['error', 'more than one <image>'],
+  'no-answer': ['error', 'nothing to learn: the label mask is empty'],
+  'too-long': ['error', 'left out: picture or answers do not fit into the longest sequence'],
+  missing: ['error', 'a picture that is not there'],
+  escaping: ['error', 'a picture outside the folder'],
+  oversize: ['error', 'a picture above the limits'],
+  corrupt: ['error', 'a picture that cannot be read'],
+  cut: ['warning', 'text that is cut at the longest sequence'],
+  'empty-answer': ['warning', 'an answer without text'],
+  'placeholder-without-image': ['warning', '<image> in a record without a picture: it stays text'],
+  'image-without-placeholder': ['warning', 'a picture without <image>: it goes in front of the first question'],
+  'duplicate-id': ['warning', 'an id that an earlier record has'],
+  duplicate: ['warning', 'the picture and the turns of an earlier record'],
+} as const
+export type ProblemKind = keyof typeof PROBLEMS
+
+/** One mistake and its place. */
+export interface Finding {
+  kind: ProblemKind
+  /** index of the record, from 0 */
+  record: number
+  /** null where it could not be read */
+  id: string | null
+  /** first byte of the record in the file; where reading ended for `syntax` */
+  byte: number
+  message: string
+}
+
+export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked' | 'onNotice'> {
+  /** with it lengths are tokens of the spliced sequence, otherwise words */
+  tokenizer?: Tokenizer
+  /** how records are rendered; default vicuna_v1, `plain` for pre-training */
+  style?: Style
+  /** rows a picture takes, default 576 */
+  patches?: number
+  /** longest sequence, rows; default 2048 */
+  maxLength?: number
+  /** decode every picture instead of reading its header */
+  decode?: boolean
+  limits?: ImageLimits
+  /** findings of each kind that the report holds, default 20; all are counted */
+  limit?: number
+  onProgress?: (done: number, total: number, unit: 'bytes' | 'pictures') => void
+  signal?: AbortSignal
+  /** asked now and then; true ends the check with a report of what was looked at so far */
+  stop?: () => boolean
+}
+
+export interface Lengths {
+  unit: 'tokens' | 'words'
+  min: number
+  median: number
+  p95: number
+  max: number
+  mean: number
+  /** records of `from` <= length < `to`; borders are powers of two */
+  histogram: { from: number; to: number; count: number }[]
+}
+
+export interface CheckReport {
+  /** what was read: the file, or what a Parquet file was unpacked into */
+  file: string
+  bytes: number
+  /** records found, good ones and bad ones */
+  records: number
+  withPicture: number
+  /** different pictures, and how many of them were looked at (none without `images`) */
+  pictures: { named: number; read: number }
+  errors: number
+  warnings: number
+  counts: Partial<Record<ProblemKind, number>>
+  /** in file order, at most `limit` of each kind */
+  findings: Finding[]
+  /** null when no record could be rendered */
+  lengths: Lengths | null
+  seconds: number
+  /** ended by `stop`: what was not looked at yet is missing */
+  stopped: boolean
+}
+
+/** Ends the reading of records. */
+const STOPPED = new Error('stopped')
+
+const messageOf = (e: unknown): string => (e instanceof Error ? e.message : String(e))
+
+/** Collects what is wrong with the records of one file. */
+class Checker {
+  readonly counts: Partial<Record<ProblemKind, number>> = {}
+  readonly findings: Finding[] = []
+  records = 0
+  withPicture = 0
+  readonly lengths = new Numbers()
+  /** of the first record that names a picture: index, byte, bytes */
+  readonly first = [new Numbers(), new Numbers(), new Numbers()] as const
+  private readonly ids = new Fingerprints()
+  private readonly contents = new Fingerprints()
+  private readonly names = new Fingerprints()
+  private readonly sample: SampleOptions
+
+  constructor(
+    private readonly file: string,
+    private readonly o: CheckOptions,
+  ) {
+    const { style = 'vicuna_v1', patches = 576, maxLength = 2048 } = o
+    this.sample = { style, patches, maxLength }
+  }
+
+  note(kind: ProblemKind, record: number, id: string | null, byte: number, message: string): void {
+    const n = (this.counts[kind] ?? 0) + 1
+    this.counts[kind] = n
+    if (n <= (this.o.limit ?? 20)) this.findings.push({ kind, record, id, byte, message })
+  }
+
+  /** One record's bytes. */
+  add(bytes: Buffer, byte: number): void {
+    const index = this.records++
+    let raw: unknown
+    try {
+      raw = parseBytes(bytes, this.file, byte)
+    } catch (e) {
+      this.note('json', index, null, byte, messageOf(e))
+      return
+    }
+    const problem = recordProblem(raw)
+    if (problem) {
+      const { key, expected, got } = problem
+      const id = (raw as { id?: unknown }).id
+      const message = `${key}: expected ${expected}, got ${got === undefined ? 'nothing' : show(got)}`
+      const name = typeof id === 'string' || typeof id === 'number' ? String(id) : null
+      this.note(key.endsWith('.from') ? 'role' : 'record', index, name, byte, message)
+      return
+    }
+    const record = parseRecord(raw, this.file, index)
+    const note = (kind: ProblemKind, message: string): void => this.note(kind, index, record.id, byte, message)
+    this.duplicates(record, index, 'id' in (raw as object), note)
+    if (record.image !== null) this.picture(record.image, index, byte, bytes.length)
+    this.turns(record, note)
+  }
+
+  private duplicates(r: DataRecord, index: number, named: boolean, note: (k: ProblemKind, m: string) => void): void {
+    const same = this.contents.get(hash53(textOf(r)))
+    if (same === undefined) this.contents.set(hash53(textOf(r)), index)
+    else note('duplicate', `the same as record ${same}`)
+    if (!named) return
+    const earlier = this.ids.get(hash53(r.id))
+    if (earlier === undefined) this.ids.set(hash53(r.id), index)
+    else note('duplicate-id', `record ${earlier} has it too`)
+  }
+
+  /** Notes where a picture is named first. */
+  private picture(name: string, index: number, byte: number, bytes: number): void {
+    this.withPicture++
+    if (this.names.get(hash53(name)) !== undefined) return
+    this.names.set(hash53(name), index)
+    for (const [k, x] of [index, byte, bytes].entries()) this.first[k].push(x)
+  }
+
+  private turns(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
+    const texts = record.conversations.filter((t) => t.from !== 'system')
+    const places = texts.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
+    if (record.image === null && places > 0) note('placeholder-without-image', `${places} ${IMAGE_TEXT}, no picture`)
+    if (record.image !== null && places === 0) note('image-without-placeholder', show(record.image))
+    const blank = texts.findIndex((t) => t.from === 'gpt' && t.value.trim() === '')
+    if (blank >= 0) note('empty-answer', `turn ${blank} is ${show(texts[blank].value)}`)
+    if (record.image !== null && places > 1) note('placeholders', `expected at most one ${IMAGE_TEXT}, got ${places}`)
+    else if (this.renders(record, note)) this.length(record, note)
+  }
+
+  /** Whether training could render the record and learn something from it. */
+  private renders(record: DataRecord, note: (kind: ProblemKind, message: string) => void): boolean {
+    try {
+      const learned = render(record, this.sample).some((p) => 'loss' in p && p.loss && p.text !== '')
+      if (!learned) note('no-answer', 'no turn is from gpt')
+      return learned
+    } catch (e) {
+      note('turns', messageOf(e))
+      return false
+    }
+  }
+
+  private length(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
+    if (!this.o.tokenizer) {
+      this.lengths.push(wordCount(record))
+      return
+    }
+    const s = buildSample(record, this.o.tokenizer, this.sample)
+    this.lengths.push(s.fullLength)
+    if (s.skip) note('too-long', s.skip)
+    else if (s.length < s.fullLength) note('cut', `${s.fullLength} rows, the limit is ${this.sample.maxLength}`)
+  }
+}
+
+/** What makes two records the same but for their names. */
+const textOf = (r: DataRecord): string =>
+  `${r.image ?? ''}\0${r.conversations.map((t) => `${t.from}\0${t.value}`).join('\0')}`
+
+/** What is wrong with a picture, null when nothing is. */
+async function pictureProblem(source: PictureSource, o: CheckOptions): Promise<[ProblemKind, string] | null> {
+  const { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS } = o.limits ?? {}
+  if ('problem' in source) return ['missing', source.problem]
+  try {
+    const bytes = 'root' in source ? fs.statSync(resolveImage(source.root, source.name)).size : source.bytes
+    if (bytes > maxBytes) return ['oversize', `expected at most ${maxBytes} bytes, got ${bytes}`]
+  } catch (e) {
+    // resolveImage passes on what the file system said as the cause; without one the path leads outside.
+    return [(e as Error).cause ? 'missing' : 'escaping', messageOf(e)]
+  }
+  try {
+    const { width, height } = await imageHeader(source, { maxBytes, maxPixels: Number.POSITIVE_INFINITY })
+    if (width * height > maxPixels)
+      return ['oversize', `expected at most ${maxPixels} pixels, got ${width} x ${height}`]
+    if (o.decode) await loadImage(source, { maxBytes, maxPixels })
+    return null
+  } catch (e) {
+    if (!(e instanceof AlignGPTError)) throw e
+    return ['corrupt', e.message]
+  }
+}
+
+// Enough to keep the decoding threads busy; each may hold a large picture.
+const AT_ONCE = 16
+
+/** Reads every picture once; it is reported with the first record that names it. */
+async function checkPictures(checker: Checker, file: string, pictures: Pictures, o: CheckOptions): Promise<number> {
+  const [indices, offsets, sizes] = checker.first.map((n) => n.values)
+  const fd = fs.openSync(file, 'r')
+  const one = async (k: number): Promise<() => void> => {
+    const b = Buffer.alloc(sizes[k])
+    fs.readSync(fd, b, 0, b.length, offsets[k])
+    const r = parseRecord(parseBytes(b, file, offsets[k]), file, indices[k])
+    const problem = await pictureProblem(pictures.locate(r.image as string), o)
+    return () => problem && checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
+  }
+  try {
+    for (let at = 0; at < indices.length; at += AT_ONCE) {
+      o.signal?.throwIfAborted()
+      if (o.stop?.()) return at
+      const some = Array.from({ length: Math.min(AT_ONCE, indices.length - at) }, (_, i) => one(at + i))
+      for (const report of await Promise.all(some)) report()
+      o.onProgress?.(Math.min(at + AT_ONCE, indices.length), indices.length, 'pictures')
+    }
+  } finally {
+    fs.closeSync(fd)
+  }
+  return indices.length
+}
+
+/** Lengths with their histogram; null when there are none. */
+function summarise(lengths: Float64Array, unit: Lengths['unit']): Lengths | null {
+  const s = lengths.slice().sort()
+  if (s.length === 0) return null
+  const counts: number[] = []
+  for (const x of s) {
+    const k = x < 1 ? 0 : Math.floor(Math.log2(x)) + 1
+    counts[k] = (counts[k] ?? 0) + 1
+  }
+  const histogram = Array.from(counts, (count = 0, k) => ({ from: k ? 2 ** (k - 1) : 0, to: 2 ** k, count }))
+  const at = (share: number): number => s[Math.min(s.length - 1, Math.floor(share * s.length))]
+  const mean = s.reduce((a, b) => a + b, 0) / s.length
+  const lowest = histogram.findIndex((h) => h.count > 0)
+  const [min, max] = [s[0], s[s.length - 1]]
+  return { unit, min, median: at(0.5), p95: at(0.95), max, mean, histogram: histogram.slice(lowest) }
+}
+
+/**
+ * Checks a data file (JSON array, JSON lines, Parquet) and, when `images` is given, every picture that it names.
+ * Never throws for what is wrong with the data.
+ * @throws AlignGPTError ERR_DATA: no such file or folder; the signal's reason when aborted
+ */
+export async function checkDataset(file: string, options: CheckOptions = {}): Promise<CheckReport> {
+  const began = performance.now()
+  const { images, unpacked, onNotice } = options
+  const { records: source, pictures } = await openSources(file, { images, unpacked, onNotice })
+  const bytes = fs.statSync(source, { throwIfNoEntry: false })?.size ?? 0
+  const checker = new Checker(source, options)
+  let [told, stopped] = [0, false]
+  const emit = (b: Buffer, offset: number): void => {
+    checker.add(b, offset)
+    if (offset - told < 1 << 22) return
+    told = offset
+    options.signal?.throwIfAborted()
+    if (options.stop?.()) throw STOPPED
+    options.onProgress?.(offset, bytes, 'bytes')
+  }
+  try {
+    await splitRecords(source, emit)
+  } catch (e) {
+    // The splitter says in its message at which byte; a file that cannot be opened has no such place.
+    const at = /at byte (\d+),/.exec(messageOf(e))
+    stopped = e === STOPPED
+    if (!stopped && (!(e instanceof AlignGPTError) || !at)) throw e
+    if (at) checker.note('syntax', checker.records, null, Number(at[1]), messageOf(e))
+  }
+  const read = pictures ? await checkPictures(checker, source, pictures, options) : 0
+  const { counts, findings, records, withPicture } = checker
+  const total = (severity: string): number =>
+    Object.entries(counts).reduce((n, [k, c]) => n + (PROBLEMS[k as ProblemKind][0] === severity ? c : 0), 0)
+  return {
+    file: source,
+    bytes,
+    records,
+    withPicture,
+    pictures: { named: checker.first[0].values.length, read },
+    errors: total('error'),
+    warnings: total('warning'),
+    counts,
+    findings: findings.sort((a, b) => a.byte - b.byte),
+    lengths: summarise(checker.lengths.values, options.tokenizer ? 'tokens' : 'words'),
+    seconds: (performance.now() - began) / 1000,
+    stopped: stopped || (pictures !== null && read < checker.first[0].values.length),
+  }
+}

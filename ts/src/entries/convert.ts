@@ -1,0 +1,1 @@
+export * from '../convert/convert.js'

@@ -1,0 +1,417 @@
+/**
+ * Evaluation while a run goes on, on records that it does not train on: their loss, by alignment level or by task, the gate's weights by
+ * task, what the model answers to a few of them, and the best model so far. Nothing of it touches what training computes.
+ */
+import fs from 'node:fs'
+import path from 'node:path'
+import { setImmediate as turn } from 'node:timers/promises'
+import { noGrad, scope } from '../core/tensor.js'
+import { type Dataset, type DatasetState, loadDataset } from '../data/dataset.js'
+import { type Loader, openLoader } from '../data/loader.js'
+import { generateBatch, loadPixels } from '../inference/generate.js'
+import type { AlignGPT, Mix } from '../models/aligngpt.js'
+import type { GateText } from '../models/config.js'
+import type { PackedBatch } from '../models/packed-batch.js'
+import { hasLora, saveAdapter } from '../nn/lora.js'
+import { buildSample, type DataRecord, IMAGE_TEXT } from '../processing/conversation.js'
+import { readPicture } from '../processing/image-source.js'
+import { thumbnail } from '../report/html.js'
+import type { Phase } from '../train/phases.js'
+import { mismatch, show } from '../util/errors.js'
+import { fingerprint } from '../util/files.js'
+import { writeJsonFile } from '../util/json.js'
+
+export interface EvaluationOptions {
+  /** share of the records that is held out: chosen by the seed, never trained on, evaluated every `evalEvery` steps */
+  evalShare?: number
+  /** in its place, a data file of its own */
+  evalData?: string
+  /** its pictures, as loadDataset's `images`; default: where those of the training data are */
+  evalImages?: string
+  /** steps between evaluations; default a tenth of the run. The last step is always followed by one */
+  evalEvery?: number
+}
+
+/** Held-out records of one kind. */
+export interface HeldOutGroup {
+  samples: number
+  /** labelled ones */
+  tokens: number
+  /** mean over the tokens, null without any */
+  loss: number | null
+}
+
+export interface EvaluationInfo extends HeldOutGroup {
+  /** the step it came after, from 0 */
+  step: number
+  steps: number
+  loss: number
+  /** the lowest loss so far; the model is in `out/best` */
+  best: boolean
+  seconds: number
+  /** of each alignment level, where vectors are chosen by it (pre-training) */
+  levels?: HeldOutGroup[]
+  /** of each task, with the mean weights of the alignment vectors over its pictures (null without pictures or vectors) */
+  tasks?: Record<string, HeldOutGroup & { coefficients: number[] | null }>
+  /** what the model says to the records of samples.json */
+  answers: { id: string; text: string }[]
+}
+
+/** The best evaluation of a run. */
+export interface Best {
+  /** the step it came after, from 0 */
+  step: number
+  loss: number
+}
+
+/** Part of a checkpoint. */
+export interface HeldOutState {
+  /** steps that were done at the last evaluation */
+  evaluated: number
+  best: Best | null
+  dropped: DatasetState
+}
+
+/** Records that are shown with what the model says to them. */
+const SAMPLES = 6
+const SAMPLE_TOKENS = 32
+const THUMBNAIL = 160
+/** Tasks that are told apart; the rarer ones are counted together. */
+const MAX_TASKS = 16
+
+/** What the first question wants, when the record does not say it: judged by question and answer alone. */
+export function taskOf(r: DataRecord): string {
+  if (r.task) return r.task
+  if (r.image === null) return 'text'
+  const { question, answer } = firstTurns(r)
+  const words = answer.split(/\s+/).length
+  if (/^\(?[A-Z]\)?[.:]?$/.test(answer)) return 'choice'
+  if (/^(yes|no)\b/i.test(answer) && words <= 10) return 'yes/no'
+  if (/\b(describe|description|caption)\b/i.test(question)) return 'description'
+  return words <= 5 ? 'short' : 'long'
+}
+
+/** The first question without its picture, and the answer to it. */
+function firstTurns({ conversations }: DataRecord): { question: string; answer: string } {
+  const at = conversations.findIndex((t) => t.from === 'human')
+  const answer = conversations.slice(at + 1).find((t) => t.from === 'gpt')
+  const question = at < 0 ? '' : conversations[at].value.replace(IMAGE_TEXT, '')
+  return { question: question.trim(), answer: (answer?.value ?? '').trim() }
+}
+
+/** Sums over some samples. */
+class Tally {
+  samples = 0
+  tokens = 0
+  nll = 0
+  pictures = 0
+  coefficients: number[] = []
+  add(t: Pick<Tally, 'samples' | 'tokens' | 'nll' | 'pictures' | 'coefficients'>): void {
+    this.samples += t.samples
+    this.tokens += t.tokens
+    this.nll += t.nll
+    this.pictures += t.pictures
+    this.coefficients = t.coefficients.map((c, l) => c + (this.coefficients[l] ?? 0))
+  }
+  get group(): HeldOutGroup {
+    return { samples: this.samples, tokens: this.tokens, loss: this.tokens ? this.nll / this.tokens : null }
+  }
+  get mean(): number[] | null {
+    return this.pictures && this.coefficients.length ? this.coefficients.map((c) => c / this.pictures) : null
+  }
+}
+
+/**
+ * Each sample of a batch by itself, without gradients: sum of the negative log-likelihoods of its labelled tokens (the loss before it
+ * is averaged), and the weights of its alignment vectors, none without a picture.
+ */
+export function sampleLosses(
+  model: AlignGPT,
+  b: PackedBatch,
+  mix: Mix,
+): { nll: number; tokens: number; coefficients: number[] }[] {
+  const { nll, coefficients } = scope(() =>
+    noGrad(() => {
+      const { nll, embedded } = model.loss(b, mix)
+      return { nll: nll.toFloats(), coefficients: Array.from(embedded.coefficients.toFloats()) }
+    }),
+  )
+  const samples = b.ids.map(() => ({ nll: 0, tokens: 0, coefficients: [] as number[] }))
+  let s = 0
+  for (const [i, row] of b.lossRows.entries()) {
+    while (row >= b.offsets[s + 1]) s++
+    samples[s].nll += nll[i]
+    samples[s].tokens++
+  }
+  for (const [m, sample] of b.imageSamples.entries())
+    samples[sample].coefficients = coefficients.slice(m * model.levels, (m + 1) * model.levels)
+  return samples
+}
+
+/** A record that is shown. */
+interface Shown {
+  record: DataRecord
+  picture: string | null
+}
+
+/** What an evaluation needs to know of the run. */
+interface Settings extends EvaluationOptions {
+  out?: string
+  microBatch: number
+  steps: number
+  mix: Mix
+  gateText: GateText
+  workers?: number
+  onMessage: (text: string) => void
+  signal?: AbortSignal
+}
+
+function checkOptions(o: EvaluationOptions): void {
+  const wrong = (key: keyof EvaluationOptions, expected: string): Error =>
+    mismatch('ERR_ARGUMENT', 'train', key, expected, show(o[key]))
+  const { evalShare: share, evalData: file, evalEvery: every } = o
+  if (share !== undefined && !(share > 0 && share < 1)) throw wrong('evalShare', 'a number between 0 and 1')
+  if (share !== undefined && file !== undefined) throw wrong('evalData', 'none beside evalShare')
+  if (every !== undefined && !(Number.isInteger(every) && every > 0)) throw wrong('evalEvery', 'an integer > 0')
+  if (every !== undefined && share === undefined && file === undefined)
+    throw wrong('evalEvery', 'evalShare or evalData beside it')
+  if (o.evalImages !== undefined && file === undefined) throw wrong('evalImages', 'evalData beside it')
+}
+
+/**
+ * What a run trains on and what it is evaluated on, null when that is not asked for.
+ * @throws AlignGPTError ERR_ARGUMENT, ERR_DATA
+ */
+export async function holdOut(
+  data: Dataset,
+  seed: number,
+  o: EvaluationOptions,
+): Promise<{ trained: Dataset; held: Dataset | null }> {
+  checkOptions(o)
+  if (o.evalShare !== undefined) {
+    const { rest, held } = data.holdOut(o.evalShare, seed)
+    return { trained: rest, held }
+  }
+  if (o.evalData === undefined) return { trained: data, held: null }
+  const held = await loadDataset(o.evalData, { images: o.evalImages ?? data.images ?? undefined })
+  if (held.length === 0) throw mismatch('ERR_DATA', 'train', `evalData ${o.evalData}`, 'records', 'none')
+  return { trained: data, held }
+}
+
+/** The evaluations of one run. */
+export class HeldOut {
+  readonly #every: number
+  #loader: Loader | null = null
+  #shown: Shown[] | null = null
+  #evaluated = 0
+  #best: Best | null = null
+
+  constructor(
+    private readonly model: AlignGPT,
+    private readonly phase: Phase,
+    private readonly data: Dataset,
+    private readonly o: Settings,
+  ) {
+    this.#every = o.evalEvery ?? Math.max(1, Math.ceil(o.steps / 10))
+  }
+
+  /** What decides about the numbers. */
+  get settings(): Record<string, unknown> {
+    const { evalShare: share, evalData } = this.o
+    const data = evalData === undefined ? null : fingerprint(this.data.file)
+    return { share: share ?? null, every: this.#every, records: this.data.length, data }
+  }
+  get best(): Best | null {
+    return this.#best
+  }
+  get state(): HeldOutState {
+    return { evaluated: this.#evaluated, best: this.#best, dropped: this.data.state }
+  }
+
+  /** @param out folder of the run that is continued; its best model is taken over when it is another one */
+  restore({ evaluated, best, dropped }: HeldOutState, out: string): void {
+    this.#evaluated = evaluated
+    this.#best = best
+    this.data.restore(dropped)
+    if (!best || !this.o.out) return
+    const [from, to] = [bestFolder(out), bestFolder(this.o.out)]
+    if (!fs.existsSync(from)) this.o.onMessage(`${from} is gone, the best model so far, of step ${best.step}`)
+    else if (path.resolve(from) !== path.resolve(to)) copyFolder(from, to)
+  }
+
+  /** Whether an evaluation is missing after so many steps. */
+  due(done: number): boolean {
+    return done > this.#evaluated && (done % this.#every === 0 || done === this.o.steps)
+  }
+
+  /** The evaluation that is due after so many steps, else null; null too when the signal came meanwhile: it is still due then. */
+  async evaluate(done: number): Promise<EvaluationInfo | null> {
+    if (!this.due(done)) return null
+    const { steps } = this.o
+    const from = performance.now()
+    const losses = await this.#losses()
+    const answers = losses && (await this.#answers())
+    if (!losses || !answers) return null
+    const { loss } = losses
+    if (loss === null)
+      throw mismatch('ERR_DATA', 'train', `${this.data.file}: held-out records`, 'one that can be used', 'none')
+    this.#evaluated = done
+    const step = done - 1
+    const best = loss < (this.#best?.loss ?? Number.POSITIVE_INFINITY) && (await this.#keep(step))
+    if (best) this.#best = { step, loss }
+    return { step, steps, ...losses, loss, best, answers, seconds: (performance.now() - from) / 1000 }
+  }
+
+  async close(): Promise<void> {
+    await this.#loader?.close()
+    this.data.close()
+  }
+
+  /** Saves the model as the best one. @returns whether that could be done */
+  async #keep(step: number): Promise<boolean> {
+    const { o, model } = this
+    if (!o.out) return true
+    const folder = bestFolder(o.out)
+    try {
+      removeUnfinished(folder)
+      await model.save(folder)
+      if (hasLora(model)) saveAdapter(model, path.join(folder, 'adapter'))
+      return true
+    } catch (e) {
+      o.onMessage(`${folder}: the model of step ${step} was not saved: ${(e as Error).message}; training goes on`)
+      return false
+    }
+  }
+
+  async #open(): Promise<Loader> {
+    const { model, phase, data, o } = this
+    const evaluations = Math.ceil((o.steps - this.#evaluated) / this.#every)
+    return openLoader(data, {
+      tokenizer: model.tokenizer,
+      preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
+      style: phase.style,
+      patches: model.patches,
+      maxLength: model.config.tokenizer_model_max_length,
+      batch: o.microBatch,
+      steps: evaluations * data.stepsPerEpoch(o.microBatch),
+      shuffle: false,
+      seed: 0,
+      gateText: o.gateText,
+      workers: o.workers,
+      align: o.mix.mode !== 'none',
+      maxBad: 1, // a few records: one bad picture may be a large share of them
+    })
+  }
+
+  async #losses(): Promise<(HeldOutGroup & Pick<EvaluationInfo, 'levels' | 'tasks'>) | null> {
+    const { model, o } = this
+    this.#loader ??= await this.#open()
+    const all = new Tally()
+    const levels = Array.from({ length: model.levels }, () => new Tally())
+    const tasks = new Map<string, Tally>()
+    for (let batch = 0; batch < this.#loader.stepsPerEpoch; batch++) {
+      if (o.signal?.aborted) return null
+      const loaded = await this.#loader.next()
+      if (!loaded?.packed) continue
+      const { packed, indices } = loaded
+      const level = new Map([...packed.imageSamples].map((sample, m) => [sample, packed.levels[m]]))
+      for (const [i, { nll, tokens, coefficients }] of sampleLosses(model, packed, o.mix).entries()) {
+        const sample = { samples: 1, nll, tokens, coefficients, pictures: Number(level.has(i)) }
+        const task = taskOf(this.data.record(indices[i]))
+        if (!tasks.has(task)) tasks.set(task, new Tally())
+        for (const tally of [all, levels[level.get(i) ?? -1], tasks.get(task)]) tally?.add(sample)
+      }
+      await turn() // a signal is heard between two batches
+    }
+    if (o.mix.mode === 'level') return { ...all.group, levels: levels.map((t) => t.group) }
+    const named = [...commonest(tasks)].map(([task, t]) => [task, { ...t.group, coefficients: t.mean }])
+    return { ...all.group, tasks: Object.fromEntries(named) }
+  }
+
+  /** The most likely answers to the shown records; null when the signal came. */
+  async #answers(): Promise<EvaluationInfo['answers'] | null> {
+    this.#shown ??= await this.#choose()
+    const answers: EvaluationInfo['answers'] = []
+    try {
+      for (const { record } of this.#shown) answers.push({ id: record.id, text: await this.#answer(record) })
+      return answers
+    } catch (e) {
+      if (this.o.signal?.aborted) return null
+      throw e
+    }
+  }
+
+  async #answer(record: DataRecord): Promise<string> {
+    const { o, phase, model } = this
+    const [system] = record.conversations
+    const image = record.image === null ? undefined : readPicture(this.data.picture(record.image))
+    const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
+    const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
+      style: phase.style,
+      mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
+      maxNewTokens: SAMPLE_TOKENS,
+      signal: o.signal,
+      ...(system.from === 'system' && { system: system.value }),
+      ...(phase.style === 'plain' && { stop: ['\n'] }), // a caption ends with its line
+    })
+    return text
+  }
+
+  /** Records from all over the held-out ones, and samples.json with their pictures. Those that cannot be used are left out. */
+  async #choose(): Promise<Shown[]> {
+    const { data, o } = this
+    const count = Math.min(SAMPLES, data.length)
+    const candidates = Array.from({ length: count }, (_, i) => data.record(Math.floor((i * data.length) / count)))
+    const shown: Shown[] = []
+    for (const record of candidates) if (this.#fits(record)) shown.push(...(await this.#look(record)))
+    const described = shown.map(({ record, picture }) => {
+      const { question: asked, answer: expected } = firstTurns(record)
+      const question = this.phase.style === 'plain' ? '' : asked // which leaves questions out
+      return { id: record.id, task: taskOf(record), level: record.similarity, question, expected, picture }
+    })
+    if (o.out) writeJsonFile(path.join(o.out, 'samples.json'), described)
+    return shown
+  }
+
+  #fits(record: DataRecord): boolean {
+    const { model, phase } = this
+    const { fullLength } = buildSample(record, model.tokenizer, { style: phase.style, patches: model.patches })
+    return fullLength <= model.config.tokenizer_model_max_length
+  }
+
+  async #look(record: DataRecord): Promise<Shown[]> {
+    if (record.image === null) return [{ record, picture: null }]
+    const source = this.data.picture(record.image)
+    try {
+      await loadPixels(this.model, readPicture(source))
+      return [{ record, picture: await thumbnail(source, THUMBNAIL) }]
+    } catch {
+      return [] // among the bad ones, as the loader found it
+    }
+  }
+}
+
+/** Where the best model of a run is. */
+const bestFolder = (out: string): string => path.join(out, 'best')
+
+/** What a killed save left beside the files that count. */
+function removeUnfinished(folder: string): void {
+  const names = fs.existsSync(folder) ? fs.readdirSync(folder) : []
+  for (const n of names) if (/\.tmp-\d+-[0-9a-f]+$/.test(n)) fs.rmSync(path.join(folder, n))
+}
+
+function copyFolder(from: string, to: string): void {
+  const temporary = `${to}.tmp`
+  for (const old of [temporary, to]) fs.rmSync(old, { recursive: true, force: true })
+  fs.cpSync(from, temporary, { recursive: true })
+  fs.renameSync(temporary, to)
+}
+
+/** The tasks with the most samples, the others as one. */
+function commonest(tasks: ReadonlyMap<string, Tally>): Map<string, Tally> {
+  const sorted = [...tasks].sort(([a, x], [b, y]) => y.samples - x.samples || (a < b ? -1 : 1))
+  if (sorted.length <= MAX_TASKS) return new Map(sorted)
+  const rest = new Tally()
+  for (const [, tally] of sorted.slice(MAX_TASKS - 1)) rest.add(tally)
+  return new Map([...sorted.slice(0, MAX_TASKS - 1), ['other', rest]])
+}

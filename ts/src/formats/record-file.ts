@@ -1,0 +1,249 @@
+/**
+ * LLaVA data files: a JSON array of records, or one record after the other (JSON lines). They are split on bytes, in
+ * pieces, so that a file of any size takes the memory of its longest record.
+ */
+import fs from 'node:fs'
+import { type DataRecord, IMAGE_TEXT, type Turn } from '../processing/conversation.js'
+import { type AlignGPTError, mismatch, show } from '../util/errors.js'
+import { decodeUtf8, parseJson } from '../util/json.js'
+
+const CHUNK = 1 << 20
+const MAX_RECORD = 256 * 1024 * 1024
+const ROLES: Record<string, Turn['from']> = {
+  human: 'human',
+  user: 'human',
+  gpt: 'gpt',
+  assistant: 'gpt',
+  system: 'system',
+}
+
+/** Byte range of one record in its file. */
+export interface RecordRange {
+  offset: number
+  bytes: number
+}
+
+const dataError = (file: string, at: number, expected: string, got: string): AlignGPTError =>
+  mismatch('ERR_DATA', 'data', `${file} at byte ${at}`, expected, got)
+
+const isSpace = (c: number): boolean => c === 32 || c === 10 || c === 13 || c === 9
+const charOf = (c: number): string => JSON.stringify(String.fromCharCode(c))
+
+/** Splits a growing byte stream into records; only brackets and strings are looked at, JSON.parse checks the rest. */
+class Splitter {
+  private depth = 0
+  private inString = false
+  private escaped = false
+  /** where the current record starts in the buffer; -1: between records */
+  private start = -1
+  private mode: 'unknown' | 'array' | 'lines' | 'done' = 'unknown'
+  /** what may come between records of an array */
+  private next: 'value or end' | 'value' | 'comma or end' = 'value or end'
+  constructor(
+    private readonly file: string,
+    private readonly emit: (record: Buffer, offset: number) => void,
+  ) {}
+
+  /** Scans `b` from `from` on; `base` is the file offset of b[0]. Returns where the unfinished record starts. */
+  scan(b: Buffer, from: number, base: number): number {
+    for (let i = from; i < b.length; i++) {
+      const c = b[i]
+      if (this.start < 0) this.between(c, base + i, i)
+      else if (this.inString) {
+        if (this.escaped) this.escaped = false
+        else if (c === 92) this.escaped = true
+        else if (c === 34) this.inString = false
+      } else if (c === 34) this.inString = true
+      else if (c === 123 || c === 91) this.depth++
+      else if (c === 125 || c === 93) {
+        if (--this.depth > 0) continue
+        this.emit(b.subarray(this.start, i + 1), base + this.start)
+        this.start = -1
+        this.next = 'comma or end'
+      }
+    }
+    const keep = this.start < 0 ? b.length : this.start
+    if (this.start >= 0) this.start = 0
+    return keep
+  }
+
+  /** A byte outside records. */
+  private between(c: number, at: number, i: number): void {
+    if (isSpace(c)) return
+    if (this.mode === 'unknown') {
+      if (c === 91) {
+        this.mode = 'array'
+        return
+      }
+      if (c !== 123) throw dataError(this.file, at, "'[' of an array or '{' of a record", charOf(c))
+      this.mode = 'lines'
+    }
+    if (this.mode === 'done') throw dataError(this.file, at, 'nothing after the array', charOf(c))
+    if (this.mode === 'array') {
+      if (c === 93 && this.next !== 'value') {
+        this.mode = 'done'
+        return
+      }
+      if (this.next === 'comma or end') {
+        if (c !== 44) throw dataError(this.file, at, "',' or ']'", charOf(c))
+        this.next = 'value'
+        return
+      }
+    }
+    if (c !== 123) throw dataError(this.file, at, "'{' of a record", charOf(c))
+    this.start = i
+    this.depth = 1
+  }
+
+  /** The file is over. */
+  finish(base: number, size: number): void {
+    if (this.start >= 0) {
+      const expected = `'}' of the record that starts at byte ${base}`
+      throw dataError(this.file, size, this.inString ? `'"' and ${expected}` : expected, 'the end of the file')
+    }
+    if (this.mode === 'array') {
+      const expected = this.next === 'comma or end' ? "',' or ']'" : this.next === 'value' ? "'{' of a record" : "']'"
+      throw dataError(this.file, size, expected, 'the end of the file')
+    }
+    if (this.mode === 'unknown') throw dataError(this.file, size, "'[' of an array or '{' of a record", 'an empty file')
+  }
+}
+
+/**
+ * Reads a data file in pieces and calls `emit` with the bytes of every record in turn.
+ * @throws AlignGPTError ERR_DATA with file, byte offset and what was expected
+ */
+export async function splitRecords(file: string, emit: (record: Buffer, offset: number) => void): Promise<void> {
+  let handle: fs.promises.FileHandle
+  try {
+    handle = await fs.promises.open(file, 'r')
+  } catch (e) {
+    throw mismatch('ERR_DATA', 'data', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+  }
+  try {
+    const splitter = new Splitter(file, emit)
+    // One buffer for the whole file; it grows to the longest record and half as much again.
+    let buffer = Buffer.allocUnsafe(2 * CHUNK)
+    let [base, rest] = [0, 0]
+    for (let first = true; ; first = false) {
+      const { bytesRead } = await handle.read(buffer, rest, buffer.length - rest, base + rest)
+      if (bytesRead === 0) break
+      if (first && bytesRead >= 3 && buffer.readUIntBE(0, 3) === 0xefbbbf) {
+        buffer.copyWithin(0, 3, bytesRead)
+        base = 3
+      }
+      const filled = rest + bytesRead - (first ? base : 0)
+      const keep = splitter.scan(buffer.subarray(0, filled), rest, base)
+      base += keep
+      rest = filled - keep
+      if (rest > MAX_RECORD) throw dataError(file, base, `a record of at most ${MAX_RECORD} bytes`, 'a longer one')
+      buffer.copyWithin(0, keep, filled)
+      if (rest > buffer.length / 2) buffer = Buffer.concat([buffer.subarray(0, rest)], 2 * buffer.length)
+    }
+    splitter.finish(base, base + rest)
+  } finally {
+    await handle.close()
+  }
+}
+
+/** Text of a record's bytes, parsed. `offset` is its place in the file. @throws AlignGPTError ERR_DATA */
+export function parseBytes(bytes: Uint8Array, file: string, offset: number): unknown {
+  return parseJson(decodeUtf8(bytes, file, 'ERR_DATA', offset), file, 'ERR_DATA', offset)
+}
+
+/** What is wrong with a record: the key, what it should be, what it is. */
+export interface RecordProblem {
+  key: string
+  expected: string
+  got: unknown
+}
+
+const isLevel = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0 && (v as number) < 2 ** 31
+
+const SHORT_OR_TURNS = 'an array of turns, or caption, or question and answer'
+
+/** The keys that say a record's one exchange where it has no `conversations`; none in one that has. */
+function shortKeys(raw: Record<string, unknown>): ('caption' | 'question' | 'answer')[] {
+  if ((raw.conversations ?? null) !== null) return []
+  if ((raw.caption ?? null) !== null) return ['caption']
+  return (raw.question ?? null) !== null ? ['question', 'answer'] : []
+}
+
+/** The turns of a record, of a short one those that it stands for. */
+function turnsOf(raw: Record<string, unknown>): unknown {
+  const short = shortKeys(raw)
+  if (!short.length) return raw.conversations
+  const question = short[0] === 'question' ? String(raw.question) : ''
+  const place = (raw.image ?? null) !== null && !question.includes(IMAGE_TEXT) ? `${IMAGE_TEXT}\n` : ''
+  return [
+    { from: 'human', value: place + question },
+    { from: 'gpt', value: raw[short[short.length - 1]] },
+  ]
+}
+
+/** The first thing that keeps a parsed value from being a record, null when it is one; see parseRecord. */
+export function recordProblem(raw: unknown): RecordProblem | null {
+  const record = raw as Record<string, unknown>
+  const { id = 0, image = null, similarity = null } = record
+  if (typeof id !== 'string' && typeof id !== 'number') return { key: 'id', expected: 'a string or number', got: id }
+  if (image !== null && (typeof image !== 'string' || image === ''))
+    return { key: 'image', expected: 'a file name', got: image }
+  for (const key of shortKeys(record))
+    if (typeof record[key] !== 'string') return { key, expected: 'a string', got: record[key] }
+  const conversations = turnsOf(record)
+  if (!Array.isArray(conversations) || !conversations.length)
+    return { key: 'conversations', expected: SHORT_OR_TURNS, got: conversations }
+  if (similarity !== null && !isLevel(similarity))
+    return { key: 'similarity', expected: 'an integer level', got: similarity }
+  for (const [i, turn] of conversations.entries()) {
+    const { from, value } = (turn ?? {}) as Record<string, unknown>
+    if (typeof from !== 'string' || !Object.hasOwn(ROLES, from))
+      return { key: `conversations[${i}].from`, expected: Object.keys(ROLES).join(' | '), got: from }
+    if (typeof value !== 'string') return { key: `conversations[${i}].value`, expected: 'a string', got: value }
+  }
+  return null
+}
+
+/**
+ * Checks one parsed record: id (string or number; absent: its index), image (optional string), conversations
+ * ([{from: human|user|gpt|assistant|system, value}]) or in short caption, or question and answer; similarity (optional level,
+ * integer >= 0). `task` is taken where it is a text.
+ * @throws AlignGPTError ERR_DATA naming file, record and key
+ */
+export function parseRecord(raw: unknown, file: string, index: number): DataRecord {
+  const problem = recordProblem(raw)
+  const { id = index, image, similarity, task } = raw as Record<string, unknown>
+  if (problem) {
+    const { key, expected, got } = problem
+    const what = `${file}: record ${index} (id ${show(id)}) ${key}`
+    throw mismatch('ERR_DATA', 'data', what, expected, got === undefined ? 'nothing' : show(got))
+  }
+  return {
+    id: String(id),
+    image: (image ?? null) as string | null,
+    conversations: (turnsOf(raw as Record<string, unknown>) as Turn[]).map(({ from, value }) => ({
+      from: ROLES[from],
+      value,
+    })),
+    similarity: (similarity ?? null) as number | null,
+    ...(typeof task === 'string' && task !== '' && { task }),
+  }
+}
+
+// What \s of a regular expression matches beyond ASCII.
+const WIDE_SPACE = /\s/
+
+/** Number of white-space separated words of all turns: LLaVA's measure of length. */
+export function wordCount(r: DataRecord): number {
+  let words = 0
+  for (const { value } of r.conversations) {
+    let inside = false
+    for (let i = 0; i < value.length; i++) {
+      const c = value.charCodeAt(i)
+      const space = c <= 32 ? c === 32 || (c >= 9 && c <= 13) : c >= 160 && WIDE_SPACE.test(value[i])
+      if (!space && !inside) words++
+      inside = !space
+    }
+  }
+  return words
+}

@@ -1,0 +1,316 @@
+/** Alignment scores (arXiv 2405.14129, section 3.1): the cosine of a pair's CLIP embeddings. */
+import fs from 'node:fs'
+import path from 'node:path'
+import { noGrad, scope, tensor } from '../core/tensor.js'
+import type { Dataset } from '../data/dataset.js'
+import { loadClip } from '../models/aligngpt.js'
+import type { CLIPModel } from '../models/clip.js'
+import { type PreprocessorConfig, readPreprocessor } from '../models/config.js'
+import type { DataRecord } from '../processing/conversation.js'
+import {
+  decodeImage,
+  loadImage,
+  normaliseInto,
+  normaliseTable,
+  preprocessImage,
+  type RgbImage,
+} from '../processing/image.js'
+import { Tokenizer } from '../processing/tokenizer.js'
+import { type LevelExample, writeLevelsPage } from '../report/levels-page.js'
+import { AlignGPTError, mismatch } from '../util/errors.js'
+import { hash53 } from '../util/hash-map.js'
+import { type Buckets, bucketLevels, type Levels, writeLevels } from './bucket.js'
+import { clipIdentity, FeatureFile, pairKey, ScoreFile } from './score-store.js'
+
+export interface Pair {
+  id: string
+  /** file, or bytes of one */
+  image: string | Uint8Array
+  caption: string
+}
+
+/** A CLIP with what it needs to embed pictures and captions. Plain CLIP preprocessing, captions truncated. */
+class Embedder {
+  private readonly table: Float32Array
+  constructor(
+    readonly clip: CLIPModel,
+    private readonly tokenizer: Tokenizer,
+    private readonly preprocessor: PreprocessorConfig,
+    private readonly pad = false,
+  ) {
+    this.table = normaliseTable(preprocessor)
+  }
+  get width(): number {
+    return this.clip.config.projection_dim
+  }
+  /** [n, width], rows of norm 1 */
+  images(pictures: readonly RgbImage[]): Float32Array {
+    const side = this.preprocessor.crop
+    const size = 3 * side * side
+    const pixels = new Float32Array(pictures.length * size)
+    for (const [i, p] of pictures.entries())
+      normaliseInto(preprocessImage(p, { ...this.preprocessor, pad: this.pad }), this.table, pixels, i * size)
+    const { dtype, device } = this.clip
+    const shape = [pictures.length, 3, side, side]
+    const run = () => this.clip.imageEmbeds(tensor(pixels, shape, dtype, device)).toFloats()
+    return Float32Array.from(scope(() => noGrad(run)))
+  }
+  /** [n, width], rows of norm 1 */
+  texts(captions: readonly string[]): Float32Array {
+    const limit = this.clip.config.text.max_position_embeddings
+    const ids = captions.map((c) => this.tokenizer.encodeClip(c, limit))
+    return Float32Array.from(scope(() => noGrad(() => this.clip.textEmbeds(ids).toFloats())))
+  }
+}
+
+function dot(a: Float32Array, b: Float32Array): number {
+  let s = 0
+  for (let j = 0; j < a.length; j++) s += a[j] * b[j]
+  return s
+}
+
+/** Cosine of CLIP's image and text embeddings for each pair, in batches. Plain CLIP preprocessing, captions truncated. */
+export async function clipScores(
+  clip: CLIPModel,
+  tokenizer: Tokenizer,
+  preprocessor: PreprocessorConfig,
+  pairs: readonly Pair[],
+  o: { batch?: number; onProgress?: (done: number) => void; pad?: boolean } = {},
+): Promise<{ scores: number[]; imageEmbeds: Float32Array; textEmbeds: Float32Array }> {
+  const size = o.batch ?? 64
+  const embedder = new Embedder(clip, tokenizer, preprocessor, o.pad)
+  const { width } = embedder
+  const imageEmbeds = new Float32Array(pairs.length * width)
+  const textEmbeds = new Float32Array(pairs.length * width)
+  for (let at = 0; at < pairs.length; at += size) {
+    const part = pairs.slice(at, at + size)
+    imageEmbeds.set(embedder.images(await Promise.all(part.map((p) => decodeImage(p.image)))), at * width)
+    textEmbeds.set(embedder.texts(part.map((p) => p.caption)), at * width)
+    o.onProgress?.(Math.min(at + size, pairs.length))
+  }
+  const row = (a: Float32Array, i: number): Float32Array => a.subarray(i * width, (i + 1) * width)
+  const scores = pairs.map((_, i) => dot(row(imageEmbeds, i), row(textEmbeds, i)))
+  return { scores, imageEmbeds, textEmbeds }
+}
+
+export interface LevelsOptions {
+  /** N, default the model's */
+  levels?: number
+  /** width: equal parts of the score range (the paper's rule, default); quantile: equal counts */
+  buckets?: Buckets
+  /** pairs scored at once, default 64 */
+  batch?: number
+  /** false: only compute, do not write `similarity` into the file */
+  write?: boolean
+  /**
+   * where scores are kept while they are made; a run that was interrupted goes on from there. Default `<data>.scores.jsonl`,
+   * removed at the end; a file named here stays, and other levels can be cut from it without scoring again.
+   */
+  scores?: string
+  /** folder that keeps CLIP's embeddings, so that other captions, or other pictures, need only what is new */
+  features?: string
+  /** HTML page with the histogram and pairs of each level */
+  report?: string
+  onProgress?: (done: number, total: number) => void
+  /** told what was found or not used; default: process.emitWarning */
+  onNotice?: (text: string) => void
+  /** stops between batches; what was scored stays */
+  signal?: AbortSignal
+}
+
+/** The caption of a pair: its first answer. */
+export function captionOf(record: DataRecord): string {
+  const turn = record.conversations.find((t) => t.from === 'gpt')
+  if (!turn) throw mismatch('ERR_DATA', 'levels', `record '${record.id}'`, 'a caption (gpt turn)', 'none')
+  return turn.value
+}
+
+/** A pair on its way to a score. */
+interface Waiting {
+  id: string
+  image: string
+  caption: string
+  pair: number
+}
+
+/** Scores the pairs of a data set that have none yet. The CLIP is loaded with the first of them. */
+class Scorer {
+  readonly bad: { id: string; reason: string }[] = []
+  private embedder: Embedder | null = null
+  private files: { images: FeatureFile; texts: FeatureFile } | null = null
+  constructor(
+    private readonly data: Dataset,
+    private readonly dir: string,
+    private readonly identity: string,
+    private readonly scores: ScoreFile,
+    private readonly features: string | undefined,
+  ) {}
+
+  private open(): Embedder {
+    if (this.embedder) return this.embedder
+    this.embedder = new Embedder(loadClip(this.dir), Tokenizer.load(this.dir), readPreprocessor(this.dir))
+    if (this.features !== undefined) {
+      const folder = path.join(this.features, this.identity)
+      const { width } = this.embedder
+      this.files = {
+        images: new FeatureFile(folder, 'images', width),
+        texts: new FeatureFile(folder, 'texts', width),
+      }
+    }
+    return this.embedder
+  }
+
+  /** Embeddings by name: those on file, and those that `compute` makes of the rest; null where it could not. */
+  private async rows(
+    names: string[],
+    file: FeatureFile | undefined,
+    compute: (missing: string[]) => Promise<(Float32Array | null)[]>,
+  ): Promise<Map<string, Float32Array | null>> {
+    const out = new Map<string, Float32Array | null>(names.map((n) => [n, file?.get(hash53(n)) ?? null]))
+    const missing = [...out].filter(([, row]) => row === null).map(([n]) => n)
+    if (missing.length === 0) return out
+    const made = await compute(missing)
+    const good = missing.filter((n, i) => {
+      out.set(n, made[i])
+      return made[i] !== null
+    })
+    const all = Float32Array.from(good.flatMap((n) => [...(out.get(n) as Float32Array)]))
+    file?.add(good.map(hash53), all)
+    return out
+  }
+
+  async run(batch: Waiting[]): Promise<void> {
+    const embedder = this.open()
+    const { width } = embedder
+    const cut = (a: Float32Array, n: number) => Array.from({ length: n }, (_, i) => a.slice(i * width, (i + 1) * width))
+    const images = await this.rows(
+      batch.map((p) => p.image),
+      this.files?.images,
+      async (names) => {
+        const pictures = await Promise.all(names.map((n) => this.decode(n, batch)))
+        const good = pictures.filter((p) => p !== null)
+        const rows = good.length ? cut(embedder.images(good), good.length) : []
+        return pictures.map((p) => (p === null ? null : (rows.shift() as Float32Array)))
+      },
+    )
+    const usable = batch.filter((p) => images.get(p.image))
+    const texts = await this.rows(
+      usable.map((p) => p.caption),
+      this.files?.texts,
+      async (captions) => cut(embedder.texts(captions), captions.length),
+    )
+    const score = (p: Waiting): number => dot(images.get(p.image) as Float32Array, texts.get(p.caption) as Float32Array)
+    this.scores.add(usable.map((p) => ({ pair: p.pair, score: score(p) })))
+  }
+
+  private async decode(name: string, batch: Waiting[]): Promise<RgbImage | null> {
+    try {
+      return await loadImage(this.data.picture(name))
+    } catch (e) {
+      if (!(e instanceof AlignGPTError) || e.code !== 'ERR_IMAGE') throw e
+      for (const p of batch) if (p.image === name) this.bad.push({ id: p.id, reason: e.message })
+      return null
+    }
+  }
+
+  close(): void {
+    this.files?.images.close()
+    this.files?.texts.close()
+    this.embedder?.clip.dispose()
+  }
+}
+
+/** Scores by record; null without a picture, or with one that cannot be read. */
+async function scoreAll(
+  data: Dataset,
+  scorer: Scorer,
+  scores: ScoreFile,
+  o: LevelsOptions,
+): Promise<(number | null)[]> {
+  const every = new Array<number | null>(data.length).fill(null)
+  const pairs = new Float64Array(data.length)
+  const size = o.batch ?? 64
+  let waiting: Waiting[] = []
+  const indices: number[] = []
+  for (let i = 0; i < data.length; i++) if (data.hasPicture(i)) indices.push(i)
+  for (const [done, index] of indices.entries()) {
+    const r = data.record(index)
+    const [image, caption] = [r.image as string, captionOf(r)]
+    const pair = pairKey(image, caption)
+    pairs[index] = pair
+    if (scores.get(pair) === undefined && !waiting.some((p) => p.pair === pair))
+      waiting.push({ id: r.id, image, caption, pair })
+    if (waiting.length < size && done + 1 < indices.length) continue
+    o.signal?.throwIfAborted()
+    if (waiting.length) await scorer.run(waiting)
+    waiting = []
+    o.onProgress?.(done + 1, indices.length)
+  }
+  for (const index of indices) every[index] = scores.get(pairs[index]) ?? null
+  return every
+}
+
+// Pairs of each level on the page.
+const EXAMPLES = 8
+
+/** Of each level pairs from its lowest score to its highest. */
+function pickExamples(data: Dataset, every: readonly (number | null)[], all: Int32Array, n: number): LevelExample[] {
+  const byLevel: number[][] = Array.from({ length: n }, () => [])
+  for (const [i, l] of all.entries()) if (l >= 0) byLevel[l].push(i)
+  return byLevel.flatMap((indices, level) => {
+    const sorted = indices.sort((a, b) => (every[a] as number) - (every[b] as number) || a - b)
+    const count = Math.min(EXAMPLES, sorted.length)
+    return Array.from({ length: count }, (_, k) => {
+      const index = sorted[count === 1 ? 0 : Math.round((k * (sorted.length - 1)) / (count - 1))]
+      const r = data.record(index)
+      const [image, score] = [data.picture(r.image as string), every[index] as number]
+      return { level, image, id: r.id, caption: captionOf(r), score }
+    })
+  })
+}
+
+/**
+ * Scores every pair of a data set with a CLIP, cuts the scores into levels and writes them into the file as `similarity`.
+ * Records without a picture, and pictures that cannot be read, keep what they have. A score belongs to the name of the picture
+ * and the caption: a picture that changes under its name needs another scores file.
+ * @param model an AlignGPT (its CLIP is used), or the folder of a CLIP
+ * @throws AlignGPTError ERR_DATA, ERR_ARGUMENT; the signal's reason when aborted
+ */
+export async function levels(
+  data: Dataset,
+  model: { clipDir: string; levels: number } | string,
+  o: LevelsOptions = {},
+): Promise<Levels & { scores: (number | null)[]; bad: { id: string; reason: string }[] }> {
+  const dir = typeof model === 'string' ? model : model.clipDir
+  const n = o.levels ?? (typeof model === 'string' ? 8 : model.levels)
+  const notice = o.onNotice ?? ((text: string) => process.emitWarning(text, 'AlignGPTWarning'))
+  const file = o.scores ?? `${data.file}.scores.jsonl`
+  const identity = clipIdentity(dir)
+  const scores = new ScoreFile(file, identity)
+  if (scores.stale) notice(`[levels] the scores in ${file} are made again: ${scores.stale}`)
+  const scorer = new Scorer(data, dir, identity, scores, o.features)
+  try {
+    const every = await scoreAll(data, scorer, scores, o)
+    const scored = [...every.keys()].filter((i) => every[i] !== null)
+    const result = bucketLevels(
+      scored.map((i) => every[i] as number),
+      n,
+      o.buckets ?? 'width',
+    )
+    const all = new Int32Array(data.length).fill(-1)
+    for (const [k, i] of scored.entries()) all[i] = result.levels[k]
+    if (o.report !== undefined)
+      await writeLevelsPage(o.report, {
+        data: data.file,
+        clip: dir,
+        buckets: o.buckets ?? 'width',
+        ...result,
+        examples: pickExamples(data, every, all, n),
+      })
+    if (o.write !== false) await writeLevels(data, all)
+    if (o.scores === undefined) fs.rmSync(file, { force: true })
+    return { ...result, scores: every, bad: scorer.bad }
+  } finally {
+    scorer.close()
+  }
+}

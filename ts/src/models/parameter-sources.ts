@@ -1,0 +1,106 @@
+/** Where weights come from: checkpoint files, initialisation, or what a pre-training left. */
+
+import { type Device, native } from '../core/native.js'
+import { type Dtype, scope, Tensor } from '../core/tensor.js'
+import { openCheckpoint, type TensorEntry, type TensorToWrite } from '../formats/safetensors.js'
+import { initialize, Source } from '../nn/module.js'
+import { AlignGPTError, mismatch } from '../util/errors.js'
+import { ourName } from './names.js'
+
+/** Of a model's weights and activations. */
+export interface Placement {
+  dtype: Dtype
+  device?: Device
+}
+
+const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
+
+/** Says which tensor of which file is not as it should be. @throws ERR_SHAPE, ERR_DTYPE */
+export function checkEntry(e: TensorEntry, shape: readonly number[]): void {
+  if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
+    throw new AlignGPTError(
+      'ERR_SHAPE',
+      `[checkpoint] ${e.path}: '${e.name}': expected shape [${shape}], got [${e.shape}]`,
+    )
+  if (!(e.dtype in fileDtype))
+    throw new AlignGPTError(
+      'ERR_DTYPE',
+      `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
+    )
+}
+
+/** A tensor of a file as a persistent one, whatever float type the file has. @throws ERR_SHAPE, ERR_DTYPE */
+export function readTensor(e: TensorEntry, shape: readonly number[], { dtype, device }: Placement): Tensor {
+  checkEntry(e, shape)
+  const t = new Tensor(native.empty([...shape], dtype, device)).persist()
+  try {
+    native.readFile(t.h, e.path, e.offset, fileDtype[e.dtype as keyof typeof fileDtype])
+  } catch (error) {
+    t.dispose()
+    throw error
+  }
+  return t
+}
+
+/** A tensor for a safetensors file, under a name; `value` makes what is written in its place when its turn has come. */
+export function tensorToWrite(name: string, t: Tensor, value: () => Tensor = () => t): TensorToWrite {
+  const dtype = t.dtype === 'bf16' ? 'BF16' : t.dtype === 'f64' ? 'F64' : 'F32'
+  const write = (file: string, offset: number): void => scope(() => native.writeFile(value().h, file, offset))
+  return { name, dtype, shape: t.shape, write }
+}
+
+/** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
+export function checkpointSource(where: string, place: Placement, rename = (name: string): string => name): Source {
+  const entries = openCheckpoint(where)
+  return new Source(
+    (name, shape) => {
+      const e = entries.get(rename(name))
+      if (!e)
+        throw new AlignGPTError(
+          'ERR_WEIGHTS',
+          `[checkpoint] ${where}: '${rename(name)}': expected a tensor [${shape}], got none`,
+        )
+      return readTensor(e, shape, place)
+    },
+    (name) => entries.has(rename(name)),
+  )
+}
+/** Fresh parameters. */
+export function initSource(seed: number, { dtype, device }: Placement): Source {
+  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
+}
+
+/**
+ * The tensors of a checkpoint in any layout under this package's names; constants among them are left out.
+ * @throws ERR_WEIGHTS: a name that no layout has, or two that mean the same
+ */
+export function openNamed(where: string): Map<string, TensorEntry> {
+  const named = new Map<string, TensorEntry>()
+  for (const [name, e] of openCheckpoint(where)) {
+    const ours = ourName(name)
+    if (ours === null) continue
+    if (ours === undefined) throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'a known name', 'this')
+    const other = named.get(ours)
+    if (other)
+      throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'one such tensor', `'${other.name}' too`)
+    named.set(ours, e)
+  }
+  return named
+}
+
+/** What a pre-training left (in any layout), fresh parameters for the rest: the gate. */
+export function pretrainedSource(file: string, seed: number, place: Placement): Source {
+  const entries = openNamed(file)
+  if (
+    !entries.has('align_indicators.indicator_embs') &&
+    ![...entries.keys()].some((n) => n.startsWith('mm_projector.'))
+  )
+    throw new AlignGPTError(
+      'ERR_WEIGHTS',
+      `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
+    )
+  return new Source((name, shape, init) => {
+    const e = entries.get(name)
+    return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
+  })
+}
