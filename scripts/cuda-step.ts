@@ -11,10 +11,10 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
+import { AlignGPT } from '../ts/src/aligngpt.js'
 import { complain, integer } from '../ts/src/cli/options.js'
 import { native, resolveDevice } from '../ts/src/core/native.js'
 import { memory } from '../ts/src/core/tensor.js'
-import { AlignGPT } from '../ts/src/models/aligngpt.js'
 import { LEVELS, type Size, TrainStep, writeParts } from './bench/model.js'
 
 const SIZE: Size = {

@@ -5,7 +5,6 @@ import fc from 'fast-check'
 import sharp from 'sharp'
 import { afterAll, describe, expect, it } from 'vitest'
 import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
-import { readPreprocessor } from '../src/models/config.js'
 import {
   augment,
   compositeOver,
@@ -23,6 +22,7 @@ import {
   type RgbImage,
   resizeBicubic,
 } from '../src/processing/image.js'
+import { readPreprocessor } from '../src/processing/preprocessor-config.js'
 import { Rng } from '../src/util/rng.js'
 import { CASES, caseDir, doing, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
 

@@ -10,10 +10,10 @@ import { type Dataset, groupByModalityLength, loadDataset } from '../src/data/da
 import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/data/loader.js'
 import { wordCount } from '../src/formats/record-file.js'
 import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
-import { readPreprocessor } from '../src/models/config.js'
 import { ALIGN_ROW, IMAGE_ROW, type PackedBatch, packBatch } from '../src/models/packed-batch.js'
-import { buildSample, IGNORE, type Sample } from '../src/processing/conversation.js'
 import { loadImage, normalise, preprocessImage } from '../src/processing/image.js'
+import { readPreprocessor } from '../src/processing/preprocessor-config.js'
+import { buildSample, IGNORE, type Sample } from '../src/processing/sample.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { CASES, caseDir, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'
 

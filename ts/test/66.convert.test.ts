@@ -5,6 +5,7 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert/convert.js'
 import { memory } from '../src/core/tensor.js'
 import {
@@ -18,8 +19,8 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from '../src/formats/safetensors.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import { addLora, loadAdapter, mergeLora, saveAdapter } from '../src/nn/lora.js'
+import { addLora, mergeLora } from '../src/models/adapters.js'
+import { loadAdapter, saveAdapter } from '../src/models/peft.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { Rng } from '../src/util/rng.js'
 

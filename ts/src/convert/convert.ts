@@ -17,17 +17,14 @@ import {
   withFile,
   writeSafetensors,
 } from '../formats/safetensors.js'
-import { AlignGPT, copyFiles, LLM_FILES } from '../models/aligngpt.js'
-import {
-  type Alignment,
-  alignGPTConfigJson,
-  type RawConfig,
-  readJsonObject,
-  writeConfigFile,
-} from '../models/config.js'
+import { type RawConfig, readJsonObject, writeConfigFile } from '../formats/zod-check.js'
+import { AlignGPTNetwork } from '../models/aligngpt.js'
+import { type Alignment, alignGPTConfigJson } from '../models/config/aligngpt.js'
 import { type Format, nameIn } from '../models/names.js'
 import { checkEntry, readTensor } from '../models/parameter-sources.js'
-import { merged, openAdapter } from '../nn/lora.js'
+import { openAdapter } from '../models/peft.js'
+import { copyFiles, LLM_FILES } from '../models/save.js'
+import { merged } from '../nn/lora.js'
 import { initialize } from '../nn/module.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { show } from '../util/errors.js'
@@ -101,7 +98,7 @@ const computing = (dtype: StoredDtype): Dtype => (dtype === 'BF16' ? 'bf16' : dt
 
 /** Every tensor of the model with where it comes from; all names and shapes are checked here, before anything is written. */
 function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignment): Item[] {
-  const expected = AlignGPT.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
+  const expected = AlignGPTNetwork.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
   for (const [name, e] of s.weights)
     if (!expected.has(name)) throw fail('ERR_WEIGHTS', `${e.path}: '${e.name}'`, 'a tensor of such a model', 'this')
   const usual = s.weights.get('model.embed_tokens.weight')?.dtype ?? 'F32'

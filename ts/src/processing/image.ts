@@ -3,10 +3,11 @@
  * optional padding to a square, bicubic resize in Pillow's fixed point, centre crop, normalisation.
  * EXIF orientation and colour profiles are ignored, as Pillow's Image.open does.
  */
-import type { PreprocessorConfig } from '../models/config.js'
+
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { Rng } from '../util/rng.js'
 import { MAX_BYTES, type PictureSource, readFilePart, readPicture } from './image-source.js'
+import type { PreprocessorConfig } from './preprocessor-config.js'
 
 /** 8-bit RGB picture, rows from the top: data [height, width, 3]. */
 export interface RgbImage {

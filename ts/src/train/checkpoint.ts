@@ -15,15 +15,6 @@ import { readJsonFile, writeAll } from '../util/json.js'
 
 export const FORMAT = 1
 
-/** A tensor of a run and where it is kept. */
-export interface StateTensor {
-  file: 'weights' | 'optimizer'
-  name: string
-  tensor: Tensor
-  /** U16: bits that are no number of their own */
-  stored?: 'U16'
-}
-
 /** What wrote a checkpoint; other numbers may come out elsewhere. */
 export interface Maker {
   version: string
