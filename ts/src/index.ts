@@ -1,8 +1,9 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
 
+export { type Dropped } from './data/drop-log.js'
 export { AlignGPT } from './aligngpt.js'
 export { memory } from './core/tensor.js'
-export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data/dataset.js'
+export { type Dataset, type DatasetOptions, loadDataset } from './data/dataset.js'
 export {
   type CheckOptions,
   type CheckReport,

@@ -11,7 +11,7 @@ import { AlignGPTError } from '../util/errors.js'
 import { fingerprint } from '../util/files.js'
 import type { OutlierOptions } from './outliers.js'
 import type { Phase } from './phases.js'
-import type { StepInfo } from './trainer.js'
+import type { StepInfo } from './types.js'
 
 export interface TrainOptions extends EvaluationOptions {
   /** folder for the model, log.jsonl, state.json and checkpoints; without one nothing is written */
