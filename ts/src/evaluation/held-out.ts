@@ -15,11 +15,11 @@ import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { GateText } from '../models/config/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { readPicture } from '../processing/image-source.js'
+import { readPicture } from '../processing/image/source.js'
+import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
-import { thumbnail } from '../processing/thumbnail.js'
 import { mismatch, show } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 
 export interface EvaluationOptions {
@@ -229,7 +229,7 @@ export class HeldOut {
   /** What decides about the numbers. */
   get settings(): Record<string, unknown> {
     const { evalShare: share, evalData } = this.#o
-    const data = evalData === undefined ? null : fingerprint(this.#data.file)
+    const data = evalData === undefined ? null : digestFile(this.#data.file)
     return { share: share ?? null, every: this.#every, records: this.#data.length, data }
   }
   /** Steps that were done at the last evaluation. */

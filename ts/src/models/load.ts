@@ -1,8 +1,10 @@
 /** AlignGPT models from files: new ones of a language model and a vision tower, and folders in the official layout. */
+
 import path from 'node:path'
-import { type Device, resolveDevice } from '../core/native.js'
+import { resolveDevice } from '../core/device.js'
+import type { Device } from '../core/native.js'
 import type { Dtype } from '../core/tensor.js'
-import { openCheckpoint } from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
 import { loadConfig } from '../formats/zod-check.js'
 import type { ChatStyle } from '../processing/conversation/styles.js'
 import { Tokenizer } from '../processing/tokenizer.js'

@@ -117,7 +117,7 @@ class Run<B, R extends MicroResult, X extends object, V> {
   async open(): Promise<void> {
     const o = this.#o
     if (o.out || o.resume) {
-      this.#origin = { config: { ...loopSettings(o), ...o.settings?.() }, maker: maker(this.#device) }
+      this.#origin = { config: { ...o.settings?.(), ...loopSettings(o) }, maker: maker(this.#device) }
       const found = findResume(o, this.#origin, o.onMessage)
       if (found) this.#restore(found.folder, found.manifest)
     }
@@ -289,11 +289,11 @@ const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).c
  * that a later call continues bit for bit (`resume`), log.jsonl in `out`.
  *
  * ```ts
- * import { backward, initialize, ops, tensor } from 'aligngpt/core'
+ * import { backward, nn, ops, tensor } from 'aligngpt/core'
  * import { shuffled, train } from 'aligngpt/train'
  *
- * // y = x W for 100 points x, y of the plane, eight a step
- * const weight = initialize('weight', [2, 2], { kind: 'normal', std: 0.1 }, 1)
+ * // y = W x for points of the plane, eight a step
+ * const weight = nn.initialize('weight', [2, 2], { kind: 'normal', std: 0.1 }, 1, 'f32')
  * const model = {
  *   parameters: [{ name: 'weight', tensor: weight }],
  *   terms: (points) => points.length,

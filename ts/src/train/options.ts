@@ -8,7 +8,7 @@ import type { GateText } from '../models/config/aligngpt.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import type { LoraOptions } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import type { OutlierOptions } from './outliers.js'
 import type { Phase } from './phases.js'
 import type { StepInfo } from './types.js'
@@ -128,17 +128,13 @@ export function resolve(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: 
   }
 }
 
-/** What the numbers of a run depend on, besides its start. */
+/** What the numbers of a phase depend on, besides its start and what the loop knows (LoopOptions). */
 export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
-  const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
+  const { batch, microBatch, mix } = o
   return {
     phase: phase.name,
     dtype: model.dtype,
-    ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
-    weightDecay: o.weightDecay ?? 0,
-    optimizerState: o.optimizerState ?? 'full',
-    offloadOptimizer: o.offloadOptimizer ?? false,
-    lossNorm: o.lossNorm ?? 'batch',
+    ...{ batch, microBatch, mix },
     gateText: o.gateText,
     alignment: model.config.mm_alignment,
     gate: model.config.mm_gate_type,
@@ -146,8 +142,7 @@ export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o:
     projectorLr: phase.projectorLr ?? null,
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
-    skipOutliers: o.skipOutliers ?? false,
-    data: { records: data.length, ...fingerprint(data.file) },
+    data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }
 }

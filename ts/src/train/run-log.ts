@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
 import { EventFile } from '../formats/tfevents.js'
-import { writeAtomicText } from '../util/json.js'
+import { writeAtomicText } from '../util/files.js'
 import type { LoopStep, RunSink, StepInfo } from './types.js'
 
 /** The numbers of a step that TensorBoard draws. */

@@ -1,5 +1,5 @@
 /** Small pictures inside pages and JSON. */
-import { type PictureSource, readPicture } from './image-source.js'
+import { type PictureSource, readPicture } from './source.js'
 
 /** The picture, at most so many pixels wide and high, as a data URI. @throws ERR_IMAGE, or sharp's error when it is none */
 export async function thumbnail(source: PictureSource, side: number): Promise<string> {
