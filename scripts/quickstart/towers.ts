@@ -5,9 +5,11 @@
 
 import fs from 'node:fs'
 import path from 'node:path'
-import { native, resolveDevice } from '../../ts/src/core/native.js'
+import { type LoopStep, shuffled, train } from 'aligngpt/train'
+import { resolveDevice } from '../../ts/src/core/device.js'
+import { native } from '../../ts/src/core/native.js'
 import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/core/ops.js'
-import { backward, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
+import { backward, type Tensor, tensor } from '../../ts/src/core/tensor.js'
 import type { DataRecord } from '../../ts/src/formats/record-file.js'
 import { writeSafetensors } from '../../ts/src/formats/safetensors.js'
 import { CLIPModel, offsetsOf } from '../../ts/src/models/clip.js'
@@ -15,23 +17,17 @@ import { parseClipConfig } from '../../ts/src/models/config/clip.js'
 import { parseLlamaConfig } from '../../ts/src/models/config/llama.js'
 import { LlamaModel } from '../../ts/src/models/llama.js'
 import { initSource } from '../../ts/src/models/parameter-sources.js'
-import { AdamW, type Parameter } from '../../ts/src/nn/adamw.js'
+import type { Parameter } from '../../ts/src/nn/adamw.js'
 import type { Module } from '../../ts/src/nn/module.js'
 import { RopeTable } from '../../ts/src/nn/rope.js'
-import { cosineRate } from '../../ts/src/nn/schedule.js'
 import { render } from '../../ts/src/processing/conversation/styles.js'
-import {
-  augment,
-  decodeImage,
-  normaliseInto,
-  normaliseTable,
-  preprocessImage,
-  type RgbImage,
-} from '../../ts/src/processing/image.js'
+import { augment } from '../../ts/src/processing/image/augment.js'
+import { decodeImage, type RgbImage } from '../../ts/src/processing/image/decode.js'
+import { normaliseInto, normaliseTable, preprocessImage } from '../../ts/src/processing/image/preprocess.js'
 import type { PreprocessorConfig } from '../../ts/src/processing/preprocessor-config.js'
 import { encodePieces, IGNORE } from '../../ts/src/processing/sample.js'
 import { Tokenizer } from '../../ts/src/processing/tokenizer.js'
-import { permutation, Rng } from '../../ts/src/util/rng.js'
+import { Rng } from '../../ts/src/util/rng.js'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'
 
 /** A loss every now and then, for the report. */
@@ -57,32 +53,14 @@ function saveWeights(folder: string, parameters: readonly Parameter[]): void {
 }
 const parametersOf = (m: Module): Parameter[] => [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
 
-/**
- * Trains on random batches of `count` samples.
- * @param lossOf runs a step's batch forward and back; what it returns is for the report
- */
-async function descend(
-  parameters: readonly Parameter[],
-  count: number,
-  o: Budget & { batch: number; lr: number; seed: number; weightDecay: number; beta2: number },
-  lossOf: (chosen: Int32Array, step: number) => number,
-): Promise<Curve> {
-  const optimizer = new AdamW(parameters, o)
-  const curve: Curve = []
-  const perEpoch = Math.max(1, Math.floor(count / o.batch))
-  let order = permutation(count, o.seed, 0)
-  for (let step = 0; step < o.steps; step++) {
-    if (step % perEpoch === 0) order = permutation(count, o.seed, step / perEpoch)
-    const at = (step % perEpoch) * o.batch
-    const loss = scope(() => lossOf(order.subarray(at, at + o.batch), step))
-    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
-    curve.push(loss)
-    o.onStep?.(step, loss)
-    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
-  }
-  optimizer.dispose()
-  return curve
-}
+/** Of both towers; half a cosine to 0 follows. */
+const WARMUP_RATIO = 0.05
+
+/** What an optimizer and its schedule are told of a tower's training. */
+const runOptions = ({ steps, lr, seed, onStep }: Budget & { lr: number; seed: number }) => ({
+  ...{ steps, lr, seed, warmupRatio: WARMUP_RATIO, clipGradNorm: 1 },
+  onStep: (s: LoopStep) => onStep?.(s.step, s.loss),
+})
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
@@ -191,6 +169,14 @@ function categoryLoss(model: CLIPModel, image: Tensor, categories: readonly Int3
   return lmHeadLoss(scale(l2Normalize(image), 10), text, rows, tensor(kinds), kinds.length).loss
 }
 
+interface ClipBatch {
+  /** [B, 3, side, side] */
+  pixels: Float32Array
+  captions: Int32Array[]
+  /** [B] category of each, -1: none */
+  kinds: Int32Array
+}
+
 /** Trains a CLIP on pairs and writes it to `folder`. */
 export async function trainClip(
   folder: string,
@@ -207,18 +193,24 @@ export async function trainClip(
   const categories = CATEGORIES.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH))
   const { side } = CLIP
   const plane = 3 * side * side
-  const settings = { ...o, weightDecay: 0.1, beta2: 0.98 }
-  const curve = await descend(parameters, pairs.length, settings, (chosen, step) => {
+  const order = shuffled(pairs.length, o.batch, o.seed)
+  const batches = (step: number): ClipBatch[] => {
+    const chosen = order(step)
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(chosen.length * plane)
     for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
-    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side], 'f32', place.device))
-    const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
-    const loss = contrastiveLoss(image, text, model.logit_scale)
+    const captions = Array.from(chosen, (k) => rng.pick(texts[k]))
     const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
+    return [{ pixels, captions, kinds }]
+  }
+  const lossAndGradients = ({ pixels, captions, kinds }: ClipBatch): { loss: Tensor } => {
+    const image = model.imageEmbeds(tensor(pixels, [kinds.length, 3, side, side], 'f32', place.device))
+    const loss = contrastiveLoss(image, model.textEmbeds(captions), model.logit_scale)
     backward(kinds.includes(-1) ? loss : add(loss, scale(categoryLoss(model, image, categories, kinds), 0.3)))
-    return loss.item()
-  })
+    return { loss }
+  }
+  const options = { ...runOptions(o), weightDecay: 0.1, beta2: 0.98 }
+  const { loss: curve } = await train({ parameters, lossAndGradients }, batches, options)
   saveWeights(folder, parameters)
   model.dispose()
   return curve
@@ -252,6 +244,8 @@ export function writeLlamaConfig(folder: string, vocab: number): void {
   })
 }
 
+type TextSample = ReturnType<typeof encodePieces>
+
 /** Trains a LLaMA on plain texts and on conversations without pictures, and writes it to `folder`. */
 export async function trainLlama(
   folder: string,
@@ -272,9 +266,8 @@ export async function trainLlama(
     ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer)),
   ]
   const rope = new RopeTable(config, place.dtype, place.device)
-  const settings = { ...o, weightDecay: 0.05, beta2: 0.95 }
-  const curve = await descend(parameters, samples.length, settings, (chosen) => {
-    const batch = Array.from(chosen, (i) => samples[i])
+  const order = shuffled(samples.length, o.batch, o.seed)
+  const lossAndGradients = (batch: readonly TextSample[]): { loss: Tensor } => {
     const ids = Int32Array.from(batch.flatMap((s) => [...s.ids]))
     const labels = batch.flatMap((s) => [...s.labels])
     const positions = Int32Array.from(batch.flatMap((s) => Array.from(s.ids, (_, i) => i)))
@@ -287,8 +280,11 @@ export async function trainLlama(
     // tied: what reads a word also writes it
     const { loss } = lmHeadLoss(model.norm.forward(h), words, tensor(rows), targets, rows.length)
     backward(loss)
-    return loss.item()
-  })
+    return { loss }
+  }
+  const batches = (step: number): TextSample[][] => [Array.from(order(step), (i) => samples[i])]
+  const options = { ...runOptions(o), weightDecay: 0.05, beta2: 0.95 }
+  const { loss: curve } = await train({ parameters, lossAndGradients }, batches, options)
   saveWeights(folder, parameters)
   rope.dispose()
   model.dispose()
