@@ -1,16 +1,18 @@
 /** Checkpoints of other layouts: imported and exported, values and answers compared, what does not fit named. */
+
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert/convert.js'
 import { memory } from '../src/core/tensor.js'
+import { openCheckpoint } from '../src/formats/checkpoint-files.js'
 import {
   floatToHalf,
   halfToFloat,
-  openCheckpoint,
   readEntry,
   readFloats,
   type StoredDtype,
@@ -18,8 +20,8 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from '../src/formats/safetensors.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import { addLora, loadAdapter, mergeLora, saveAdapter } from '../src/nn/lora.js'
+import { addLora, mergeLora } from '../src/models/adapters.js'
+import { loadAdapter, saveAdapter } from '../src/models/peft.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { Rng } from '../src/util/rng.js'
 

@@ -2,36 +2,32 @@
  * Checkpoints of other layouts (layouts.ts) into AlignGPT folders and back. Tensors go from file to file one at a time; where
  * only the name changes, their bytes are copied.
  */
+
 import fs from 'node:fs'
 import path from 'node:path'
-import { native } from '../core/native.js'
-import { cast, concat, matmul } from '../core/ops.js'
+import { cast, concat, fill, matmul } from '../core/ops.js'
 import { type Dtype, scope, type Tensor, zeros } from '../core/tensor.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
 import {
   floatToHalf,
-  openCheckpoint,
-  readRange,
   type StoredDtype,
   type TensorEntry,
   type TensorToWrite,
-  withFile,
   writeSafetensors,
 } from '../formats/safetensors.js'
-import { AlignGPT, copyFiles, LLM_FILES } from '../models/aligngpt.js'
-import {
-  type Alignment,
-  alignGPTConfigJson,
-  type RawConfig,
-  readJsonObject,
-  writeConfigFile,
-} from '../models/config.js'
+import { type RawConfig, readJsonObject, writeConfigFile } from '../formats/zod-check.js'
+import { AlignGPTNetwork } from '../models/aligngpt.js'
+import { type Alignment, alignGPTConfigJson } from '../models/config/aligngpt.js'
 import { type Format, nameIn } from '../models/names.js'
 import { checkEntry, readTensor } from '../models/parameter-sources.js'
-import { merged, openAdapter } from '../nn/lora.js'
+import { openAdapter } from '../models/peft.js'
+import { copyFiles, LLM_FILES } from '../models/save.js'
+import { merged } from '../nn/lora.js'
 import { initialize } from '../nn/module.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { show } from '../util/errors.js'
-import { writeAll, writeJsonFile } from '../util/json.js'
+import { readRange, withFile, writeAll } from '../util/files.js'
+import { writeJsonFile } from '../util/json.js'
 import { hfConfigJson, llavaConfigJson } from './foreign-config.js'
 import {
   ALIGNMENT,
@@ -101,7 +97,7 @@ const computing = (dtype: StoredDtype): Dtype => (dtype === 'BF16' ? 'bf16' : dt
 
 /** Every tensor of the model with where it comes from; all names and shapes are checked here, before anything is written. */
 function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignment): Item[] {
-  const expected = AlignGPT.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
+  const expected = AlignGPTNetwork.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
   for (const [name, e] of s.weights)
     if (!expected.has(name)) throw fail('ERR_WEIGHTS', `${e.path}: '${e.name}'`, 'a tensor of such a model', 'this')
   const usual = s.weights.get('model.embed_tokens.weight')?.dtype ?? 'F32'
@@ -171,7 +167,7 @@ function withRows(item: Item, rows: number): Item {
     using([item.value(d)], ([t]) => {
       const table = cast(t, d === 'f64' ? d : 'f32')
       const weights = zeros([rows - from, from], table.dtype)
-      native.fill(weights.h, 1 / from)
+      fill(weights, 1 / from)
       return cast(concat([table, matmul(weights, table)], 0), d)
     })
   return { ...item, shape: [rows, width], copy: undefined, value }
@@ -198,7 +194,7 @@ function toWrite({ name, dtype, shape, copy, value }: Item, as = name): TensorTo
     const data = (): Uint8Array => new Uint8Array(floatToHalf(computed((t) => t.toFloats() as Float32Array)).buffer)
     return { name: as, dtype, shape, data }
   }
-  const write = (file: string, offset: number): void => computed((t) => native.writeFile(t.h, file, offset))
+  const write = (file: string, offset: number): void => computed((t) => t.writeFile(file, offset))
   return { name: as, dtype, shape, write }
 }
 

@@ -1,20 +1,19 @@
 /** Checkpoints of any layout (layouts.ts) as this package would have them: its names, its settings. No tensor is read yet. */
+
 import fs from 'node:fs'
 import path from 'node:path'
-import { openCheckpoint, type TensorEntry } from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
+import type { TensorEntry } from '../formats/safetensors.js'
+import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
 import {
   type AlignGPTConfig,
   type Alignment,
   alignGPTConfigJson,
-  type ClipConfig,
   parseAlignGPTConfig,
-  parseClipConfig,
-  type RawConfig,
-  readClipConfig,
-  readJsonObject,
-  readLlamaConfig,
   visionTowerFolder,
-} from '../models/config.js'
+} from '../models/config/aligngpt.js'
+import { type ClipConfig, parseClipConfig, readClipConfig } from '../models/config/clip.js'
+import { readLlamaConfig } from '../models/config/llama.js'
 import { type Format, VISION } from '../models/names.js'
 import { openNamed } from '../models/parameter-sources.js'
 import { mismatch, show } from '../util/errors.js'
