@@ -1,4 +1,4 @@
-/** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
+/** Loads the native core and types its exports. Handles are plain numbers; see native/addon. */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
