@@ -9,11 +9,11 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 
-const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..'))
+const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..'))
 const { values: options } = parseArgs({
   options: { 'require-nvcc': { type: 'boolean' }, 'write-budgets': { type: 'boolean' }, only: { type: 'string' } },
 })
-const build = path.join(root, 'build-native', 'check')
+const build = path.join(root, 'build-native', 'cuda-check')
 const budgetFile = path.join(root, 'native', 'cuda', 'budgets.json')
 const jobs = os.availableParallelism()
 const schedules = [0, 1, 7, 1000, 1003] // native/cuda/shim.h
@@ -77,20 +77,9 @@ async function all(commands) {
 }
 
 async function configure() {
-  const flags = ['ADDON=OFF', 'TESTS=ON', 'CUDA_CHECK=ON'].map((flag) => `-DALIGNGPT_${flag}`)
-  const made = await run('cmake', ['-S', root, '-B', build, '-DCMAKE_BUILD_TYPE=Release', ...flags])
+  const made = await run('cmake', ['--preset', 'cuda-check'])
   if (made.status !== 0) return { ok: false, detail: tail(made.output, 15) }
-  const targets = [
-    'test_cuda',
-    'test_cuda_asan',
-    'test_cuda_tsan',
-    'test_traffic',
-    'test_loader',
-    'aligngpt_cuda_emulated',
-  ]
-  const built = await run('cmake', ['--build', build, '--parallel', String(jobs), '--target', ...targets], {
-    limit: 900,
-  })
+  const built = await run('cmake', ['--build', '--preset', 'cuda-check', '--parallel', String(jobs)], { limit: 900 })
   return { ok: built.status === 0, detail: built.status === 0 ? '' : tail(built.output, 40) }
 }
 
@@ -308,7 +297,7 @@ const goldenByCublasLt = () => [
   `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
   `ALIGNGPT_CUBLASLT=${program('fake_cublaslt')}`,
   ...['ALIGNGPT_GEMM=cublaslt', 'ALIGNGPT_DEVICE=cuda', process.execPath, '--import', 'tsx'],
-  ...['scripts/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
+  ...['scripts/parity/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
 ]
 
 /** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
@@ -331,7 +320,7 @@ async function checkCublasLt() {
 
 const planted = { found: [], missed: [], notRun: [] }
 async function checkPlants() {
-  const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda-plants.json'), 'utf8'))
+  const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda', 'plants.json'), 'utf8'))
   const where = await Promise.all(plants.map(hunt))
   const lines = plants.map((plant, i) => {
     const list = where[i] === 'not run' ? planted.notRun : where[i] ? planted.found : planted.missed
