@@ -1,5 +1,5 @@
-// Start-up: milliseconds from the import of the package to the result of its first op, in a fresh process each time; the
-// prebuilt addon and dist/ as they are published.
+// Start-up: milliseconds from the import of the package to the result of its first op, in a fresh process each time;
+// the prebuilt addon and dist/ as they are published.
 import { execFileSync } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'

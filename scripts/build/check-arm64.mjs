@@ -1,5 +1,5 @@
-// linux-arm64 on another CPU: cross-compiled by Debian's toolchain, run by qemu's user mode. The native tests, then the prebuilt addon in
-// an arm64 Node from npm: every row of specs.ts, and both phases against PyTorch's goldens.
+// linux-arm64 on another CPU: cross-compiled by Debian's toolchain, run by qemu's user mode. The native tests, then the
+// prebuilt addon in an arm64 Node from npm: every row of specs.ts, and both phases against PyTorch's goldens.
 //   npm run check:arm64 [-- --require]     (apt-get install g++-aarch64-linux-gnu qemu-user)
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'

@@ -1,6 +1,7 @@
 // Does the prebuilt addon run on CPUs without the newer instructions? First on this CPU at each level it has, by
-// ALIGNGPT_CPU_LEVEL; then on old CPUs that qemu-user emulates, where one instruction too new ends the process. A run is a
-// forward and backward pass through the ops that differ between levels; results of one level are the same bits on both.
+// ALIGNGPT_CPU_LEVEL; then on old CPUs that qemu-user emulates, where one instruction too new ends the process. A run
+// is a forward and backward pass through the ops that differ between levels; results of one level are the same bits on
+// both.
 import { spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { createRequire } from 'node:module'

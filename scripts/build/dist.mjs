@@ -1,4 +1,5 @@
-// TypeScript -> dist/, from nothing, so that no file of an earlier source stays. tsc does not set the run bit of the command.
+// TypeScript -> dist/, from nothing, so that no file of an earlier source stays. tsc does not set the run bit of the
+// command.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import { createRequire } from 'node:module'

@@ -1,8 +1,9 @@
-// Is the package what a user needs? Packs it, compares the tarball with scripts/build/pack-files.txt, and installs it as a user would,
-// into an empty folder with a space and letters beyond ASCII in its path and a PATH that holds node and npm alone: there
-// examples/project trains on its five pictures. Then the same from git and from this checkout. Downloads nothing but the
-// dependencies, from npm's cache where it has them. --all-nodes: on Node 20, 22 and 24, not just the one that runs this.
-// --quick: neither from git nor from source. Exit status 1 when anything fails; leaves no folder behind.
+// Is the package what a user needs? Packs it, compares the tarball with scripts/build/pack-files.txt, and installs it
+// as a user would, into an empty folder with a space and letters beyond ASCII in its path and a PATH that holds node
+// and npm alone: there examples/project trains on its five pictures. Then the same from git and from this checkout.
+// Downloads nothing but the dependencies, from npm's cache where it has them. --all-nodes: on Node 20, 22 and 24, not
+// just the one that runs this. --quick: neither from git nor from source. Exit status 1 when anything fails; leaves no
+// folder behind.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -65,7 +66,8 @@ function checkList(files) {
   const patterns = lines
     .filter((line) => line && !line.startsWith('#'))
     .map((line) => ({ line, name: line.replace(/ \?$/, ''), optional: line.endsWith(' ?') }))
-  const match = ({ name }, file) => new RegExp(`^${name.replaceAll('.', '\\.').replace('*', '[^/]*')}$`).test(file)
+  const expression = (name) => name.replaceAll('.', '\\.').replaceAll('**/', '(?:.+/)?').replaceAll('*', '[^/]*')
+  const match = ({ name }, file) => new RegExp(`^${expression(name)}$`).test(file)
   const extra = files.filter((file) => !patterns.some((pattern) => match(pattern, file)))
   const missing = patterns.filter((pattern) => !pattern.optional && !files.some((file) => match(pattern, file)))
   expect(extra.length === 0, `not in scripts/build/pack-files.txt: ${extra.join(' ')}`)

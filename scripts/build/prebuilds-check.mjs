@@ -1,6 +1,7 @@
-// What `npm run prebuilds` made, as readelf sees it: hardened, stripped, no path of the machine that built it, nothing visible
-// but its entry, made for the same version of the addon, nothing needed that a machine with Node has not, and no newer glibc than 2.17 (the CUDA
-// backend: than Node's own). States what each needs. Linux only; needs binutils. Exit status 1 when anything is wrong.
+// What `npm run prebuilds` made, as readelf sees it: hardened, stripped, no path of the machine that built it, nothing
+// visible but its entry, made for the same version of the addon, nothing needed that a machine with Node has not, and
+// no newer glibc than 2.17 (the CUDA backend: than Node's own). States what each needs. Linux only; needs binutils.
+// Exit status 1 when anything is wrong.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
@@ -8,9 +9,9 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..')
-// The addon's is older than Node's own, 2.28 for Node 20, 22 and 24 (BUILDING.md of Node), so that unofficial builds of Node load it.
 const MACHINES = { x64: 'X86-64', arm64: 'AArch64' }
 const ADDON = 'aligngpt.glibc.node' // as prebuildify names it
+// 2.28 is that of Node 20, 22 and 24 (BUILDING.md of Node); there are builds of Node for older distributions as well
 const GLIBC = { [ADDON]: '2.17', 'libaligngpt_cuda.so': '2.28' }
 const ENTRIES = {
   [ADDON]: ['napi_register_module_v1', 'node_api_module_get_api_version_v1'],

@@ -1,5 +1,5 @@
-// A software bill of materials (CycloneDX) of the published package -> sbom.cdx.json: what npm knows of its dependencies, and
-// what is linked into the binaries of prebuilds/linux-x64, which npm does not know.
+// A software bill of materials (CycloneDX) of the published package -> sbom.cdx.json: what npm knows of its
+// dependencies, and what is linked into the binaries of prebuilds/linux-x64, which npm does not know.
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'

@@ -1,6 +1,7 @@
-// What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon (npm ci); rung 6 needs
-// nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes down what it measured.
-// The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a planted bug is not found.
+// What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon
+// (npm ci); rung 6 needs nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes
+// down what it measured. The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a
+// planted bug is not found.
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { spawn } from 'node:child_process'
 import fs from 'node:fs'

@@ -1,10 +1,10 @@
-// One folder for a run of both phases on a machine with a GPU but without Node, network or npm: node itself, the addon, the CUDA library, the
-// compiled sources, what they import, the goldens and the pictures of the quick start.
+// One folder for a run of both phases on a machine with a GPU but without Node, network or npm: node itself, the addon,
+// the CUDA library, the compiled sources, what they import, the goldens and the pictures of the quick start.
 //
 //   npm run cuda:pack [-- --without-cuda]       -> build-native/cuda-pack, at most 60 MB; copy it there, then: bash cuda-pack/run.sh
 //
-// Needs the addon (npm ci), xz, tar and strip, and nvcc for the CUDA library, which is built for all architectures. --without-cuda leaves it
-// out: the folder then runs with ALIGNGPT_DEVICE=cpu only.
+// Needs the addon (npm ci), xz, tar and strip, and nvcc for the CUDA library, which is built for all architectures.
+// --without-cuda leaves it out: the folder then runs with ALIGNGPT_DEVICE=cpu only.
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
