@@ -11,12 +11,13 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
+import { AlignGPT } from '../../ts/src/aligngpt.js'
 import { complain } from '../../ts/src/cli/options.js'
 import { embedding, matmul } from '../../ts/src/core/ops.js'
 import { noGrad, scope, tensor } from '../../ts/src/core/tensor.js'
 import { openSafetensors, readFloats } from '../../ts/src/formats/safetensors.js'
-import { AlignGPT } from '../../ts/src/models/aligngpt.js'
-import { addLora, loadAdapter, mergeLora, saveAdapter } from '../../ts/src/nn/lora.js'
+import { addLora, mergeLora } from '../../ts/src/models/adapters.js'
+import { loadAdapter, saveAdapter } from '../../ts/src/models/peft.js'
 import { Rng } from '../../ts/src/util/rng.js'
 
 /** Largest error of a logit, of the largest logit: some roundings of f32. */
@@ -29,7 +30,7 @@ function logits(model: AlignGPT): Float32Array {
     noGrad(() => {
       const ids = Int32Array.from(IDS)
       const packing = model.packing({ offsets: Int32Array.from([0, ids.length]), positions: ids.map((_, i) => i) })
-      const hidden = model.hidden(embedding(tensor(ids), model.model.embed_tokens.weight), packing)
+      const hidden = model.hidden(embedding(tensor(ids), model.language.embeddings), packing)
       return Float32Array.from(matmul(hidden, model.headWeight, false, true).toFloats())
     }),
   )

@@ -3,8 +3,8 @@
  *   npx tsx scripts/bench/waited.ts runs/quickstart [workers]
  */
 import path from 'node:path'
+import { AlignGPT } from '../../ts/src/aligngpt.js'
 import { loadDataset } from '../../ts/src/data/dataset.js'
-import { AlignGPT } from '../../ts/src/models/aligngpt.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions } from '../../ts/src/train/trainer.js'
 
 const [folder = 'runs/quickstart', workers] = process.argv.slice(2)

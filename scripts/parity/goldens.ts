@@ -6,26 +6,31 @@
  *
  * From expected.json only the recipe is read before comparing: batch ids, schedule, number of new tokens.
  */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
+import { AlignGPT } from '../../ts/src/aligngpt.js'
 import { gather, matmul } from '../../ts/src/core/ops.js'
 import { noGrad, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
 import { loadDataset } from '../../ts/src/data/dataset.js'
 import { openLoader } from '../../ts/src/data/loader.js'
+import type { DataRecord } from '../../ts/src/formats/record-file.js'
 import { type StoredDtype, type TensorToWrite, writeSafetensors } from '../../ts/src/formats/safetensors.js'
 import { Decoding, loadPixels, packWithPixels } from '../../ts/src/inference/generate.js'
 import { bucketLevels } from '../../ts/src/levels/bucket.js'
 import { clipScores } from '../../ts/src/levels/clip-scores.js'
-import { AlignGPT, loadClip } from '../../ts/src/models/aligngpt.js'
-import { readPreprocessor } from '../../ts/src/models/config.js'
+import { loadClip } from '../../ts/src/models/load.js'
 import type { PackedBatch } from '../../ts/src/models/packed-batch.js'
-import { AdamW, cosineRate } from '../../ts/src/nn/adamw.js'
-import { buildPrompt, buildSample, type DataRecord } from '../../ts/src/processing/conversation.js'
-import { decodeImage, preprocessImage } from '../../ts/src/processing/image.js'
+import { AdamW } from '../../ts/src/nn/adamw.js'
+import { cosineRate } from '../../ts/src/nn/schedule.js'
+import { decodeImage } from '../../ts/src/processing/image/decode.js'
+import { preprocessImage } from '../../ts/src/processing/image/preprocess.js'
+import { readPreprocessor } from '../../ts/src/processing/preprocessor-config.js'
+import { buildPrompt, buildSample } from '../../ts/src/processing/sample.js'
 import { Tokenizer } from '../../ts/src/processing/tokenizer.js'
-import { FINETUNE, type Phase, PRETRAIN, trainable } from '../../ts/src/train/phases.js'
+import { FINETUNE, type Phase, PRETRAIN, phaseOf, trainable } from '../../ts/src/train/phases.js'
 import {
   compareLists,
   compareTensors,
@@ -180,8 +185,8 @@ async function runPhase(
   at: 'phase1' | 'phase2',
   expected: PhaseExpected,
 ): Promise<PhaseExpected> {
-  const phase = at === 'phase1' ? PRETRAIN : FINETUNE
   const model = await AlignGPT.load(path.join(dir, 'model/aligngpt'))
+  const phase = phaseOf(model, at === 'phase1' ? PRETRAIN : FINETUNE)
   const data = await loadDataset(path.join(dir, `data_${at}.json`), { images: path.join(dir, 'images') })
   const records = expected.batch_ids.map((id) => [...data].find((r) => r.id === id) as DataRecord)
   const options = { style: phase.style, patches: model.patches, maxLength: model.config.tokenizer_model_max_length }
@@ -229,7 +234,7 @@ async function runInference(d: Dump, dir: string, expected: Expected): Promise<E
   const out: Expected['infer'] = []
   for (const record of prompts) {
     const limit = (expected.infer.find((e) => e.id === record.id) as Expected['infer'][0]).max_new_tokens
-    const options = { style: FINETUNE.style, patches: model.patches }
+    const options = { style: model.conversation, patches: model.patches }
     const sample = buildPrompt(record.conversations, record.image, model.tokenizer, options)
     const file = record.image === null ? null : path.join(dir, 'images', record.image)
     const batch = packWithPixels(model, [sample], [file === null ? null : await loadPixels(model, file)], FINETUNE.mix)

@@ -1,5 +1,5 @@
 /** What the quickstart and the ablations train with. */
-import type { CreateOptions } from '../../ts/src/models/aligngpt.js'
+import type { CreateOptions } from '../../ts/src/models/load.js'
 import { PRESETS } from '../../ts/src/train/run-settings.js'
 import type { TrainOptions } from '../../ts/src/train/trainer.js'
 

@@ -2,27 +2,30 @@
  * The small models the quickstart starts from. No weights can be downloaded, so a CLIP is trained contrastively and a
  * LLaMA on text, with this same package, and both are written as ordinary Hugging Face folders.
  */
+
 import fs from 'node:fs'
 import path from 'node:path'
-import { native, resolveDevice } from '../../ts/src/core/native.js'
+import { resolveDevice } from '../../ts/src/core/device.js'
+import { native } from '../../ts/src/core/native.js'
 import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/core/ops.js'
 import { backward, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
+import type { DataRecord } from '../../ts/src/formats/record-file.js'
 import { writeSafetensors } from '../../ts/src/formats/safetensors.js'
 import { CLIPModel, offsetsOf } from '../../ts/src/models/clip.js'
-import { type PreprocessorConfig, parseClipConfig, parseLlamaConfig } from '../../ts/src/models/config.js'
-import { LlamaModel, RopeTable } from '../../ts/src/models/llama.js'
+import { parseClipConfig } from '../../ts/src/models/config/clip.js'
+import { parseLlamaConfig } from '../../ts/src/models/config/llama.js'
+import { LlamaModel } from '../../ts/src/models/llama.js'
 import { initSource } from '../../ts/src/models/parameter-sources.js'
-import { AdamW, cosineRate, type Parameter } from '../../ts/src/nn/adamw.js'
+import { AdamW, type Parameter } from '../../ts/src/nn/adamw.js'
 import type { Module } from '../../ts/src/nn/module.js'
-import { type DataRecord, encodePieces, IGNORE, render } from '../../ts/src/processing/conversation.js'
-import {
-  augment,
-  decodeImage,
-  normaliseInto,
-  normaliseTable,
-  preprocessImage,
-  type RgbImage,
-} from '../../ts/src/processing/image.js'
+import { RopeTable } from '../../ts/src/nn/rope.js'
+import { cosineRate } from '../../ts/src/nn/schedule.js'
+import { render } from '../../ts/src/processing/conversation/styles.js'
+import { augment } from '../../ts/src/processing/image/augment.js'
+import { decodeImage, type RgbImage } from '../../ts/src/processing/image/decode.js'
+import { normaliseInto, normaliseTable, preprocessImage } from '../../ts/src/processing/image/preprocess.js'
+import type { PreprocessorConfig } from '../../ts/src/processing/preprocessor-config.js'
+import { encodePieces, IGNORE } from '../../ts/src/processing/sample.js'
 import { Tokenizer } from '../../ts/src/processing/tokenizer.js'
 import { permutation, Rng } from '../../ts/src/util/rng.js'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'

@@ -1,8 +1,8 @@
 /** A small training run that can kill itself inside a save; campaign.ts starts it and kills it at other times. */
 
+import { AlignGPT } from '../../ts/src/aligngpt.js'
 import { native } from '../../ts/src/core/native.js'
 import { loadDataset } from '../../ts/src/data/dataset.js'
-import { AlignGPT } from '../../ts/src/models/aligngpt.js'
 import { finetune, pretrain, type TrainOptions } from '../../ts/src/train/trainer.js'
 
 export interface ChildJob {

@@ -1,8 +1,10 @@
 /** Optimizer, sampling, random numbers, casts. */
+
 import { expect, test } from 'vitest'
 import { native } from '../src/core/native.js'
 import { scope, tensor } from '../src/core/tensor.js'
-import { AdamW, cosineRate } from '../src/nn/adamw.js'
+import { AdamW } from '../src/nn/adamw.js'
+import { cosineRate } from '../src/nn/schedule.js'
 
 /** PyTorch's AdamW, spelled out in f64. */
 function reference(p: number[], grads: number[][], lr: number, wd: number): number[] {

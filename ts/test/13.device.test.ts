@@ -1,4 +1,5 @@
-/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda/check.mjs). */
+/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or on its emulation. */
+
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -6,12 +7,14 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { makeBatch } from '../../scripts/bench/model.js'
-import { type Device, native, resolveDevice } from '../src/core/native.js'
+import { AlignGPT } from '../src/aligngpt.js'
+import { resolveDevice } from '../src/core/device.js'
+import { type Device, native } from '../src/core/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/core/ops.js'
 import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { generateBatch } from '../src/inference/generate.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
+import type { LlamaModel } from '../src/models/llama.js'
 import { AdamW } from '../src/nn/adamw.js'
 import { MicroSteps } from '../src/train/micro-batches.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train/trainer.js'
@@ -240,7 +243,7 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     const run = async (train: typeof pretrain, file: string, graphs: string, o: TrainOptions = {}) => {
       vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', graphs)
       const model = await load()
-      model.rotary(model.config.tokenizer_model_max_length)
+      model.language.rotary(model.config.tokenizer_model_max_length)
       const before = memory('cuda').inUse
       const recorded = vi.spyOn(native, 'graphBegin')
       const launched = vi.spyOn(native, 'graphLaunch')
@@ -275,7 +278,7 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
     test('what is not finite stops the run with the weights as they were', async () => {
       vi.stubEnv('ALIGNGPT_CUDA_GRAPHS', '1')
       const model = await load()
-      const weight = model.model.norm.weight
+      const weight = (model.model as LlamaModel).norm.weight
       const learns = model.mm_projector?.namedParameters().next().value?.[1] as Tensor
       let before: unknown
       const broken = () => {

@@ -2,22 +2,18 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
+import type { RawConfig } from '../src/formats/zod-check.js'
 import {
   alignGPTConfigJson,
   modelTypeOf,
   parseAlignGPTConfig,
-  parseClipConfig,
-  parseLlamaConfig,
-  parsePreprocessorConfig,
-  patchCount,
-  type RawConfig,
   readAlignGPTConfig,
-  readClipConfig,
-  readGenerationConfig,
-  readLlamaConfig,
-  readPreprocessor,
   writeAlignGPTConfig,
-} from '../src/models/config.js'
+} from '../src/models/config/aligngpt.js'
+import { parseClipConfig, patchCount, readClipConfig } from '../src/models/config/clip.js'
+import { readGenerationConfig } from '../src/models/config/generation.js'
+import { parseLlamaConfig, readLlamaConfig } from '../src/models/config/llama.js'
+import { parsePreprocessorConfig, readPreprocessor } from '../src/processing/preprocessor-config.js'
 import { AlignGPTError } from '../src/util/errors.js'
 import { caseDir, readJson, refuses, tempDir } from './data-cases.js'
 

@@ -1,17 +1,8 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import {
-  buildPrompt,
-  buildSample,
-  type DataRecord,
-  IGNORE,
-  IMAGE_TOKEN,
-  render,
-  type Sample,
-  type Style,
-  type Turn,
-  textOf,
-} from '../src/processing/conversation.js'
+import type { DataRecord, Turn } from '../src/formats/record-file.js'
+import { render, type Style, textOf } from '../src/processing/conversation/styles.js'
+import { buildPrompt, buildSample, IGNORE, IMAGE_TOKEN, type Sample } from '../src/processing/sample.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { AlignGPTError } from '../src/util/errors.js'
 import { CASES, caseDir, expectedOf, recordsOf, refuses } from './data-cases.js'

@@ -1,4 +1,5 @@
 /** Data at full size: the saved index, pictures in tar files, Parquet. */
+
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
@@ -8,11 +9,12 @@ import { describe, expect, it } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
 import { openLoader } from '../src/data/loader.js'
 import { TarWriter, tarMembers } from '../src/formats/tar.js'
-import { readPreprocessor } from '../src/models/config.js'
-import { imageHeader, loadImage } from '../src/processing/image.js'
-import { expandShards, openPictures, readPicture } from '../src/processing/image-source.js'
+import { imageHeader, loadImage } from '../src/processing/image/decode.js'
+import { expandShards, openPictures, readPicture } from '../src/processing/image/source.js'
+import { readPreprocessor } from '../src/processing/preprocessor-config.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
-import { Fingerprints, hash53 } from '../src/util/hash-map.js'
+import { hash53 } from '../src/util/hash.js'
+import { Fingerprints } from '../src/util/hash-map.js'
 import { caseDir, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()

@@ -9,7 +9,7 @@ import { beforeAll, describe, expect, it } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
 import { type CheckOptions, type CheckReport, checkDataset, PROBLEMS, type ProblemKind } from '../src/data/lint.js'
 import { TarWriter } from '../src/formats/tar.js'
-import { buildSample } from '../src/processing/conversation.js'
+import { buildSample } from '../src/processing/sample.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { CASES, caseDir, refuses, tempDir } from './data-cases.js'
 

@@ -1,16 +1,18 @@
 /** Properties of training and inference that no golden case shows. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { memory, noGrad, scope, type Tensor } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { openLoader } from '../src/data/loader.js'
 import { evaluate, evaluateLoss } from '../src/evaluation/evaluate.js'
 import { openSafetensors, readEntry } from '../src/formats/safetensors.js'
 import { Decoding, generateBatch } from '../src/inference/generate.js'
-import { AlignGPT, type LossOptions } from '../src/models/aligngpt.js'
+import type { LossOptions } from '../src/models/aligngpt.js'
 import { type PackedBatch, padBatch } from '../src/models/packed-batch.js'
 import { AdamW } from '../src/nn/adamw.js'
 import { FINETUNE, PRETRAIN, trainable } from '../src/train/phases.js'
@@ -29,7 +31,7 @@ async function batchOf(model: AlignGPT, file: string, phase = FINETUNE): Promise
   const loader = await openLoader(data, {
     tokenizer: model.tokenizer,
     preprocess: { ...model.preprocessor, pad: phase.pad },
-    style: phase.style,
+    style: phase.style ?? model.conversation,
     patches: model.patches,
     batch: data.length,
     shuffle: false,

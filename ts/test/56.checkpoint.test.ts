@@ -1,4 +1,5 @@
 /** Checkpoints on disk: what is written is read back, damage is found, and another program can read the files. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
@@ -6,12 +7,12 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { native } from '../src/core/native.js'
 import { memory, type Tensor, tensor, zeros } from '../src/core/tensor.js'
 import { openSafetensors, readFloats } from '../src/formats/safetensors.js'
+import type { StateTensor } from '../src/nn/adamw.js'
 import {
   findCheckpoint,
   listCheckpoints,
   readCheckpoint,
   removeLeftovers,
-  type StateTensor,
   type StoredTensor,
   storedDtype,
   verifyCheckpoint,

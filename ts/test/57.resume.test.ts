@@ -4,11 +4,11 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { type Device, native } from '../src/core/native.js'
 import { memory } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { openSafetensors, readFloats } from '../src/formats/safetensors.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
 import { AdamW } from '../src/nn/adamw.js'
 import {
   listCheckpoints,

@@ -1,20 +1,16 @@
 /** A disk that fails while a checkpoint is saved: at every single call, for good, and for real. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { native } from '../src/core/native.js'
 import { memory, tensor } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import {
-  findCheckpoint,
-  listCheckpoints,
-  type StateTensor,
-  verifyCheckpoint,
-  writeCheckpoint,
-} from '../src/train/checkpoint.js'
+import type { StateTensor } from '../src/nn/adamw.js'
+import { findCheckpoint, listCheckpoints, verifyCheckpoint, writeCheckpoint } from '../src/train/checkpoint.js'
 import { Saver } from '../src/train/saver.js'
 import { pretrain, type TrainOptions } from '../src/train/trainer.js'
 

@@ -4,9 +4,9 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { EventFile, maskedCrc32c } from '../src/formats/tfevents.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
 import { finetune, pretrain } from '../src/train/trainer.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))

@@ -1,16 +1,20 @@
 /** Checkpoints of other layouts: imported and exported, values and answers compared, what does not fit named. */
+
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
-import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert/convert.js'
+import { AlignGPT } from '../src/aligngpt.js'
+import { type ExportOptions, exportModel } from '../src/convert/export.js'
+import { importModel } from '../src/convert/import.js'
+import type { ConvertOptions } from '../src/convert/tensors.js'
 import { memory } from '../src/core/tensor.js'
+import { openCheckpoint } from '../src/formats/checkpoint-files.js'
 import {
   floatToHalf,
   halfToFloat,
-  openCheckpoint,
   readEntry,
   readFloats,
   type StoredDtype,
@@ -18,8 +22,8 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from '../src/formats/safetensors.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import { addLora, loadAdapter, mergeLora, saveAdapter } from '../src/nn/lora.js'
+import { addLora, mergeLora } from '../src/models/adapters.js'
+import { loadAdapter, saveAdapter } from '../src/models/peft.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { Rng } from '../src/util/rng.js'
 

@@ -4,15 +4,15 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { memory } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { evaluateLoss } from '../src/evaluation/evaluate.js'
 import { type EvaluationInfo, taskOf } from '../src/evaluation/held-out.js'
+import type { DataRecord, Turn } from '../src/formats/record-file.js'
 import { generateBatch } from '../src/inference/generate.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import type { DataRecord, Turn } from '../src/processing/conversation.js'
 import { verifyCheckpoint } from '../src/train/checkpoint.js'
-import { FINETUNE, type Phase, PRETRAIN } from '../src/train/phases.js'
+import { FINETUNE, type PhaseDefinition, PRETRAIN } from '../src/train/phases.js'
 import { finetune, pretrain, type TrainOptions, type TrainResult } from '../src/train/trainer.js'
 import { tempDir } from './data-cases.js'
 
@@ -76,13 +76,13 @@ async function run(
 }
 
 /** The loss of a saved model on a file, by the function that has nothing to do with training. */
-async function lossOf(where: string, file: string, phase: Phase): Promise<{ loss: number; tokens: number }> {
+async function lossOf(where: string, file: string, phase: PhaseDefinition): Promise<{ loss: number; tokens: number }> {
   const config = path.join(where, 'config.json')
   const fields = JSON.parse(fs.readFileSync(config, 'utf8'))
   fs.writeFileSync(config, JSON.stringify({ ...fields, image_aspect_ratio: phase.pad ? 'pad' : 'square' }))
   const model = await AlignGPT.load(where)
   const data = await loadDataset(file, { images })
-  const found = await evaluateLoss(model, data, { style: phase.style, mix: phase.mix, batch: 1 })
+  const found = await evaluateLoss(model, data, { style: phase.style ?? undefined, mix: phase.mix, batch: 1 })
   model.dispose()
   data.close()
   return found

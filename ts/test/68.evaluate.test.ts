@@ -4,10 +4,12 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { evaluate, otherPictures, type Question } from '../src/evaluation/evaluate.js'
+import type { Turn } from '../src/formats/record-file.js'
 import { generateBatch } from '../src/inference/generate.js'
-import { AlignGPT } from '../src/models/aligngpt.js'
-import { buildSample, IGNORE, type Style, type Turn } from '../src/processing/conversation.js'
+import type { Style } from '../src/processing/conversation/styles.js'
+import { buildSample, IGNORE } from '../src/processing/sample.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
 const images = fs.mkdtempSync(path.join(os.tmpdir(), 'evaluate test '))

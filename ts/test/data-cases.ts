@@ -4,7 +4,7 @@ import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect } from 'vitest'
-import type { DataRecord, Turn } from '../src/processing/conversation.js'
+import type { DataRecord, Turn } from '../src/formats/record-file.js'
 import { AlignGPTError } from '../src/util/errors.js'
 
 export const GOLDEN = fileURLToPath(new URL('./golden/', import.meta.url))

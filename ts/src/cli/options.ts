@@ -2,9 +2,11 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
+import type { AlignGPT } from '../aligngpt.js'
 import type { Sampling } from '../inference/generate.js'
-import type { AlignGPT, AlignmentOptions, CreateOptions, LoadOptions, Mix } from '../models/aligngpt.js'
-import { STYLES, type Style } from '../processing/conversation.js'
+import type { Mix } from '../models/align.js'
+import type { AlignmentOptions, CreateOptions, LoadOptions } from '../models/load.js'
+import { CHAT_STYLES, type Style } from '../processing/conversation/styles.js'
 import { flagOf, type Given, resolveSettings, SETTINGS, type Values } from '../train/run-settings.js'
 import type { TrainOptions, TrainResult } from '../train/trainer.js'
 import type { TrainJob } from './train-worker.js'
@@ -129,9 +131,7 @@ export function modelOptions(command: Command): Command {
         .argParser(numbers)
         .conflicts('level'),
     )
-    .addOption(
-      new Option('--style <name>', 'prompt style').choices(STYLES.filter((s) => s !== 'plain')).default('vicuna_v1'),
-    )
+    .addOption(new Option('--style <name>', "prompt style; default the model's own").choices(CHAT_STYLES))
     .option('--dtype <type>', 'f32 or bf16', 'f32')
     .option('--device <device>', 'auto, cpu or cuda', 'auto')
 }
@@ -152,7 +152,7 @@ export function samplingOptions(command: Command): Command {
 
 /** Loads the model, and how its alignment vectors are to be made. */
 export async function loadModel(o: ModelOptions): Promise<{ model: AlignGPT; mix: Mix }> {
-  const { AlignGPT } = await import('../models/aligngpt.js')
+  const { AlignGPT } = await import('../aligngpt.js')
   const model = await AlignGPT.load(o.model, { dtype: o.dtype, device: o.device, clip: o.clip })
   if (o.level !== undefined) return { model, mix: { mode: 'level', level: o.level } }
   return { model, mix: o.alpha ? { mode: 'fixed', coefficients: o.alpha } : model.mix }

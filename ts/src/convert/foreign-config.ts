@@ -1,14 +1,8 @@
 /** Settings in the checkpoint layouts of others (layouts.ts): their config.json to ours, and ours to theirs. */
 import { z } from 'zod'
-import {
-  type AlignGPTConfig,
-  alignGPTConfigJson,
-  type ClipConfig,
-  check,
-  parseClipConfig,
-  patchCount,
-  type RawConfig,
-} from '../models/config.js'
+import { checkConfig, type RawConfig } from '../formats/zod-check.js'
+import { type AlignGPTConfig, alignGPTConfigJson } from '../models/config/aligngpt.js'
+import { type ClipConfig, parseClipConfig, patchCount } from '../models/config/clip.js'
 import type { Format } from '../models/names.js'
 import { mismatch, show } from '../util/errors.js'
 
@@ -56,7 +50,7 @@ export function settingsOf(raw: RawConfig, file: string): Settings {
   if (model_type === 'aligngpt') return { format: 'aligngpt', raw, clip: null }
   if (model_type === 'llava' && text_config !== undefined) return fromHf(raw, file)
   if (model_type === 'llava' || model_type === 'llava_llama') {
-    check(llavaSchema, raw, file)
+    checkConfig(llavaSchema, raw, file)
     return { format: 'llava', raw: { ...raw, ...OURS, mm_alignment: 'none' }, clip: null }
   }
   throw mismatch(
@@ -70,7 +64,7 @@ export function settingsOf(raw: RawConfig, file: string): Settings {
 const OURS = { model_type: 'aligngpt', architectures: ['AlignGPTForCausalLM'] }
 
 function fromHf(raw: RawConfig, file: string): Settings {
-  const c = check(hfSchema, raw, file)
+  const c = checkConfig(hfSchema, raw, file)
   const clip = { model_type: 'clip', vision_config: { ...c.vision_config, model_type: 'clip_vision_model' } }
   const fields = {
     mm_hidden_size: parseClipConfig(clip, file).vision.hidden_size,

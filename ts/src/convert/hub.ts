@@ -7,7 +7,7 @@ import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'
-import { check } from '../models/config.js'
+import { checkConfig } from '../formats/zod-check.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { readJsonFile, writeJsonFile } from '../util/json.js'
 
@@ -171,7 +171,7 @@ class Hub {
     const files: unknown[] = []
     for await (const f of listFiles({ ...this.#params, repo: this.repo, revision: commit, recursive: true }))
       if (f.type === 'file') files.push({ path: f.path, size: f.size, oid: f.lfs?.oid ?? f.oid })
-    return check(z.array(fileSchema), files, `${this.endpoint}: files of ${this.repo}`)
+    return checkConfig(z.array(fileSchema), files, `${this.endpoint}: files of ${this.repo}`)
   }
 
   /** The bytes of a file from `start` on. */
@@ -311,7 +311,7 @@ async function append(
 /** The manifest of a folder; null where there is none. @throws ERR_CONFIG */
 export function readDownloadManifest(folder: string): DownloadManifest | null {
   const file = path.join(folder, MANIFEST)
-  return fs.existsSync(file) ? check(manifestSchema, readJsonFile(file, 'ERR_CONFIG'), file) : null
+  return fs.existsSync(file) ? checkConfig(manifestSchema, readJsonFile(file, 'ERR_CONFIG'), file) : null
 }
 
 /** What is to be in the folder: the manifest's own list where nothing else is asked for, else the Hub's. */

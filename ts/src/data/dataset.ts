@@ -6,9 +6,15 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
 import { unpackParquet } from '../formats/parquet.js'
-import { parseBytes, parseRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
-import type { DataRecord } from '../processing/conversation.js'
-import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image-source.js'
+import {
+  type DataRecord,
+  parseBytes,
+  parseRecord,
+  type RecordRange,
+  splitRecords,
+  wordCount,
+} from '../formats/record-file.js'
+import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image/source.js'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'

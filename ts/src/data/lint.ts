@@ -2,22 +2,26 @@
  * The data linter: reads a data file record by record, without stopping at the first mistake, and its pictures, and says what
  * training would refuse, leave out, or take in a way that was hardly meant.
  */
+
 import fs from 'node:fs'
-import { parseBytes, parseRecord, recordProblem, splitRecords, wordCount } from '../formats/record-file.js'
 import {
-  buildSample,
   type DataRecord,
   IMAGE_TEXT,
-  render,
-  type SampleOptions,
-  type Style,
-} from '../processing/conversation.js'
-import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image.js'
-import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image-source.js'
+  parseBytes,
+  parseRecord,
+  recordProblem,
+  splitRecords,
+  wordCount,
+} from '../formats/record-file.js'
+import { render, type Style, styleOf } from '../processing/conversation/styles.js'
+import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
+import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image/source.js'
+import { buildSample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
-import { Fingerprints, hash53 } from '../util/hash-map.js'
+import { hash53 } from '../util/hash.js'
+import { Fingerprints } from '../util/hash-map.js'
 import { type DatasetOptions, openSources } from './dataset.js'
 
 /** Errors keep a record, or the whole file, out of training; a warning is trained on, but probably not as it was meant. */
@@ -58,7 +62,7 @@ export interface Finding {
 export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked' | 'onNotice'> {
   /** with it lengths are tokens of the spliced sequence, otherwise words */
   tokenizer?: Tokenizer
-  /** how records are rendered; default vicuna_v1, `plain` for pre-training */
+  /** how records are rendered, `plain` for pre-training; default the tokenizer's (styleOf) */
   style?: Style
   /** rows a picture takes, default 576 */
   patches?: number
@@ -130,7 +134,7 @@ class Checker {
     private readonly file: string,
     private readonly o: CheckOptions,
   ) {
-    const { style = 'vicuna_v1', patches = 576, maxLength = 2048 } = o
+    const { style = styleOf(o.tokenizer), patches = 576, maxLength = 2048 } = o
     this.sample = { style, patches, maxLength }
   }
 

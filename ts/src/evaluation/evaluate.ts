@@ -2,10 +2,13 @@
 import { createHash } from 'node:crypto'
 import { noGrad, scope } from '../core/tensor.js'
 import type { Dataset } from '../data/dataset.js'
+import type { Turn } from '../formats/record-file.js'
 import { type GenerateRequest, generateBatch, loadPixels, packWithPixels, promptOf } from '../inference/generate.js'
-import type { AlignGPT, Mix } from '../models/aligngpt.js'
-import { buildSample, type Sample, type Style, type Turn } from '../processing/conversation.js'
-import { type Pictures, readFilePart, readPicture, resolveImage } from '../processing/image-source.js'
+import type { Mix } from '../models/align.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { Style } from '../processing/conversation/styles.js'
+import { type Pictures, readFilePart, readPicture, resolveImage } from '../processing/image/source.js'
+import { buildSample, type Sample } from '../processing/sample.js'
 import { AlignGPTError } from '../util/errors.js'
 import { permutation } from '../util/rng.js'
 
@@ -113,7 +116,7 @@ const KEPT_PICTURES = 256
 class Asker {
   readonly #pixels = new Map<string, Promise<Float32Array>>()
   constructor(
-    private readonly model: AlignGPT,
+    private readonly model: AlignGPTNetwork,
     private readonly o: EvaluateOptions,
   ) {}
 
@@ -144,7 +147,11 @@ class Asker {
           { from: 'gpt', value: text },
         ]
         const record = { id: q.id, image: q.image ?? null, conversations, similarity: null }
-        const options = { style: this.o.style ?? 'vicuna_v1', patches: this.model.patches, lastAnswer: true }
+        const options = {
+          style: this.o.style ?? this.model.conversation,
+          patches: this.model.patches,
+          lastAnswer: true,
+        }
         samples.push(buildSample(record, this.model.tokenizer, options))
         pixels.push(q.image ? await this.#load(q.image) : null)
       }
@@ -233,7 +240,7 @@ export function otherPictures(
 
 /** Asks every question, and once more blind. */
 export async function evaluate(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   questions: readonly Question[],
   o: EvaluateOptions = {},
 ): Promise<Evaluation> {
@@ -277,7 +284,7 @@ export async function evaluate(
  * @returns the loss, of so many tokens in so many records
  */
 export async function evaluateLoss(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   data: Pick<Dataset, 'length' | 'record' | 'picture'>,
   o: { batch?: number; style?: Style; mix?: Mix; stop?: () => boolean } = {},
 ): Promise<{ loss: number; tokens: number; records: number }> {
@@ -285,7 +292,7 @@ export async function evaluateLoss(
   const size = o.batch ?? 16
   for (let at = 0; at < data.length && !o.stop?.(); at += size) {
     const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
-    const options = { style: o.style ?? 'vicuna_v1', patches: model.patches } as const
+    const options = { style: o.style ?? model.conversation, patches: model.patches } as const
     const samples = records.map((r) => buildSample(r, model.tokenizer, options))
     const load = (name: string): Promise<Float32Array> => loadPixels(model, readPicture(data.picture(name)))
     const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))

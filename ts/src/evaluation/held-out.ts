@@ -8,17 +8,21 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { noGrad, scope } from '../core/tensor.js'
 import { type Dataset, type DatasetState, loadDataset } from '../data/dataset.js'
 import { type Loader, openLoader } from '../data/loader.js'
+import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
 import { generateBatch, loadPixels } from '../inference/generate.js'
-import type { AlignGPT, Mix } from '../models/aligngpt.js'
-import type { GateText } from '../models/config.js'
+import { hasLora } from '../models/adapters.js'
+import type { Mix } from '../models/align.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { GateText } from '../models/config/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
-import { hasLora, saveAdapter } from '../nn/lora.js'
-import { buildSample, type DataRecord, IMAGE_TEXT } from '../processing/conversation.js'
-import { readPicture } from '../processing/image-source.js'
+import { saveAdapter } from '../models/peft.js'
+import { saveModel } from '../models/save.js'
+import { readPicture } from '../processing/image/source.js'
+import { buildSample } from '../processing/sample.js'
 import { thumbnail } from '../report/html.js'
 import type { Phase } from '../train/phases.js'
 import { mismatch, show } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 
 export interface EvaluationOptions {
@@ -126,7 +130,7 @@ class Tally {
  * is averaged), and the weights of its alignment vectors, none without a picture.
  */
 export function sampleLosses(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   b: PackedBatch,
   mix: Mix,
 ): { nll: number; tokens: number; coefficients: number[] }[] {
@@ -207,7 +211,7 @@ export class HeldOut {
   #best: Best | null = null
 
   constructor(
-    private readonly model: AlignGPT,
+    private readonly model: AlignGPTNetwork,
     private readonly phase: Phase,
     private readonly data: Dataset,
     private readonly o: Settings,
@@ -218,7 +222,7 @@ export class HeldOut {
   /** What decides about the numbers. */
   get settings(): Record<string, unknown> {
     const { evalShare: share, evalData } = this.o
-    const data = evalData === undefined ? null : fingerprint(this.data.file)
+    const data = evalData === undefined ? null : digestFile(this.data.file)
     return { share: share ?? null, every: this.#every, records: this.data.length, data }
   }
   get best(): Best | null {
@@ -274,7 +278,7 @@ export class HeldOut {
     const folder = bestFolder(o.out)
     try {
       removeUnfinished(folder)
-      await model.save(folder)
+      saveModel(model, folder)
       if (hasLora(model)) saveAdapter(model, path.join(folder, 'adapter'))
       return true
     } catch (e) {
@@ -288,7 +292,7 @@ export class HeldOut {
     const evaluations = Math.ceil((o.steps - this.#evaluated) / this.#every)
     return openLoader(data, {
       tokenizer: model.tokenizer,
-      preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
+      preprocess: model.preprocess(phase.pad),
       style: phase.style,
       patches: model.patches,
       maxLength: model.config.tokenizer_model_max_length,
@@ -348,6 +352,7 @@ export class HeldOut {
     const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
     const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
       style: phase.style,
+      pad: phase.pad,
       mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
       maxNewTokens: SAMPLE_TOKENS,
       signal: o.signal,

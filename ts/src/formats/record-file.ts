@@ -3,9 +3,27 @@
  * pieces, so that a file of any size takes the memory of its longest record.
  */
 import fs from 'node:fs'
-import { type DataRecord, IMAGE_TEXT, type Turn } from '../processing/conversation.js'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { decodeUtf8, parseJson } from '../util/json.js'
+
+/** Where the image stands in a turn. */
+export const IMAGE_TEXT = '<image>'
+
+export interface Turn {
+  from: 'human' | 'gpt' | 'system'
+  value: string
+}
+
+/** A record of LLaVA data after validation. */
+export interface DataRecord {
+  id: string
+  image: string | null
+  conversations: Turn[]
+  /** alignment level of phase 1, null when the pair has not been scored */
+  similarity: number | null
+  /** what kind of question it is, where the data says so (held-out loss is given for each) */
+  task?: string
+}
 
 const CHUNK = 1 << 20
 const MAX_RECORD = 256 * 1024 * 1024

@@ -3,11 +3,15 @@
 import { native } from '../core/native.js'
 import { cast, embedding, gather, linear } from '../core/ops.js'
 import { Graph, Indices, noGrad, scope, type Tensor, tensor, wantsGraphs } from '../core/tensor.js'
-import type { AlignGPT, Mix } from '../models/aligngpt.js'
+import type { Turn } from '../formats/record-file.js'
+import type { Mix } from '../models/align.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import { Cache } from '../models/kv-cache.js'
 import { type PackedBatch, packBatch } from '../models/packed-batch.js'
-import { buildPrompt, type Sample, type Style, type Turn } from '../processing/conversation.js'
-import { decodeImage, normalise, preprocessImage } from '../processing/image.js'
+import { endTokens, type Style } from '../processing/conversation/styles.js'
+import { decodeImage } from '../processing/image/decode.js'
+import { normalise, preprocessImage } from '../processing/image/preprocess.js'
+import { buildPrompt, type Sample } from '../processing/sample.js'
 import { mismatch } from '../util/errors.js'
 import { Rng } from '../util/rng.js'
 
@@ -34,7 +38,10 @@ export interface GenerateRequest {
 export interface GenerateOptions extends Sampling {
   /** default 256 */
   maxNewTokens?: number
+  /** prompt style; default the model's own (`conversation`) */
   style?: Style
+  /** images are padded to a square first where the model's config wants it; default true, pre-training does not */
+  pad?: boolean
   system?: string
   /** texts that end an answer; they are not part of it */
   stop?: readonly string[]
@@ -77,7 +84,7 @@ export class Decoding {
   readonly alpha: number[][]
 
   constructor(
-    private readonly model: AlignGPT,
+    private readonly model: AlignGPTNetwork,
     batch: PackedBatch,
     mix: Mix,
     maxNewTokens: number,
@@ -87,7 +94,7 @@ export class Decoding {
     const counts = Array.from({ length: sequences }, (_, s) => batch.offsets[s + 1] - batch.offsets[s])
     const width = c.num_key_value_heads * c.head_dim
     const longest = Math.max(...counts) + maxNewTokens
-    const { cos, sin } = model.rotary(longest)
+    const { cos, sin } = model.language.rotary(longest)
     this.#rotary = { cos: cos.detach().persist(), sin: sin.detach().persist() }
     this.#cache = new Cache(c.num_hidden_layers, sequences, longest, width, model.dtype, model.device)
     const { logits, coefficients } = scope(() =>
@@ -155,7 +162,7 @@ export class Decoding {
     const packing = { offsets: this.#offsets.tensor, positions: this.#positions.tensor, ...this.#rotary }
     return scope(() =>
       noGrad(() => {
-        const x = embedding(this.#ids.tensor, this.model.model.embed_tokens.weight)
+        const x = embedding(this.#ids.tensor, this.model.language.embeddings)
         const hidden = this.model.hidden(x, { ...packing, cache: this.#cache })
         return this.#head(gather(hidden, this.#rows.tensor))
       }),
@@ -173,34 +180,33 @@ function chunks(flat: number[], n: number): number[][] {
   return Array.from({ length: flat.length / n }, (_, i) => flat.slice(i * n, (i + 1) * n))
 }
 
-/** Text that ends an answer in each style, besides the tokenizer's end token. */
-const END_TOKENS: Record<Style, string[]> = {
-  plain: [],
-  vicuna_v1: [],
-  llama_2: [],
-  llama_3: ['<|eot_id|>', '<|end_of_text|>'],
-}
-
 /** The prompt of a request. */
-export function promptOf(model: AlignGPT, r: GenerateRequest, o: GenerateOptions, i: number): Sample {
+export function promptOf(model: AlignGPTNetwork, r: GenerateRequest, o: GenerateOptions, i: number): Sample {
   const turns: Turn[] = [...(r.history ?? []), { from: 'human', value: r.prompt }]
   const image = r.image !== undefined
   const first = turns.findIndex((t) => t.from === 'human')
   if (image && !turns.some((t) => t.value.includes('<image>')))
     turns[first] = { ...turns[first], value: `<image>\n${turns[first].value}` }
-  const options = { style: o.style ?? 'vicuna_v1', system: o.system, patches: model.patches, id: `request ${i}` }
+  const options = { style: o.style ?? model.conversation, system: o.system, patches: model.patches, id: `request ${i}` }
   return buildPrompt(turns, image ? 'picture' : null, model.tokenizer, options)
 }
 
-/** A picture as the vision tower wants it at inference: [3, S, S]. @throws ERR_IMAGE */
-export async function loadPixels(model: AlignGPT, image: string | Uint8Array): Promise<Float32Array> {
-  const pad = model.config.image_aspect_ratio === 'pad'
-  return normalise(preprocessImage(await decodeImage(image), { ...model.preprocessor, pad }), model.preprocessor)
+/**
+ * An image as the vision tower wants it: [3, S, S].
+ * @param pad as `AlignGPTNetwork.preprocess` takes it
+ * @throws ERR_IMAGE
+ */
+export async function loadPixels(
+  model: AlignGPTNetwork,
+  image: string | Uint8Array,
+  pad = true,
+): Promise<Float32Array> {
+  return normalise(preprocessImage(await decodeImage(image), model.preprocess(pad)), model.preprocessor)
 }
 
 /** Packs samples with the pixels of those that have a picture, for the way their vectors will be made. */
 export function packWithPixels(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   samples: readonly Sample[],
   pixels: readonly (Float32Array | null)[],
   mix: Mix,
@@ -215,8 +221,10 @@ export function packWithPixels(
 }
 
 /** Ids that end an answer: the tokenizer's, the config's, the prompt style's. */
-function endIds(model: AlignGPT, style: Style): Set<number> {
-  const named = END_TOKENS[style].map((t) => model.tokenizer.tokenToId(t)).filter((id) => id !== undefined)
+function endIds(model: AlignGPTNetwork, style: Style): Set<number> {
+  const named = endTokens(style)
+    .map((t) => model.tokenizer.tokenToId(t))
+    .filter((id) => id !== undefined)
   return new Set([model.tokenizer.eosId, ...model.config.llm.eos_token_ids, ...named] as number[])
 }
 
@@ -231,7 +239,7 @@ interface Progress extends Generated {
  * The sampled tokens are a pure function of (seed, request's place in the batch, token number).
  */
 async function* decode(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   requests: readonly GenerateRequest[],
   o: GenerateOptions,
 ): AsyncGenerator<{ index: number; piece: GeneratedPiece }, Generated[]> {
@@ -239,13 +247,15 @@ async function* decode(
   const limit = model.config.tokenizer_model_max_length
   const long = samples.find((s) => s.length > limit)
   if (long) throw mismatch('ERR_DATA', 'generate', long.id, `a prompt of at most ${limit} rows`, `${long.length}`)
-  const pixels = await Promise.all(requests.map((r) => (r.image === undefined ? null : loadPixels(model, r.image))))
+  const pixels = await Promise.all(
+    requests.map((r) => (r.image === undefined ? null : loadPixels(model, r.image, o.pad))),
+  )
   const mix = o.mix ?? model.mix
   const batch = packWithPixels(model, samples, pixels, mix)
   const maxNew = o.maxNewTokens ?? 256
   const decoding = new Decoding(model, batch, mix, maxNew)
   try {
-    const ends = endIds(model, o.style ?? 'vicuna_v1')
+    const ends = endIds(model, o.style ?? model.conversation)
     const rngs = requests.map((r, i) => new Rng(o.seed ?? 0, r.stream ?? i))
     const streams = requests.map(() => model.tokenizer.stream({ skipSpecialTokens: true }))
     const alphas = requests.map((_, i) => decoding.alpha[batch.imageSamples.indexOf(i)] ?? null)
@@ -315,7 +325,7 @@ function accept(s: Progress, added: string, stop: readonly string[], last: boole
 
 /** Streams the answer to one request. */
 export async function* generate(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   o: GenerateRequest & GenerateOptions,
 ): AsyncGenerator<GeneratedPiece, Generated> {
   const run = decode(model, [o], o)
@@ -328,7 +338,7 @@ export async function* generate(
 
 /** Answers many requests at once; the i-th result belongs to the i-th request. */
 export async function generateBatch(
-  model: AlignGPT,
+  model: AlignGPTNetwork,
   requests: readonly GenerateRequest[],
   o: GenerateOptions = {},
 ): Promise<Generated[]> {

@@ -3,22 +3,16 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { noGrad, scope, tensor } from '../core/tensor.js'
 import type { Dataset } from '../data/dataset.js'
-import { loadClip } from '../models/aligngpt.js'
+import type { DataRecord } from '../formats/record-file.js'
 import type { CLIPModel } from '../models/clip.js'
-import { type PreprocessorConfig, readPreprocessor } from '../models/config.js'
-import type { DataRecord } from '../processing/conversation.js'
-import {
-  decodeImage,
-  loadImage,
-  normaliseInto,
-  normaliseTable,
-  preprocessImage,
-  type RgbImage,
-} from '../processing/image.js'
+import { loadClip } from '../models/load.js'
+import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
+import { normaliseInto, normaliseTable, preprocessImage } from '../processing/image/preprocess.js'
+import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { type LevelExample, writeLevelsPage } from '../report/levels-page.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
-import { hash53 } from '../util/hash-map.js'
+import { hash53 } from '../util/hash.js'
 import { type Buckets, bucketLevels, type Levels, writeLevels } from './bucket.js'
 import { clipIdentity, FeatureFile, pairKey, ScoreFile } from './score-store.js'
 
@@ -175,7 +169,7 @@ class Scorer {
       return made[i] !== null
     })
     const all = Float32Array.from(good.flatMap((n) => [...(out.get(n) as Float32Array)]))
-    file?.add(good.map(hash53), all)
+    file?.add(good.map((name) => hash53(name)), all)
     return out
   }
 
@@ -278,10 +272,10 @@ function pickExamples(data: Dataset, every: readonly (number | null)[], all: Int
  */
 export async function levels(
   data: Dataset,
-  model: { clipDir: string; levels: number } | string,
+  model: { parts: { clipDir: string }; levels: number } | string,
   o: LevelsOptions = {},
 ): Promise<Levels & { scores: (number | null)[]; bad: { id: string; reason: string }[] }> {
-  const dir = typeof model === 'string' ? model : model.clipDir
+  const dir = typeof model === 'string' ? model : model.parts.clipDir
   const n = o.levels ?? (typeof model === 'string' ? 8 : model.levels)
   const notice = o.onNotice ?? ((text: string) => process.emitWarning(text, 'AlignGPTWarning'))
   const file = o.scores ?? `${data.file}.scores.jsonl`

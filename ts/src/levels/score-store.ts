@@ -2,12 +2,14 @@
  * What scoring keeps on disk, so that a run that was interrupted goes on: scores by pair, and CLIP's embeddings by picture
  * and caption. Both belong to one CLIP.
  */
+
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { stampOf } from '../formats/index-cache.js'
-import { Fingerprints, hash53 } from '../util/hash-map.js'
-import { writeAll } from '../util/json.js'
+import { writeAll } from '../util/files.js'
+import { hash53 } from '../util/hash.js'
+import { Fingerprints } from '../util/hash-map.js'
 
 /** Identity of a CLIP folder: its JSON files, and size and ends of its weights. */
 export function clipIdentity(dir: string): string {

@@ -2,10 +2,12 @@
 
 import { type AlignMixArgs, type AlignMixResult, concat, embedding, gather, linear, scale } from '../core/ops.js'
 import { type Device, type Dtype, type Tensor, tensor, zeros } from '../core/tensor.js'
-import { Linear, Module, Sequential, type Source } from '../nn/module.js'
+import { Linear, Sequential } from '../nn/layers.js'
+import { Module, type ParameterSource } from '../nn/module.js'
 import { AlignGPTError } from '../util/errors.js'
-import type { Alignment, Gate } from './config.js'
+import type { Alignment, Gate } from './config/aligngpt.js'
 import type { BatchTensor, PackedBatch } from './packed-batch.js'
+import type { Projector } from './projector.js'
 
 export const GATE_HIDDEN = 256
 type GateTensors = [Tensor, Tensor, Tensor, Tensor]
@@ -39,47 +41,10 @@ export function mixOf(alignment: Alignment, levels: number): Mix {
   }
 }
 
-/**
- * The projector from vision features to the language model's width: `linear`, `mlpNx_gelu` (N linear layers with GELU
- * between them) or `identity`. Its last layer is not run here: alignMix writes its rows into the packed sequence.
- */
-export class Projector {
-  readonly module: Module | null
-  #layers: Linear[]
-  constructor(s: Source, kind: string, inputs: number, outputs: number) {
-    const mlp = /^mlp(\d+)x_gelu$/.exec(kind)
-    if (kind === 'identity') {
-      this.module = null
-      this.#layers = []
-    } else if (kind === 'linear') {
-      const layer = new Linear(s, inputs, outputs, { bias: true })
-      this.module = layer
-      this.#layers = [layer]
-    } else if (mlp && Number(mlp[1]) >= 1) {
-      const named: Record<string, Linear> = {}
-      for (let i = 0; i < Number(mlp[1]); i++)
-        named[String(2 * i)] = new Linear(s.at(String(2 * i)), i ? outputs : inputs, outputs, { bias: true })
-      this.module = new Sequential(named)
-      this.#layers = Object.values(named)
-    } else {
-      throw new AlignGPTError(
-        'ERR_CONFIG',
-        `[config] mm_projector_type: expected linear, mlpNx_gelu or identity, got ${kind}`,
-      )
-    }
-  }
-  /** features [M*P, D] -> input of the last layer, and that layer. */
-  beforeLast(features: Tensor): { x: Tensor; weight: Tensor | null; bias: Tensor | null } {
-    const last = this.#layers.at(-1)
-    const x = this.#layers.slice(0, -1).reduce((h, layer) => layer.forward(h, 'gelu'), features)
-    return { x, weight: last?.weight ?? null, bias: last?.bias ?? null }
-  }
-}
-
 /** The table of alignment vectors [N, H], Xavier uniform; row N-1 is also the global one. */
 export class AlignIndicators extends Module {
   readonly indicator_embs: Tensor
-  constructor(s: Source, levels: number, hidden: number) {
+  constructor(s: ParameterSource, levels: number, hidden: number) {
     super()
     const bound = Math.sqrt(6 / (levels + hidden))
     this.indicator_embs = s.tensor('indicator_embs', [levels, hidden], { kind: 'uniform', bound })
@@ -94,7 +59,7 @@ export class GatedWeightLayer extends Module {
   readonly mlp?: Sequential
   readonly linear?: Linear
   #mlp?: GateTensors
-  constructor(s: Source, kind: Gate, patches: number, levels: number) {
+  constructor(s: ParameterSource, kind: Gate, patches: number, levels: number) {
     super()
     if (kind === 'linear') {
       this.linear = new Linear(s.at('linear'), patches, levels - 1, { bias: true })

@@ -11,18 +11,11 @@ import {
   selfAttention,
 } from '../core/ops.js'
 import { type Device, type Dtype, scope, type Tensor, tensor } from '../core/tensor.js'
-import {
-  activationOf,
-  adjoin,
-  Embedding,
-  type Init,
-  LayerNorm,
-  Linear,
-  Module,
-  projectQkv,
-  type Source,
-} from '../nn/module.js'
-import type { ClipConfig, ClipTextConfig, ClipVisionConfig } from './config.js'
+import { fuseQkv, projectQkv } from '../nn/attention.js'
+import { activationOf, Embedding, LayerNorm, Linear } from '../nn/layers.js'
+import { type Init, Module, type ParameterSource } from '../nn/module.js'
+import { type ClipConfig, type ClipTextConfig, type ClipVisionConfig, patchCount } from './config/clip.js'
+import type { FeatureSelection, VisionTower } from './vision-tower.js'
 
 interface TowerConfig {
   hidden_size: number
@@ -42,7 +35,7 @@ class CLIPAttention extends Module {
   readonly q_proj: Linear
   readonly out_proj: Linear
   #heads: number
-  constructor(s: Source, c: TowerConfig) {
+  constructor(s: ParameterSource, c: TowerConfig) {
     super()
     const d = c.hidden_size
     const inner = normal(d ** -0.5 * (2 * c.num_hidden_layers) ** -0.5)
@@ -53,7 +46,7 @@ class CLIPAttention extends Module {
     this.v_proj = make('v_proj', inner)
     this.q_proj = make('q_proj', inner)
     this.out_proj = make('out_proj', normal(d ** -0.5))
-    adjoin([this.q_proj, this.k_proj, this.v_proj])
+    fuseQkv([this.q_proj, this.k_proj, this.v_proj])
   }
   forward(x: Tensor, offsets: Tensor, causal: boolean): Tensor {
     const o = { heads: this.#heads, kvHeads: this.#heads, causal }
@@ -66,7 +59,7 @@ class CLIPMLP extends Module {
   readonly fc1: Linear
   readonly fc2: Linear
   #activation: Activation
-  constructor(s: Source, c: TowerConfig) {
+  constructor(s: ParameterSource, c: TowerConfig) {
     super()
     const d = c.hidden_size
     this.#activation = activationOf(c.hidden_act)
@@ -91,7 +84,7 @@ class CLIPEncoderLayer extends Module {
   readonly layer_norm1: LayerNorm
   readonly mlp: CLIPMLP
   readonly layer_norm2: LayerNorm
-  constructor(s: Source, c: TowerConfig) {
+  constructor(s: ParameterSource, c: TowerConfig) {
     super()
     this.self_attn = new CLIPAttention(s.at('self_attn'), c)
     this.layer_norm1 = new LayerNorm(s.at('layer_norm1'), c.hidden_size, c.layer_norm_eps)
@@ -106,7 +99,7 @@ class CLIPEncoderLayer extends Module {
 
 class CLIPEncoder extends Module {
   readonly layers: CLIPEncoderLayer[]
-  constructor(s: Source, c: TowerConfig) {
+  constructor(s: ParameterSource, c: TowerConfig) {
     super()
     const layers = s.at('layers')
     this.layers = Array.from({ length: c.num_hidden_layers }, (_, i) => new CLIPEncoderLayer(layers.at(String(i)), c))
@@ -121,7 +114,7 @@ class CLIPVisionEmbeddings extends Module {
   readonly class_embedding: Tensor
   readonly patch_embedding: ConvWeight
   readonly position_embedding: Embedding
-  constructor(s: Source, c: ClipVisionConfig) {
+  constructor(s: ParameterSource, c: ClipVisionConfig) {
     super()
     const d = c.hidden_size
     const { patch_size: p, num_channels: channels } = c
@@ -137,7 +130,7 @@ class CLIPVisionEmbeddings extends Module {
 
 class ConvWeight extends Module {
   readonly weight: Tensor
-  constructor(s: Source, shape: number[], init: Init) {
+  constructor(s: ParameterSource, shape: number[], init: Init) {
     super()
     this.weight = s.tensor('weight', shape, init)
   }
@@ -156,7 +149,7 @@ export class CLIPVisionTransformer extends Module {
   readonly encoder: CLIPEncoder
   readonly post_layernorm: LayerNorm
   #config: ClipVisionConfig
-  constructor(s: Source, c: ClipVisionConfig) {
+  constructor(s: ParameterSource, c: ClipVisionConfig) {
     super()
     this.#config = c
     this.embeddings = new CLIPVisionEmbeddings(s.at('embeddings'), c)
@@ -194,10 +187,44 @@ export class CLIPVisionTransformer extends Module {
   }
 }
 
+/** Names of checkpoints have two shells around the tower. */
+class Shell extends Module {
+  constructor(readonly vision_model: CLIPVisionTransformer) {
+    super()
+  }
+}
+
+/** Image rows P that a selection of the tower's hidden state has. */
+export const clipRows = (c: ClipVisionConfig, { feature }: FeatureSelection): number =>
+  feature === 'cls_patch' ? patchCount(c) + 1 : patchCount(c)
+
+/** CLIP's vision tower as LLaVA uses it: one of its hidden states, and only the layers up to it. */
+export class CLIPVisionTower extends Module implements VisionTower {
+  readonly vision_tower: Shell
+  readonly #config: ClipVisionConfig
+  readonly #select: FeatureSelection
+  constructor(s: ParameterSource, c: ClipVisionConfig, select: FeatureSelection) {
+    super()
+    this.#config = c
+    this.#select = select
+    this.vision_tower = new Shell(new CLIPVisionTransformer(s.at('vision_tower').at('vision_model'), c))
+  }
+  get imageSize(): number {
+    return this.#config.image_size
+  }
+  get rows(): number {
+    return clipRows(this.#config, this.#select)
+  }
+  features(pixels: Tensor): Tensor {
+    const { layer, feature } = this.#select
+    return this.vision_tower.vision_model.features(pixels, layer, feature === 'cls_patch')
+  }
+}
+
 class CLIPTextEmbeddings extends Module {
   readonly token_embedding: Embedding
   readonly position_embedding: Embedding
-  constructor(s: Source, c: ClipTextConfig) {
+  constructor(s: ParameterSource, c: ClipTextConfig) {
     super()
     this.token_embedding = new Embedding(s.at('token_embedding'), c.vocab_size, c.hidden_size, normal(0.02))
     this.position_embedding = new Embedding(
@@ -214,7 +241,7 @@ export class CLIPTextTransformer extends Module {
   readonly encoder: CLIPEncoder
   readonly final_layer_norm: LayerNorm
   #config: ClipTextConfig
-  constructor(s: Source, c: ClipTextConfig) {
+  constructor(s: ParameterSource, c: ClipTextConfig) {
     super()
     this.#config = c
     this.embeddings = new CLIPTextEmbeddings(s.at('embeddings'), c)
@@ -254,7 +281,7 @@ export class CLIPModel extends Module {
   readonly visual_projection: Linear
   readonly text_projection: Linear
   constructor(
-    s: Source,
+    s: ParameterSource,
     readonly config: ClipConfig,
     readonly dtype: Dtype = 'f32',
   ) {

@@ -1,83 +1,14 @@
 /** LLaMA decoder on packed sequences (Touvron et al. 2023; property names are Hugging Face's LlamaForCausalLM). */
 
 import { add, selfAttention, siluMulLinear } from '../core/ops.js'
-import { type Device, type Dtype, scope, type Tensor, tensor } from '../core/tensor.js'
-import { adjoin, Embedding, Linear, Module, projectQkv, RMSNorm, type Source } from '../nn/module.js'
-import type { LlamaConfig } from './config.js'
-import type { Cache } from './kv-cache.js'
-
-/** What the layers need to know about the packed batch. */
-export interface Packing {
-  /** i32 [B+1] */
-  offsets: Tensor
-  /** i32 [T] position of each row in its sequence */
-  positions: Tensor
-  cos: Tensor
-  sin: Tensor
-  /** given while generating: keys and values are appended to it, and attention reads from it */
-  cache?: Cache
-}
-
-/**
- * Frequencies of the rotary embedding (f64), default or llama3 scaling.
- * @returns inverse frequencies, dim/2
- */
-export function ropeFrequencies(config: LlamaConfig): Float64Array {
-  const dim = config.head_dim
-  const inv = Float64Array.from({ length: dim / 2 }, (_, i) => config.rope_theta ** (-(2 * i) / dim))
-  const s = config.rope_scaling
-  if (!s) return inv
-  // Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
-  const low = s.original_max_position_embeddings / s.low_freq_factor
-  const high = s.original_max_position_embeddings / s.high_freq_factor
-  return inv.map((f) => {
-    const wavelength = (2 * Math.PI) / f
-    if (wavelength > low) return f / s.factor
-    if (wavelength < high) return f
-    const smooth =
-      (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    return ((1 - smooth) * f) / s.factor + smooth * f
-  })
-}
-
-/** cos and sin [length, dim/2], kept until `dispose`; grows in powers of two. */
-export class RopeTable {
-  #frequencies: Float64Array
-  #length = 0
-  #cos: Tensor | undefined
-  #sin: Tensor | undefined
-  constructor(
-    config: LlamaConfig,
-    private readonly dtype: Dtype,
-    private readonly device: Device,
-  ) {
-    this.#frequencies = ropeFrequencies(config)
-  }
-  /** Tables that cover positions 0..length-1. */
-  get(length: number): { cos: Tensor; sin: Tensor } {
-    if (!this.#cos || !this.#sin || length > this.#length) {
-      this.dispose()
-      this.#length = 2 ** Math.ceil(Math.log2(Math.max(length, 64)))
-      const half = this.#frequencies.length
-      const cos = new Float64Array(this.#length * half)
-      const sin = new Float64Array(this.#length * half)
-      for (let p = 0; p < this.#length; p++)
-        for (let i = 0; i < half; i++) {
-          cos[p * half + i] = Math.cos(p * this.#frequencies[i])
-          sin[p * half + i] = Math.sin(p * this.#frequencies[i])
-        }
-      const acc = this.dtype === 'f64' ? 'f64' : 'f32'
-      this.#cos = tensor(cos, [this.#length, half], acc, this.device).persist()
-      this.#sin = tensor(sin, [this.#length, half], acc, this.device).persist()
-    }
-    return { cos: this.#cos, sin: this.#sin }
-  }
-  dispose(): void {
-    this.#cos?.dispose()
-    this.#sin?.dispose()
-    this.#cos = this.#sin = undefined
-  }
-}
+import { scope, type Tensor } from '../core/tensor.js'
+import { fuseQkv, projectQkv } from '../nn/attention.js'
+import { Embedding, Linear, RMSNorm } from '../nn/layers.js'
+import { Module, type ParameterSource } from '../nn/module.js'
+import { RopeTable } from '../nn/rope.js'
+import type { LlamaConfig } from './config/llama.js'
+import type { LanguageModel, Packing } from './language-model.js'
+import type { Placement } from './parameter-sources.js'
 
 class LlamaAttention extends Module {
   readonly q_proj: Linear
@@ -86,7 +17,7 @@ class LlamaAttention extends Module {
   readonly o_proj: Linear
   #heads: number
   #kvHeads: number
-  constructor(s: Source, c: LlamaConfig) {
+  constructor(s: ParameterSource, c: LlamaConfig) {
     super()
     const init = { kind: 'normal', std: c.initializer_range } as const
     const make = (name: string, inputs: number, outputs: number): Linear =>
@@ -101,7 +32,7 @@ class LlamaAttention extends Module {
     this.k_proj = make('k_proj', c.hidden_size, this.#kvHeads * c.head_dim)
     this.v_proj = make('v_proj', c.hidden_size, this.#kvHeads * c.head_dim)
     this.o_proj = make('o_proj', this.#heads * c.head_dim, c.hidden_size)
-    adjoin([this.q_proj, this.k_proj, this.v_proj])
+    fuseQkv([this.q_proj, this.k_proj, this.v_proj])
   }
   forward(x: Tensor, p: Packing, layer: number): Tensor {
     const o = { heads: this.#heads, kvHeads: this.#kvHeads, causal: true }
@@ -115,7 +46,7 @@ class LlamaMLP extends Module {
   readonly gate_proj: Linear
   readonly up_proj: Linear
   readonly down_proj: Linear
-  constructor(s: Source, c: LlamaConfig) {
+  constructor(s: ParameterSource, c: LlamaConfig) {
     super()
     const o = {
       bias: c.mlp_bias,
@@ -138,7 +69,7 @@ export class LlamaDecoderLayer extends Module {
   readonly mlp: LlamaMLP
   readonly input_layernorm: RMSNorm
   readonly post_attention_layernorm: RMSNorm
-  constructor(s: Source, c: LlamaConfig) {
+  constructor(s: ParameterSource, c: LlamaConfig) {
     super()
     this.self_attn = new LlamaAttention(s.at('self_attn'), c)
     this.mlp = new LlamaMLP(s.at('mlp'), c)
@@ -156,7 +87,7 @@ export class LlamaModel extends Module {
   readonly embed_tokens: Embedding
   readonly layers: LlamaDecoderLayer[]
   readonly norm: RMSNorm
-  constructor(s: Source, c: LlamaConfig) {
+  constructor(s: ParameterSource, c: LlamaConfig) {
     super()
     this.embed_tokens = new Embedding(s.at('embed_tokens'), c.vocab_size, c.hidden_size, {
       kind: 'normal',
@@ -167,5 +98,44 @@ export class LlamaModel extends Module {
       (_, i) => new LlamaDecoderLayer(s.at('layers').at(String(i)), c),
     )
     this.norm = new RMSNorm(s.at('norm'), c.hidden_size, c.rms_norm_eps)
+  }
+}
+
+/** A LLaMA with its head, as AlignGPT uses a language model. */
+export class LlamaForCausalLM extends Module implements LanguageModel {
+  readonly model: LlamaModel
+  readonly lm_head?: Linear
+  readonly #rope: RopeTable
+  constructor(s: ParameterSource, c: LlamaConfig, { dtype, device }: Required<Placement>) {
+    super()
+    this.#rope = new RopeTable(c, dtype, device)
+    this.model = new LlamaModel(s.at('model'), c)
+    if (!c.tie_word_embeddings || s.holds('lm_head.weight'))
+      this.lm_head = new Linear(s.at('lm_head'), c.hidden_size, c.vocab_size, {
+        bias: false,
+        init: { kind: 'normal', std: c.initializer_range },
+      })
+  }
+  get embeddings(): Tensor {
+    return this.model.embed_tokens.weight
+  }
+  get headWeight(): Tensor {
+    return this.lm_head?.weight ?? this.embeddings
+  }
+  get depth(): number {
+    return this.model.layers.length
+  }
+  layer(index: number, x: Tensor, p: Packing): Tensor {
+    return this.model.layers[index].forward(x, p, index)
+  }
+  norm(x: Tensor): Tensor {
+    return this.model.norm.forward(x)
+  }
+  rotary(length: number): { cos: Tensor; sin: Tensor } {
+    return this.#rope.get(length)
+  }
+  override dispose(): void {
+    super.dispose()
+    this.#rope.dispose()
   }
 }

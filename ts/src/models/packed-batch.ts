@@ -3,7 +3,7 @@
  * picture's placeholder replaced by its P rows; a text-only sequence has neither.
  */
 
-import { IGNORE, IMAGE_TOKEN, type Sample } from '../processing/conversation.js'
+import { IGNORE, IMAGE_TOKEN, type Sample } from '../processing/sample.js'
 import { mismatch, show } from '../util/errors.js'
 
 /** Marks in PackedBatch.tokens. */

@@ -2,8 +2,9 @@
 
 import { type Device, native } from '../core/native.js'
 import { type Dtype, scope, Tensor } from '../core/tensor.js'
-import { openCheckpoint, type TensorEntry, type TensorToWrite } from '../formats/safetensors.js'
-import { initialize, Source } from '../nn/module.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
+import type { TensorEntry, TensorToWrite } from '../formats/safetensors.js'
+import { initialize, ParameterSource } from '../nn/module.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { ourName } from './names.js'
 
@@ -50,9 +51,13 @@ export function tensorToWrite(name: string, t: Tensor, value: () => Tensor = () 
 }
 
 /** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
-export function checkpointSource(where: string, place: Placement, rename = (name: string): string => name): Source {
+export function checkpointSource(
+  where: string,
+  place: Placement,
+  rename = (name: string): string => name,
+): ParameterSource {
   const entries = openCheckpoint(where)
-  return new Source(
+  return new ParameterSource(
     (name, shape) => {
       const e = entries.get(rename(name))
       if (!e)
@@ -66,8 +71,8 @@ export function checkpointSource(where: string, place: Placement, rename = (name
   )
 }
 /** Fresh parameters. */
-export function initSource(seed: number, { dtype, device }: Placement): Source {
-  return new Source((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
+export function initSource(seed: number, { dtype, device }: Placement): ParameterSource {
+  return new ParameterSource((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
 }
 
 /**
@@ -89,7 +94,7 @@ export function openNamed(where: string): Map<string, TensorEntry> {
 }
 
 /** What a pre-training left (in any layout), fresh parameters for the rest: the gate. */
-export function pretrainedSource(file: string, seed: number, place: Placement): Source {
+export function pretrainedSource(file: string, seed: number, place: Placement): ParameterSource {
   const entries = openNamed(file)
   if (
     !entries.has('align_indicators.indicator_embs') &&
@@ -99,7 +104,7 @@ export function pretrainedSource(file: string, seed: number, place: Placement): 
       'ERR_WEIGHTS',
       `[checkpoint] ${file}: expected mm_projector.* and align_indicators.*, got neither`,
     )
-  return new Source((name, shape, init) => {
+  return new ParameterSource((name, shape, init) => {
     const e = entries.get(name)
     return e ? readTensor(e, shape, place) : initialize(name, shape, init, seed, place.dtype, place.device)
   })

@@ -3,7 +3,6 @@
 import { native } from '../core/native.js'
 import { cast, reshape, slice, to } from '../core/ops.js'
 import { type Device, type Dtype, noGrad, scope, type Tensor, zeros } from '../core/tensor.js'
-import type { StateTensor } from '../train/checkpoint.js'
 import { AlignGPTError } from '../util/errors.js'
 
 /** Parameters that are not decayed, by name, as the Hugging Face trainer decides it: biases and norms. */
@@ -14,6 +13,15 @@ export interface Parameter {
   tensor: Tensor
   /** times the schedule's rate, default 1 */
   lrScale?: number
+}
+
+/** A tensor of a run and where it is kept. */
+export interface StateTensor {
+  file: 'weights' | 'optimizer'
+  name: string
+  tensor: Tensor
+  /** U16: bits that are no number of their own */
+  stored?: 'U16'
 }
 
 /**
@@ -194,12 +202,4 @@ export class AdamW {
     for (const b of [this.#gradients, ...this.#moments]) for (const t of [...b.flats, ...b.views]) t.dispose()
     for (const t of this.#masters) t?.dispose()
   }
-}
-
-/** Linear warm-up from 0, then half a cosine to 0 (transformers' get_cosine_schedule_with_warmup). `step` from 0. */
-export function cosineRate(step: number, o: { lr: number; totalSteps: number; warmupRatio: number }): number {
-  const warmup = Math.ceil(o.totalSteps * o.warmupRatio)
-  if (step < warmup) return (o.lr * step) / Math.max(1, warmup)
-  const x = (step - warmup) / Math.max(1, o.totalSteps - warmup)
-  return o.lr * Math.max(0, 0.5 * (1 + Math.cos(Math.PI * x)))
 }

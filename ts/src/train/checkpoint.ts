@@ -3,26 +3,19 @@
  * SHA-256 of each. It is made as `step-N.tmp`, everything is fsynced, the manifest comes last, and a rename makes it count: a process
  * killed at any moment leaves the checkpoints that were there, and no half one under a name that is looked for.
  */
+
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { native } from '../core/native.js'
-import type { Dtype, Tensor } from '../core/tensor.js'
+import type { Dtype } from '../core/tensor.js'
 import { layoutSafetensors, openSafetensors, type StoredDtype, type TensorToWrite } from '../formats/safetensors.js'
+import type { StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
-import { disk, fingerprint, syncFolder, withDescriptor } from '../util/files.js'
-import { readJsonFile, writeAll } from '../util/json.js'
+import { digestFile, disk, syncFolder, withDescriptor, writeAll } from '../util/files.js'
+import { readJsonFile } from '../util/json.js'
 
 export const FORMAT = 1
-
-/** A tensor of a run and where it is kept. */
-export interface StateTensor {
-  file: 'weights' | 'optimizer'
-  name: string
-  tensor: Tensor
-  /** U16: bits that are no number of their own */
-  stored?: 'U16'
-}
 
 /** What wrote a checkpoint; other numbers may come out elsewhere. */
 export interface Maker {
@@ -116,7 +109,7 @@ export function writeCheckpoint(
       const file = path.join(temporary, name)
       const mine = tensors.filter((t) => t.file === part)
       writeTensors(file, mine)
-      files[name] = fingerprint(file)
+      files[name] = digestFile(file)
     }
     withDescriptor(path.join(temporary, 'manifest.json'), 'wx', (fd) => {
       native.fileCall('manifest.json')
@@ -166,7 +159,7 @@ export function verifyCheckpoint(checkpoint: string): Manifest {
     const full = path.join(checkpoint, name)
     const size = fs.statSync(full, { throwIfNoEntry: false })?.size
     if (size !== expected.bytes) throw bad(name, `${expected.bytes} bytes`, size === undefined ? 'no file' : `${size}`)
-    const got = fingerprint(full)
+    const got = digestFile(full)
     if (got.sha256 !== expected.sha256) throw bad(name, `SHA-256 ${expected.sha256}`, got.sha256)
   }
   return manifest

@@ -2,7 +2,7 @@
 import os from 'node:os'
 import { native } from '../core/native.js'
 import type { Dataset } from '../data/dataset.js'
-import type { AlignGPT } from '../models/aligngpt.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import { AlignGPTError } from '../util/errors.js'
@@ -29,14 +29,14 @@ function mainMemory(): number {
   const limit = process.constrainedMemory?.() || Number.POSITIVE_INFINITY
   return Math.min(limit, os.totalmem())
 }
-function deviceMemory(model: AlignGPT): number {
+function deviceMemory(model: AlignGPTNetwork): number {
   if (model.device === 'cpu') return mainMemory()
   const gpu = native.probeCuda()
   return (typeof gpu === 'object' && gpu.memoryBytes) || Number.POSITIVE_INFINITY
 }
 
 /** Rank and places of the adapters a model has. */
-function adapters(model: AlignGPT): PlanOptions['lora'] {
+function adapters(model: AlignGPTNetwork): PlanOptions['lora'] {
   const found = [...model.namedParameters()].filter(([name]) => name.endsWith('.lora_A.weight'))
   if (found.length === 0) return undefined
   const targets = found.map(([name]) => name.slice('model.'.length, -'.lora_A.weight'.length))
@@ -44,12 +44,12 @@ function adapters(model: AlignGPT): PlanOptions['lora'] {
 }
 
 /** Text of a run's samples: of the data on average, or of the micro-batch with the most rows of a step. */
-export function averageText(model: AlignGPT, data: Dataset, microBatch: number): Text {
+export function averageText(model: AlignGPTNetwork, data: Dataset, microBatch: number): Text {
   const room = model.config.tokenizer_model_max_length - model.patches - 1
   const tokens = Math.round(data.meanWords * TOKENS_PER_WORD)
   return { microBatch, textTokens: Math.max(1, Math.min(room, tokens)) }
 }
-export function widestText(model: AlignGPT, batches: readonly PackedBatch[]): Text {
+export function widestText(model: AlignGPTNetwork, batches: readonly PackedBatch[]): Text {
   const widest = batches.reduce((a, b) => (b.tokens.length > a.tokens.length ? b : a))
   const microBatch = widest.ids.length
   const own = Math.ceil(widest.tokens.length / microBatch) - model.patches - 1
@@ -68,11 +68,11 @@ export class RunMemory {
   readonly #device: number
   readonly #main = mainMemory()
 
-  constructor(model: AlignGPT, phase: Phase, o: RunOptions, text: Text) {
+  constructor(model: AlignGPTNetwork, phase: Phase, o: RunOptions, text: Text) {
     const { config } = model
     this.#model = {
       llm: config.llm,
-      vision: model.visionConfig,
+      vision: model.parts.clip.vision,
       projector: config.mm_projector_type,
       levels: model.levels,
       gate: config.mm_gate_type,

@@ -2,15 +2,20 @@
 
 import { headChunk } from '../core/ops.js'
 import { GATE_HIDDEN } from '../models/align.js'
-import type { ClipVisionConfig, Gate, LlamaConfig } from '../models/config.js'
+import type { Gate } from '../models/config/aligngpt.js'
+import type { ClipVisionConfig } from '../models/config/clip.js'
+import type { LanguageModelConfig } from '../models/config/language-model.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import { isTarget, type LoraOptions } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'
 import type { Phase } from './phases.js'
 
+/** What the plan reads of a language model's config. */
+type LanguageShape = LanguageModelConfig & { attention_bias?: boolean; mlp_bias?: boolean }
+
 /** Sizes of a model; readAlignGPTConfig and readClipConfig give `llm` and `vision`. */
 export interface PlanModel {
-  llm: LlamaConfig
+  llm: LanguageShape
   vision: ClipVisionConfig
   /** mm_projector_type: linear, mlpNx_gelu or identity */
   projector: string
@@ -82,7 +87,7 @@ function projectorShapes(kind: string, from: number, to: number): number[] {
   return Array.from({ length: layers }, (_, i) => [(i ? to : from) * to, to]).flat()
 }
 
-function layerShapes(c: LlamaConfig): number[] {
+function layerShapes(c: LanguageShape): number[] {
   const [h, q, kv, i] = [
     c.hidden_size,
     c.num_attention_heads * c.head_dim,
@@ -97,7 +102,7 @@ function layerShapes(c: LlamaConfig): number[] {
 type Matrix = [name: string, inputs: number, outputs: number]
 
 /** Rank of the adapters, and the matrices that get one, layer by layer. */
-function adapted(c: LlamaConfig, o: PlanOptions): { rank: number; layers: Matrix[][] } {
+function adapted(c: LanguageShape, o: PlanOptions): { rank: number; layers: Matrix[][] } {
   const { rank = 8, targets } = o.lora ?? {}
   if (!o.lora || o.phase === 'pretrain') return { rank, layers: [] }
   const [h, i] = [c.hidden_size, c.intermediate_size]
@@ -180,7 +185,7 @@ const STAGING = 2 * 2 ** 23 + 64 * 2 ** 16
 const OFFLOAD_PLACES = 3 * 2 * 2 ** 22
 
 /** What one layer keeps for backward besides its input (docs: ARCHITECTURE.md, Memory). */
-function layerKeeps(c: LlamaConfig, rows: number, size: number): number {
+function layerKeeps(c: LanguageShape, rows: number, size: number): number {
   const [h, i] = [rows * c.hidden_size, rows * c.intermediate_size]
   const [q, kv] = [rows * c.num_attention_heads * c.head_dim, rows * c.num_key_value_heads * c.head_dim]
   return tensors(size, q, kv, kv, q, h, i, i) + tensors(4, rows, rows, rows * c.num_attention_heads)
@@ -190,7 +195,7 @@ function layerKeeps(c: LlamaConfig, rows: number, size: number): number {
  * The widest moment of a layer, of attention forward, MLP forward and MLP backward; an adapter of down_proj has a gradient of its
  * own for both inputs.
  */
-function layerTransient(c: LlamaConfig, rows: number, size: number, downAdapted: boolean): number {
+function layerTransient(c: LanguageShape, rows: number, size: number, downAdapted: boolean): number {
   const [h, i] = [rows * c.hidden_size, rows * c.intermediate_size]
   const [q, kv] = [rows * c.num_attention_heads * c.head_dim, rows * c.num_key_value_heads * c.head_dim]
   return Math.max(
@@ -209,7 +214,7 @@ function visionTransient(v: ClipVisionConfig, images: number, size: number): num
 }
 
 /** The loss: its rows and their gradient, a chunk of logits and its gradient, the head's own gradient. */
-function headTransient(c: LlamaConfig, labelled: number, size: number, trained: boolean): number {
+function headTransient(c: LanguageShape, labelled: number, size: number, trained: boolean): number {
   const chunk = Math.min(headChunk(c.vocab_size), labelled)
   const [h, logits] = [labelled * c.hidden_size, chunk * c.vocab_size]
   const own = trained ? tensors(4, c.vocab_size * c.hidden_size) : 0

@@ -6,7 +6,7 @@
 import { native } from '../core/native.js'
 import { Graph, scope, type Tensor, tensor, wantsGraphs, zeros } from '../core/tensor.js'
 import { checkLevels, type Mix, pixelShape } from '../models/align.js'
-import type { AlignGPT, LossOptions } from '../models/aligngpt.js'
+import type { AlignGPTNetwork, LossOptions } from '../models/aligngpt.js'
 import { BATCH_TENSORS, type BatchTensor, type PackedBatch, padBatch } from '../models/packed-batch.js'
 import type { Parameter } from '../nn/adamw.js'
 import { mismatch } from '../util/errors.js'
@@ -29,7 +29,7 @@ interface Pending {
 type Inputs = Required<Pick<LossOptions, 'tensors' | 'scale'>>
 
 /** Whether all that a micro-batch computes can be launched again: weights that are given, and a gate that is assembled from parts, come from the host. */
-const recordable = (model: AlignGPT, mix: Mix): boolean =>
+const recordable = (model: AlignGPTNetwork, mix: Mix): boolean =>
   (mix.mode === 'level' && mix.level === undefined) || (mix.mode === 'gate' && model.config.mm_gate_type === 'mlp')
 
 /** Forward and backward of the micro-batches of one step after the other, gradients collected in the parameters. */
@@ -38,7 +38,7 @@ export class MicroSteps {
   #pending: Pending[] = []
 
   constructor(
-    readonly model: AlignGPT,
+    readonly model: AlignGPTNetwork,
     private readonly mix: Mix,
     private readonly parameters: readonly Parameter[],
     private readonly recompute = false,
@@ -97,7 +97,7 @@ class Graphs {
   #warm = false
 
   constructor(
-    private readonly model: AlignGPT,
+    private readonly model: AlignGPTNetwork,
     private readonly mix: Mix,
     private readonly recompute: boolean,
   ) {}
@@ -126,7 +126,7 @@ class Graphs {
 
   /** A tokenizer may know more than the embedding table has. */
   #checkIds(b: PackedBatch): void {
-    const [vocabulary] = this.model.model.embed_tokens.weight.shape
+    const [vocabulary] = this.model.language.embeddings.shape
     for (const key of ['tokens', 'lossTargets', 'gateIds'] as const) {
       const highest = b[key].reduce((a, id) => Math.max(a, id), 0)
       if (highest >= vocabulary) throw mismatch('ERR_RANGE', 'AlignGPT', key, `ids below ${vocabulary}`, `${highest}`)
@@ -166,7 +166,7 @@ class Graphs {
 
   #record(b: PackedBatch, inputs: Inputs): Recorded {
     const { model, mix, recompute } = this
-    const { cos, sin } = model.rotary(model.config.tokenizer_model_max_length)
+    const { cos, sin } = model.language.rotary(model.config.tokenizer_model_max_length)
     const rotary = [cos, sin].map((t) => t.detach().persist())
     const [beside] = this.#recorded.values()
     if (!beside) native.trim(model.device) // blocks of other sizes are of no use to it

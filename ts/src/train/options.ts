@@ -2,12 +2,13 @@
 
 import type { Dataset } from '../data/dataset.js'
 import type { EvaluationInfo, EvaluationOptions, HeldOut } from '../evaluation/held-out.js'
-import type { AlignGPT, Mix } from '../models/aligngpt.js'
-import type { GateText } from '../models/config.js'
+import type { Mix } from '../models/align.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { GateText } from '../models/config/aligngpt.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import type { LoraOptions } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import type { OutlierOptions } from './outliers.js'
 import type { Phase } from './phases.js'
 import type { StepInfo } from './trainer.js'
@@ -110,7 +111,7 @@ export type Resolved = TrainOptions & {
 }
 
 /** Options of a run on so much data. */
-export function resolve(model: AlignGPT, data: Dataset, phase: Phase, o: TrainOptions): Resolved {
+export function resolve(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: TrainOptions): Resolved {
   const batch = Math.min(o.batch ?? phase.batch, data.length)
   return {
     ...o,
@@ -128,7 +129,7 @@ export function resolve(model: AlignGPT, data: Dataset, phase: Phase, o: TrainOp
 }
 
 /** What the numbers of a run depend on, besides its start. */
-export function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
+export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
   const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
   return {
     phase: phase.name,
@@ -146,7 +147,7 @@ export function settings(model: AlignGPT, data: Dataset, phase: Phase, o: Resolv
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
     skipOutliers: o.skipOutliers ?? false,
-    data: { records: data.length, ...fingerprint(data.file) },
+    data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }
 }

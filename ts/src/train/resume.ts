@@ -1,14 +1,15 @@
 /** When a run saves, and how one goes on from what another saved. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { type Device, native, nativeFile } from '../core/native.js'
-import type { AlignGPT } from '../models/aligngpt.js'
-import type { AdamW } from '../nn/adamw.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { AdamW, StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import { version } from '../util/package.js'
-import { findCheckpoint, type Maker, type Manifest, type StateTensor } from './checkpoint.js'
+import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
 import type { Phase } from './phases.js'
 
 const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
@@ -69,18 +70,22 @@ let build: string | undefined
 
 /** What computes on a device now. */
 export function maker(device: Device): Maker {
-  build ??= fingerprint(nativeFile).sha256
+  build ??= digestFile(nativeFile).sha256
   const cuda = device === 'cuda' ? native.probeCuda() : null
   const { name, level } = cuda && typeof cuda !== 'string' ? cuda : native.capabilities()
   return { version: version(), build, level: `${name} ${level}` }
 }
 
 /** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
-const ALWAYS_SAVED = /^mm_projector\.|^align_indicators\.|^gated_weight_layer\./
+const ALWAYS_SAVED = ['projector', 'table', 'gate'] as const
 
 /** Every tensor that a run changes or that must not get lost. */
-export function savedTensors(model: AlignGPT, { trainable }: Phase, optimizer: AdamW): StateTensor[] {
-  const weights = [...model.namedParameters()].filter(([name]) => trainable.test(name) || ALWAYS_SAVED.test(name))
+export function savedTensors(
+  model: AlignGPTNetwork,
+  { trainable }: Pick<Phase, 'trainable'>,
+  optimizer: AdamW,
+): StateTensor[] {
+  const weights = model.partParameters(...trainable, ...ALWAYS_SAVED)
   return [...weights.map(([name, tensor]): StateTensor => ({ file: 'weights', name, tensor })), ...optimizer.state()]
 }
 

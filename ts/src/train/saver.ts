@@ -1,13 +1,15 @@
 /** Saves a run's checkpoints from a snapshot, in another thread, one at a time. */
+
 import { once } from 'node:events'
 import path from 'node:path'
 import type { Worker } from 'node:worker_threads'
 import { native } from '../core/native.js'
 import { to } from '../core/ops.js'
 import { noGrad, scope, Tensor } from '../core/tensor.js'
+import type { StateTensor } from '../nn/adamw.js'
 import { AlignGPTError } from '../util/errors.js'
 import { startThread } from '../util/worker.js'
-import { removeLeftovers, type StateTensor, type StoredTensor, storedDtype } from './checkpoint.js'
+import { removeLeftovers, type StoredTensor, storedDtype } from './checkpoint.js'
 import type { SaveAnswer, SaveJob } from './saver-worker.js'
 
 /** So many failed saves in a row end a run. */

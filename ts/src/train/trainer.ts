@@ -1,4 +1,5 @@
 /** One training loop for both phases. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
@@ -6,12 +7,15 @@ import { native } from '../core/native.js'
 import type { Dataset, DatasetState, Dropped } from '../data/dataset.js'
 import { type Loader, openLoader } from '../data/loader.js'
 import { type Best, HeldOut, type HeldOutState, holdOut } from '../evaluation/held-out.js'
-import type { AlignGPT } from '../models/aligngpt.js'
+import { addLora, hasLora } from '../models/adapters.js'
+import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
-import { AdamW, cosineRate } from '../nn/adamw.js'
-import { addLora, hasLora, saveAdapter } from '../nn/lora.js'
+import { saveAdapter } from '../models/peft.js'
+import { saveModel } from '../models/save.js'
+import { AdamW, type StateTensor } from '../nn/adamw.js'
+import { cosineRate } from '../nn/schedule.js'
 import { AlignGPTError } from '../util/errors.js'
-import { listCheckpoints, type Manifest, readCheckpoint, type StateTensor } from './checkpoint.js'
+import { listCheckpoints, type Manifest, readCheckpoint } from './checkpoint.js'
 import { averageText, RunMemory, widestText } from './memory-advice.js'
 import { microBatchesAhead } from './memory-plan.js'
 import { MicroSteps } from './micro-batches.js'
@@ -64,7 +68,7 @@ export interface TrainResult {
 }
 
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels (section 3.2 of the paper). */
-export function pretrain(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+export function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
   return train(model, data, phaseOf(model, PRETRAIN, o), o)
 }
 
@@ -72,7 +76,7 @@ export function pretrain(model: AlignGPT, data: Dataset, o: TrainOptions = {}): 
  * Phase 2: language model, projector and gate learn from instructions (section 3.3 of the paper). Of a model with adapters (LoRA)
  * `out` holds the merged weights, and the adapters themselves are in its folder `adapter`.
  */
-export async function finetune(model: AlignGPT, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+export async function finetune(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
   if (o.lora) addLora(model, o.lora, o.seed)
   const result = await train(model, data, phaseOf(model, FINETUNE, o), o)
   if (o.out && hasLora(model)) saveAdapter(model, path.join(o.out, 'adapter'))
@@ -136,7 +140,7 @@ class Run {
   private batches: PackedBatch[] = []
 
   constructor(
-    readonly model: AlignGPT,
+    readonly model: AlignGPTNetwork,
     readonly data: Dataset,
     readonly phase: Phase,
     readonly o: Resolved,
@@ -181,7 +185,7 @@ class Run {
     const { groupByLength, gateText, maxBad, augment, workers, batch, seed, steps } = o
     this.loader = await openLoader(data, {
       tokenizer: model.tokenizer,
-      preprocess: { ...model.preprocessor, pad: phase.pad && model.config.image_aspect_ratio === 'pad' },
+      preprocess: model.preprocess(phase.pad),
       style: phase.style,
       patches: model.patches,
       maxLength: model.config.tokenizer_model_max_length,
@@ -340,7 +344,7 @@ class Run {
     Object.assign(result, { steps: done, aborted: this.unfinished, seconds, bad, skipped, best: held?.best ?? null })
     result.outliers = this.outliers?.skipped ?? 0
     if (o.out) {
-      await this.model.save(o.out)
+      saveModel(this.model, o.out)
       const state = { phase: phase.name, ...result, loss: undefined, options: this.origin.config }
       fs.writeFileSync(path.join(o.out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
     }
@@ -359,7 +363,7 @@ function makeRun(memory: RunMemory, make: () => Run): Run {
   }
 }
 
-async function train(model: AlignGPT, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
+async function train(model: AlignGPTNetwork, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
   checkOptions(options, data)
   const { trained, held } = await holdOut(data, options.seed ?? 0, options)
   const o = resolve(model, trained, phase, options)

@@ -2,7 +2,7 @@
 import path from 'node:path'
 import { type Command, Option } from 'commander'
 import type { CheckReport, ProblemKind } from '../../data/lint.js'
-import { STYLES, type Style } from '../../processing/conversation.js'
+import { STYLES, type Style } from '../../processing/conversation/styles.js'
 import { integer } from '../options.js'
 
 interface Options {
@@ -82,9 +82,10 @@ export function check(program: Command): void {
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar; without it they are not read')
     .option('--model <dir>', 'folder of a tokenizer: lengths are tokens then, and too long ones are found')
     .addOption(
-      new Option('--style <style>', 'how records are rendered; plain for pre-training')
-        .choices(STYLES)
-        .default('vicuna_v1'),
+      new Option(
+        '--style <style>',
+        "how records are rendered, plain for pre-training; default the tokenizer's",
+      ).choices(STYLES),
     )
     .option('--patches <n>', 'rows that a picture takes', integer, 576)
     .option('--max-length <n>', 'longest sequence in rows', integer, 2048)

@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import type { Command } from 'commander'
 import type { Dataset } from '../../data/dataset.js'
 import type { Answer, EvaluateOptions, Question } from '../../evaluation/evaluate.js'
-import type { DataRecord } from '../../processing/conversation.js'
+import type { DataRecord } from '../../formats/record-file.js'
 import { integer, loadModel, type ModelOptions, modelOptions, positive } from '../options.js'
 
 interface Options extends ModelOptions {

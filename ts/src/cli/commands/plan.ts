@@ -34,18 +34,23 @@ const VIT_L_14_336 = {
 
 /** Sizes of the model that is meant, and the longest sequence its training lets through. */
 async function sizes(o: Options): Promise<{ model: PlanModel; longest: number }> {
-  const config = await import('../../models/config.js')
+  const [config, clips, { parseLlamaConfig }, { readLanguageConfig }] = await Promise.all([
+    import('../../models/config/aligngpt.js'),
+    import('../../models/config/clip.js'),
+    import('../../models/config/llama.js'),
+    import('../../models/registry.js'),
+  ])
   const { projector, levels = 8 } = o
   if (o.model !== undefined) {
     const c = config.readAlignGPTConfig(o.model)
-    const { vision } = config.readClipConfig(config.visionTowerFolder(o.model, c, o.clip))
+    const { vision } = clips.readClipConfig(config.visionTowerFolder(o.model, c, o.clip))
     const own = { projector: c.mm_projector_type, levels: o.levels ?? c.n_indicators ?? 8, gate: c.mm_gate_type }
     return { model: { llm: c.llm, vision, ...own }, longest: c.tokenizer_model_max_length }
   }
-  const llm = o.preset ? config.parseLlamaConfig(VICUNA[o.preset]) : config.readLlamaConfig(o.llm as string)
+  const llm = o.preset ? parseLlamaConfig(VICUNA[o.preset]) : readLanguageConfig(o.llm as string)
   const clip = o.preset
-    ? config.parseClipConfig({ vision_config: VIT_L_14_336 })
-    : config.readClipConfig(o.clip as string)
+    ? clips.parseClipConfig({ vision_config: VIT_L_14_336 })
+    : clips.readClipConfig(o.clip as string)
   return { model: { llm, vision: clip.vision, projector, levels }, longest: 2048 }
 }
 
@@ -169,7 +174,7 @@ async function run(this: Command, o: Options): Promise<void> {
   if (wrong) this.error(`error: ${wrong}`)
   const [{ model, longest }, { patchCount }, { largestMicroBatch, plan }] = await Promise.all([
     sizes(o),
-    import('../../models/config.js'),
+    import('../../models/config/clip.js'),
     import('../../train/memory-plan.js'),
   ])
   const { phase, dtype, recompute, optimizerState, offloadOptimizer, labelledTokens, memory, loraRank: rank } = o
