@@ -33,7 +33,8 @@ function(add_old_glibc name soname)
   file(CONFIGURE OUTPUT "${base}.cc" CONTENT "extern \"C\" {\n${code}}\n")
   file(CONFIGURE OUTPUT "${base}.map" CONTENT "${map}")
   add_library(${name} SHARED "${base}.cc")
-  set_target_properties(${name} PROPERTIES CXX_VISIBILITY_PRESET default NO_SONAME ON COMPILE_OPTIONS -fno-builtin)
+  set_target_properties(${name} PROPERTIES CXX_VISIBILITY_PRESET default NO_SONAME ON COMPILE_OPTIONS -fno-builtin
+    LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/glibc")  # not beside the addon: it is not shipped
   target_link_options(${name} PRIVATE -nostdlib "-Wl,-soname,${soname}" "-Wl,--version-script=${base}.map")
   set_property(GLOBAL APPEND PROPERTY AG_OLD_GLIBC ${name})
 endfunction()

@@ -2,7 +2,7 @@
 // vector extensions, storage types, loops over the pool; functions.h has exp, erf and the activations.
 //
 // Everything is in an anonymous namespace and nothing of the standard library's templates is used: an inline function
-// compiled with AVX-512 must never be the copy the linker picks for every CPU (scripts/check-levels.mjs).
+// compiled with AVX-512 must never be the copy the linker picks for every CPU (scripts/build/check-levels.mjs).
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -1,6 +1,6 @@
 // Matrix products by NVIDIA's cublasLt. It is too big to ship, so it is opened at run time, with prototypes of our own:
 // no NVIDIA header is needed to build. Values and signatures are those of cublasLt.h in CUDA 12.6 and 13.1, between
-// which they do not differ; rung 7 of scripts/cuda-check.mjs compares them with the header where there is one.
+// which they do not differ; rung 7 of scripts/cuda/check.mjs compares them with the header where there is one.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// Compiled, never run, by rung 7 of scripts/cuda-check.mjs where a cublasLt.h is: our prototypes and values, and the
+// Compiled, never run, by rung 7 of scripts/cuda/check.mjs where a cublasLt.h is: our prototypes and values, and the
 // list the tests go by, against the real ones.
 #include <cublasLt.h>
 

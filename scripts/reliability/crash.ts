@@ -6,8 +6,8 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
-import { integer } from '../ts/src/cli/options.js'
-import { crash, damage } from './crash/campaign.js'
+import { integer } from '../../ts/src/cli/options.js'
+import { crash, damage } from './campaign.js'
 
 const o = new Command('crash')
   .description('kills training runs and damages checkpoints')

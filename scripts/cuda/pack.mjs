@@ -1,10 +1,10 @@
-// One folder for a run of both phases on a machine with a GPU but without Node, network or npm: node itself, the addon, the CUDA library, the
-// compiled sources, what they import, the goldens and the pictures of the quick start.
+// One folder for a run of both phases on a machine with a GPU but without Node, network or npm: node itself, the addon,
+// the CUDA library, the compiled sources, what they import, the goldens and the pictures of the quick start.
 //
 //   npm run cuda:pack [-- --without-cuda]       -> build-native/cuda-pack, at most 60 MB; copy it there, then: bash cuda-pack/run.sh
 //
-// Needs the addon (npm ci), xz, tar and strip, and nvcc for the CUDA library, which is built for all architectures. --without-cuda leaves it
-// out: the folder then runs with ALIGNGPT_DEVICE=cpu only.
+// Needs the addon (npm ci), xz, tar and strip, and nvcc for the CUDA library, which is built for all architectures.
+// --without-cuda leaves it out: the folder then runs with ALIGNGPT_DEVICE=cpu only.
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -13,7 +13,7 @@ import { fileURLToPath, pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 
 const MOST_BYTES = 60e6
-const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..')
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..')
 const { values: options } = parseArgs({ options: { 'without-cuda': { type: 'boolean' } } })
 const from = (...names) => path.join(root, ...names)
 const out = from('build-native', 'cuda-pack')
@@ -47,20 +47,19 @@ function packNode() {
 }
 
 function packLibraries() {
-  run(process.execPath, from('scripts', 'build-native.mjs')) // an addon of these sources, as the library will be
+  run('npm', 'run', 'build:native') // an addon of these sources, as the library will be
   copy(from('build', 'Release', 'aligngpt.node'), to('build', 'Release', 'aligngpt.node'))
   if (options['without-cuda']) return
-  const build = from('build-native', 'cuda')
-  run('cmake', '-S', root, '-B', build, '-DCMAKE_BUILD_TYPE=Release', '-DALIGNGPT_ADDON=OFF', '-DALIGNGPT_CUDA=ON')
-  run('cmake', '--build', build, '--target', 'aligngpt_cuda', '--parallel', String(os.availableParallelism()))
+  run('cmake', '--preset', 'cuda')
+  run('cmake', '--build', '--preset', 'cuda', '--parallel', String(os.availableParallelism()))
   const target = to('build', 'Release', 'libaligngpt_cuda.so') // beside the addon, where it is looked for
-  copy(path.join(build, 'native', 'cuda', 'libaligngpt_cuda.so'), target)
+  copy(from('build-native', 'cuda', 'native', 'cuda', 'libaligngpt_cuda.so'), target)
   run('strip', '--strip-unneeded', target)
 }
 
 /** The TypeScript that runs there, as JavaScript in the same folders. */
 function packSources() {
-  const scripts = ['goldens', 'quickstart', 'cuda-step'].map((name) => from('scripts', `${name}.ts`))
+  const scripts = ['parity/goldens', 'quickstart', 'cuda/step'].map((name) => from('scripts', `${name}.ts`))
   const settings = {
     extends: from('tsconfig.json'),
     compilerOptions: { noEmit: false, declaration: false, rootDir: root, outDir: files },
@@ -120,7 +119,7 @@ await packPictures()
 packDependencies()
 run('tar', '-C', files, '-cJf', path.join(out, 'files.tar.xz'), '.')
 fs.rmSync(files, { recursive: true })
-copy(from('scripts', 'cuda-pack-run.sh'), path.join(out, 'run.sh'))
+copy(from('scripts', 'cuda', 'pack-run.sh'), path.join(out, 'run.sh'))
 let total = 0
 for (const name of fs.readdirSync(out)) {
   const { size } = fs.statSync(path.join(out, name))

@@ -1,17 +1,20 @@
-// What `npm run prebuilds` made, as readelf sees it: hardened, stripped, no path of the machine that built it, nothing visible
-// but its entry, made for the same version of the addon, nothing needed that a machine with Node has not, and no newer glibc than Node's own (2.28). States what
-// each needs. Linux only; needs binutils. Exit status 1 when anything is wrong.
+// What `npm run prebuilds` made, as readelf sees it: hardened, stripped, no path of the machine that built it, nothing
+// visible but its entry, made for the same version of the addon, nothing needed that a machine with Node has not, and
+// no newer glibc than 2.17 (the CUDA backend: than Node's own). States what each needs. Linux only; needs binutils.
+// Exit status 1 when anything is wrong.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 
-const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..')
-const GLIBC = '2.28' // of Node 20, 22 and 24 (BUILDING.md of Node)
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..')
 const MACHINES = { x64: 'X86-64', arm64: 'AArch64' }
+const ADDON = 'aligngpt.glibc.node' // as prebuildify names it
+// 2.28 is that of Node 20, 22 and 24 (BUILDING.md of Node); there are builds of Node for older distributions as well
+const GLIBC = { [ADDON]: '2.17', 'libaligngpt_cuda.so': '2.28' }
 const ENTRIES = {
-  'aligngpt.node': ['napi_register_module_v1', 'node_api_module_get_api_version_v1'],
+  [ADDON]: ['napi_register_module_v1', 'node_api_module_get_api_version_v1'],
   'libaligngpt_cuda.so': ['ag_cuda_backend'],
 }
 // what Node is linked with, but for its libstdc++
@@ -54,9 +57,9 @@ function inspect(file, arch) {
   const foreign = needed.filter((name) => !SYSTEM.test(name))
   expect(foreign.length === 0, `libraries: expected those of Node, got ${foreign}`)
   const glibc = newest(all(versions, /Name: GLIBC_(\d[\d.]*)/g))
-  expect(!later(glibc, GLIBC), `glibc: expected at most ${GLIBC}, got ${glibc}`)
+  expect(!later(glibc, GLIBC[name]), `glibc: expected at most ${GLIBC[name]}, got ${glibc}`)
   if (name === 'libaligngpt_cuda.so' && arch === process.arch) {
-    const { probeCuda } = createRequire(import.meta.url)(path.join(path.dirname(file), 'aligngpt.node'))
+    const { probeCuda } = createRequire(import.meta.url)(path.join(path.dirname(file), ADDON))
     expect(!/^\[cuda\] library/.test(probeCuda()), `the addon's contract: ${probeCuda()}`)
   }
   expect(!fs.readFileSync(file).includes(root), `paths of this machine: expected none, got ${root}`)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: builds the backend for the device that is here, compares every op with the CPU, times the
 # kernels beside PyTorch, and runs compute-sanitizer on small shapes. Needs nvcc, cmake and a C++ compiler; no Node.
-#   bash scripts/cuda-device.sh [test] [bench] [torch] [options] [sanitizer] [wgmma]     all of them, in this order, without arguments
+#   bash scripts/cuda/device.sh [test] [bench] [torch] [options] [sanitizer] [wgmma]     all of them, in this order, without arguments
 # compute-sanitizer and PyTorch are used where they are. The numbers go to docs/benchmarks/cuda-<date>.jsonl, what is printed to
 # build-native/cuda-device.log as well; with OUT=DIR all of it goes there. LIMIT: seconds after which nothing more is begun, and what
 # runs is ended (540). COMMIT: of the sources, where there is no git. Exit status 1 when a check failed.
@@ -9,9 +9,9 @@
 # Each case of the tests and each part of the benchmark is a process of its own: after an illegal access a process gets nothing more
 # from its GPU, and the others still tell.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
-build=build-native/device
+build=build-native/cuda-device
 logs=${OUT:-build-native}
 out=${OUT:-docs/benchmarks}
 mkdir -p "$logs" "$out"
@@ -92,9 +92,8 @@ build_all() {
     keep=-k0
   fi
   rm -f "$library" "$build/test_cuda" "$build/bench_cuda" # nothing old is tested when the build fails
-  cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DALIGNGPT_ADDON=OFF -DALIGNGPT_TESTS=ON -DALIGNGPT_BENCH=ON -DALIGNGPT_CUDA=ON \
-    "-DALIGNGPT_CUDA_ARCHITECTURES=$capability-real" &&
-    cmake --build "$build" --parallel "$(nproc)" --target aligngpt_cuda test_cuda bench_cuda -- "$keep"
+  cmake --preset cuda-device "-DALIGNGPT_CUDA_ARCHITECTURES=$capability-real" &&
+    cmake --build --preset cuda-device --parallel "$(nproc)" -- "$keep"
 }
 build_quietly() { build_all >"$logs/cuda-build.log" 2>&1 || { grep -nE 'error|FAILED|Error' "$logs/cuda-build.log" | head -n 40 && false; }; }
 

@@ -50,7 +50,7 @@ goldens() { # name, command before it...: each case by itself, the others tell w
   shift
   for case in ts/test/golden/*/; do
     case=$(basename "$case")
-    step "$name $case" 60 "$@" ./node scripts/goldens.js --cases ts/test/golden --only "$case"
+    step "$name $case" 60 "$@" ./node scripts/parity/goldens.js --cases ts/test/golden --only "$case"
   done
 }
 quickstart() { # name, command before it...: of what it writes only the numbers are kept
@@ -81,8 +81,8 @@ for part in "${@:-all}"; do
   case $part in own | all) goldens 'goldens, own products' env ALIGNGPT_GEMM=own ;; esac
   # shellcheck disable=SC2086 # words of their own
   case $part in step | all)
-    step 'step of 4 layers' 90 ./node scripts/cuda-step.js $small --layers 4 --batch 4
-    step step 240 ./node scripts/cuda-step.js $small ${STEP:-}
+    step 'step of 4 layers' 90 ./node scripts/cuda/step.js $small --layers 4 --batch 4
+    step step 240 ./node scripts/cuda/step.js $small ${STEP:-}
     ;;
   esac
 done

@@ -1,22 +1,17 @@
 // Does the prebuilt addon run on CPUs without the newer instructions? First on this CPU at each level it has, by
-// ALIGNGPT_CPU_LEVEL; then on old CPUs that qemu-user emulates, where one instruction too new ends the process. A run is a
-// forward and backward pass through the ops that differ between levels; results of one level are the same bits on both.
+// ALIGNGPT_CPU_LEVEL; then on old CPUs that qemu-user emulates, where one instruction too new ends the process. A run
+// is a forward and backward pass through the ops that differ between levels; results of one level are the same bits on
+// both.
 import { spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 
 const script = fileURLToPath(import.meta.url)
-const addon = path.resolve(
-  path.dirname(script),
-  '..',
-  'prebuilds',
-  `${process.platform}-${process.arch}`,
-  'aligngpt.node',
-)
+process.env.PREBUILDS_ONLY = '1' // node-gyp-build leaves build/Release out
+const addon = createRequire(import.meta.url)('node-gyp-build').path(path.resolve(path.dirname(script), '..', '..'))
 // x86-64 as it began, with SSE3; 2006: SSSE3; 2008: SSE4.2, POPCNT; 2011: AVX without FMA and AVX2; 2013: AVX2, FMA, no AVX-512
 const CPUS = { qemu64: 'portable', core2duo: 'portable', Nehalem: 'portable', SandyBridge: 'portable', Haswell: 'avx2' }
 
@@ -70,7 +65,6 @@ function run(name, level, expected, command, args, env = {}) {
 }
 
 function main() {
-  if (!fs.existsSync(addon)) throw new Error(`[cpus] expected ${addon}: npm run prebuilds comes first`)
   const best = createRequire(import.meta.url)(addon).capabilities().level
   const levels = ['portable', 'avx2', 'avx512', 'avx512bf16', 'amx']
   const digests = {}

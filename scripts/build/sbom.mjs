@@ -1,11 +1,11 @@
-// A software bill of materials (CycloneDX) of the published package -> sbom.cdx.json: what npm knows of its dependencies, and
-// what is linked into the binaries of prebuilds/linux-x64, which npm does not know.
+// A software bill of materials (CycloneDX) of the published package -> sbom.cdx.json: what npm knows of its
+// dependencies, and what is linked into the binaries of prebuilds/linux-x64, which npm does not know.
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 
-const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..')
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..')
 const folder = path.join(root, 'prebuilds', 'linux-x64')
 const output = (command, ...args) => execFileSync(command, args, { cwd: root, encoding: 'utf8', maxBuffer: 1 << 26 })
 const json = (name) => JSON.parse(fs.readFileSync(path.join(root, name), 'utf8'))
@@ -18,8 +18,7 @@ function compiler(file) {
 }
 
 const linked = [
-  { name: 'libstdc++', version: compiler('aligngpt.node'), license: 'GPL-3.0-or-later WITH GCC-exception-3.1' },
-  { name: 'node-addon-api', version: json('node_modules/node-addon-api/package.json').version, license: 'MIT' },
+  { name: 'libstdc++', version: compiler('aligngpt.glibc.node'), license: 'GPL-3.0-or-later WITH GCC-exception-3.1' },
 ]
 if (fs.existsSync(path.join(folder, 'libaligngpt_cuda.so'))) {
   const version = /release [\d.]+, V(\S+)/.exec(output('nvcc', '--version'))?.[1]

@@ -1,11 +1,11 @@
-// Start-up: milliseconds from the import of the package to the result of its first op, in a fresh process each time; the
-// prebuilt addon and dist/ as they are published.
+// Start-up: milliseconds from the import of the package to the result of its first op, in a fresh process each time;
+// the prebuilt addon and dist/ as they are published.
 import { execFileSync } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 
 const { values } = parseArgs({ options: { runs: { type: 'string', default: '15' } } })
-const dist = (name) => JSON.stringify(new URL(`../dist/${name}`, import.meta.url).href)
+const dist = (name) => JSON.stringify(new URL(`../../dist/${name}`, import.meta.url).href)
 const program = `
 const from = performance.now()
 await import(${dist('index.js')})
@@ -15,7 +15,7 @@ const a = tensor([1, 2, 3, 4], [2, 2])
 if (linear(a, a).toFloats().join() !== '5,11,11,25') throw new Error('wrong result')
 console.log(imported, performance.now() - from)`
 
-const root = fileURLToPath(new URL('..', import.meta.url))
+const root = fileURLToPath(new URL('../..', import.meta.url))
 const measure = () =>
   execFileSync(process.execPath, ['--input-type=module', '-e', program], { encoding: 'utf8', cwd: root })
     .split(' ')

@@ -1,6 +1,7 @@
-// What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon (npm ci); rung 6 needs
-// nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes down what it measured.
-// The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a planted bug is not found.
+// What can be known about the CUDA backend without a GPU, as a ladder of seven rungs (docs/cuda.md). Needs the addon
+// (npm ci); rung 6 needs nvcc, and is failed without it when --require-nvcc is given. --write-budgets: rung 6 writes
+// down what it measured. The last line is JSON: {rungs, planted, found, missed}. Exit status 1 when a rung fails or a
+// planted bug is not found.
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { spawn } from 'node:child_process'
 import fs from 'node:fs'
@@ -9,11 +10,11 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 
-const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..'))
+const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..'))
 const { values: options } = parseArgs({
   options: { 'require-nvcc': { type: 'boolean' }, 'write-budgets': { type: 'boolean' }, only: { type: 'string' } },
 })
-const build = path.join(root, 'build-native', 'check')
+const build = path.join(root, 'build-native', 'cuda-check')
 const budgetFile = path.join(root, 'native', 'cuda', 'budgets.json')
 const jobs = os.availableParallelism()
 const schedules = [0, 1, 7, 1000, 1003] // native/cuda/shim.h
@@ -77,20 +78,9 @@ async function all(commands) {
 }
 
 async function configure() {
-  const flags = ['ADDON=OFF', 'TESTS=ON', 'CUDA_CHECK=ON'].map((flag) => `-DALIGNGPT_${flag}`)
-  const made = await run('cmake', ['-S', root, '-B', build, '-DCMAKE_BUILD_TYPE=Release', ...flags])
+  const made = await run('cmake', ['--preset', 'cuda-check'])
   if (made.status !== 0) return { ok: false, detail: tail(made.output, 15) }
-  const targets = [
-    'test_cuda',
-    'test_cuda_asan',
-    'test_cuda_tsan',
-    'test_traffic',
-    'test_loader',
-    'aligngpt_cuda_emulated',
-  ]
-  const built = await run('cmake', ['--build', build, '--parallel', String(jobs), '--target', ...targets], {
-    limit: 900,
-  })
+  const built = await run('cmake', ['--build', '--preset', 'cuda-check', '--parallel', String(jobs)], { limit: 900 })
   return { ok: built.status === 0, detail: built.status === 0 ? '' : tail(built.output, 40) }
 }
 
@@ -308,7 +298,7 @@ const goldenByCublasLt = () => [
   `ALIGNGPT_CUDA_LIBRARY=${program('libaligngpt_cuda_emulated.so')}`,
   `ALIGNGPT_CUBLASLT=${program('fake_cublaslt')}`,
   ...['ALIGNGPT_GEMM=cublaslt', 'ALIGNGPT_DEVICE=cuda', process.execPath, '--import', 'tsx'],
-  ...['scripts/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
+  ...['scripts/parity/goldens.ts', '--cases', 'ts/test/golden', '--only', 'base'],
 ]
 
 /** The values and prototypes of native/cuda/cublas.h against a list of ours, and against the real header where it is. */
@@ -331,7 +321,7 @@ async function checkCublasLt() {
 
 const planted = { found: [], missed: [], notRun: [] }
 async function checkPlants() {
-  const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda-plants.json'), 'utf8'))
+  const plants = JSON.parse(fs.readFileSync(path.join(root, 'scripts', 'cuda', 'plants.json'), 'utf8'))
   const where = await Promise.all(plants.map(hunt))
   const lines = plants.map((plant, i) => {
     const list = where[i] === 'not run' ? planted.notRun : where[i] ? planted.found : planted.missed

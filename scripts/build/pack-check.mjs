@@ -1,17 +1,19 @@
-// Is the package what a user needs? Packs it, compares the tarball with scripts/pack-files.txt, and installs it as a user would,
-// into an empty folder with a space and letters beyond ASCII in its path and a PATH that holds node and npm alone: there
-// examples/project trains on its five pictures. Then the same from git and from this checkout. Downloads nothing but the
-// dependencies, from npm's cache where it has them. --all-nodes: on Node 20, 22 and 24, not just the one that runs this.
-// --quick: neither from git nor from source. Exit status 1 when anything fails; leaves no folder behind.
+// Is the package what a user needs? Packs it, compares the tarball with scripts/build/pack-files.txt, and installs it
+// as a user would, into an empty folder with a space and letters beyond ASCII in its path and a PATH that holds node
+// and npm alone: there examples/project trains on its five pictures. Then the same from git and from this checkout.
+// Downloads nothing but the dependencies, from npm's cache where it has them. --all-nodes: on Node 20, 22 and 24, not
+// just the one that runs this. --quick: neither from git nor from source. Exit status 1 when anything fails; leaves no
+// folder behind.
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
+import { ownHeaders } from './headers.mjs'
 import { consumers } from './pack-consumers.mjs'
 
-const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..'))
+const root = fs.realpathSync(path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..'))
 const { values } = parseArgs({ options: { 'all-nodes': { type: 'boolean' }, quick: { type: 'boolean' } } })
 const MEGABYTES = 15
 const temp = fs.realpathSync(fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt päck ')))
@@ -60,14 +62,15 @@ function pack() {
 }
 
 function checkList(files) {
-  const lines = fs.readFileSync(path.join(root, 'scripts', 'pack-files.txt'), 'utf8').split('\n')
+  const lines = fs.readFileSync(path.join(root, 'scripts', 'build', 'pack-files.txt'), 'utf8').split('\n')
   const patterns = lines
     .filter((line) => line && !line.startsWith('#'))
     .map((line) => ({ line, name: line.replace(/ \?$/, ''), optional: line.endsWith(' ?') }))
-  const match = ({ name }, file) => new RegExp(`^${name.replaceAll('.', '\\.').replace('*', '[^/]*')}$`).test(file)
+  const expression = (name) => name.replaceAll('.', '\\.').replaceAll('**/', '(?:.+/)?').replaceAll('*', '[^/]*')
+  const match = ({ name }, file) => new RegExp(`^${expression(name)}$`).test(file)
   const extra = files.filter((file) => !patterns.some((pattern) => match(pattern, file)))
   const missing = patterns.filter((pattern) => !pattern.optional && !files.some((file) => match(pattern, file)))
-  expect(extra.length === 0, `not in scripts/pack-files.txt: ${extra.join(' ')}`)
+  expect(extra.length === 0, `not in scripts/build/pack-files.txt: ${extra.join(' ')}`)
   expect(missing.length === 0, `missing: ${missing.map((m) => m.line).join(', ')}`)
   const cuda = files.includes('prebuilds/linux-x64/libaligngpt_cuda.so') ? 'with' : 'without'
   return `${files.length} files, ${cuda} the CUDA backend`
@@ -128,17 +131,22 @@ function use(dir, env) {
   return `${node}, ${cpu.level}`
 }
 
-/** Where no binary loads the error names one command, and that command is enough. */
+/** Where no binary loads the error names one command, and that command is enough; node-gyp does the same. */
 function fromSource(dir, env) {
   const folder = path.join(dir, 'node_modules', 'aligngpt')
   fs.rmSync(path.join(folder, 'prebuilds'), { recursive: true })
   const info = () => spawnSync('npx', ['aligngpt', 'info'], { cwd: dir, env, encoding: 'utf8' })
   const { status, stderr } = info()
-  const command = /^ERR_NATIVE .*Build it from source with: node "(.*)" \(needs/m.exec(stderr)?.[1]
+  const command = /^ERR_NATIVE .*Build it from source with: (npm .*) \(needs.*\n$/.exec(stderr)?.[1]
   expect(status === 1 && command, `expected one line with the command, got ${stderr}`)
   if (values.quick) return 'its error'
-  run(process.execPath, [command], dir, clean(process.env.PATH))
+  const everything = clean(process.env.PATH)
+  run('sh', ['-c', command], dir, everything)
   expect(info().status === 0, info().stderr)
+  const built = path.join(folder, 'build', 'Release', 'aligngpt.node')
+  fs.rmSync(built)
+  run('node-gyp', ['rebuild'], folder, { ...everything, ...ownHeaders() }) // npm has it on the PATH of its scripts
+  expect(fs.existsSync(built) && info().status === 0, `expected ${built} from node-gyp: ${info().stderr}`)
   return command
 }
 
@@ -177,7 +185,7 @@ function main() {
   check('list of files', () => checkList(packed.files.map((file) => file.path)))
   const bin = (name, ...args) => run(path.join(root, 'node_modules', '.bin', name), args, root, clean(process.env.PATH))
   if (process.platform === 'linux')
-    check('binaries', () => run(process.execPath, ['scripts/prebuilds-check.mjs'], root, process.env).trim())
+    check('binaries', () => run(process.execPath, ['scripts/build/prebuilds-check.mjs'], root, process.env).trim())
   check('publint', () => void bin('publint', packed.file, '--strict'))
   // CommonJS gets the one ES module, which Node can do from 20.19; other resolutions than Node's are not aimed at
   check('attw', () => void bin('attw', packed.file, '--profile', 'node16', '--ignore-rules', 'cjs-resolves-to-esm'))

@@ -5,7 +5,7 @@ import { existsSync, readFileSync } from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 
-const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..')
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..', '..')
 const commands = path.join(root, 'build-cmake', 'compile_commands.json')
 if (!existsSync(commands)) throw new Error(`${commands} is missing: npm run build:native comes first`)
 
