@@ -51,6 +51,16 @@ function resolve(o: LoopOptions): Resolved {
   }
 }
 
+/** @throws AlignGPTError ERR_ARGUMENT naming the option */
+function checkOptions({ steps, lr, warmupRatio, weightDecay, keep }: LoopOptions): void {
+  const wrong = (key: string, expected: string, got: unknown): Error =>
+    new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected ${expected}, got ${got}`)
+  if (!(Number.isInteger(steps) && steps > 0)) throw wrong('steps', 'an integer > 0', steps)
+  for (const [key, value] of Object.entries({ lr, warmupRatio, weightDecay }))
+    if (value !== undefined && !(Number.isFinite(value) && value >= 0)) throw wrong(key, 'a number >= 0', value)
+  if (keep !== undefined && !(Number.isInteger(keep) && keep >= 2)) throw wrong('keep', 'an integer >= 2', keep)
+}
+
 /** What the numbers of a run depend on, as far as the loop knows. */
 function loopSettings(o: Resolved): Record<string, unknown> {
   const { lr, steps, warmupRatio, clipGradNorm, seed, beta1, beta2 } = o
@@ -292,14 +302,16 @@ const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).c
  * import { backward, nn, ops, tensor } from 'aligngpt/core'
  * import { shuffled, train } from 'aligngpt/train'
  *
- * // y = W x for points of the plane, eight a step
+ * // y = W x, eight points of the plane a step
+ * const points = Array.from({ length: 100 }, (_, i) => [Math.sin(i), Math.cos(3 * i)])
+ * const data = points.map(([a, b]) => ({ x: [a, b], y: [b, a + 2 * b] }))
  * const weight = nn.initialize('weight', [2, 2], { kind: 'normal', std: 0.1 }, 1, 'f32')
  * const model = {
  *   parameters: [{ name: 'weight', tensor: weight }],
- *   terms: (points) => points.length,
- *   lossAndGradients(points, { denominator }) {
- *     const x = tensor(points.flatMap((p) => p.x), [points.length, 2])
- *     const y = tensor(points.flatMap((p) => p.y), [points.length, 2])
+ *   terms: (batch) => batch.length,
+ *   lossAndGradients(batch, { denominator }) {
+ *     const x = tensor(batch.flatMap((p) => p.x), [batch.length, 2])
+ *     const y = tensor(batch.flatMap((p) => p.y), [batch.length, 2])
  *     const miss = ops.sub(ops.linear(x, weight), y)
  *     const loss = ops.scale(ops.sum(ops.mul(miss, miss)), 1 / denominator)
  *     backward(loss)
@@ -308,7 +320,8 @@ const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).c
  * }
  * const order = shuffled(data.length, 8, 1)
  * const batches = (step) => [Array.from(order(step), (i) => data[i])]
- * const { loss } = await train(model, batches, { steps: 200, lr: 0.05, out: 'runs/plane', saveEvery: 50 })
+ * await train(model, batches, { steps: 200, lr: 0.05, out: 'runs/plane', saveEvery: 50 })
+ * console.log(weight.toArray()) // 0, 1, 1, 2
  * ```
  * @param model its parameters and their gradients
  * @param batches the micro-batches of a step, as a function of its number
@@ -322,6 +335,7 @@ export async function train<B, R extends MicroResult = MicroResult, X extends ob
   batches: BatchSource<B> | BatchSource<B>['next'],
   options: TrainOptions<B, R, X, V>,
 ): Promise<LoopResult & { settings: Record<string, unknown> | null }> {
+  checkOptions(options)
   const source = typeof batches === 'function' ? { next: batches } : batches
   let run: Run<B, R, X, V>
   try {
