@@ -9,16 +9,9 @@ import { afterAll, describe, expect, test } from 'vitest'
 import { candidates, completion } from '../src/cli/commands/completion.js'
 import { finetune } from '../src/cli/commands/finetune.js'
 import { jobOf } from '../src/cli/options.js'
+import { flagOf, type Given, resolveSettings, settingsTable } from '../src/cli/settings.js'
 import { loadDataset } from '../src/data/dataset.js'
-import {
-  expectedOf,
-  flagOf,
-  type Given,
-  PRESETS,
-  resolveSettings,
-  SETTINGS,
-  settingsOf,
-} from '../src/train/run-settings.js'
+import { PRESETS, SETTINGS, settingsOf } from '../src/train/run-settings.js'
 import type { TrainOptions } from '../src/train/trainer.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
@@ -37,7 +30,15 @@ type Programs = 'mix' | 'signal' | 'onStep' | 'onEvaluation' | 'onMessage' | 'pr
 const trainOptions: Record<Exclude<keyof TrainOptions, Programs>, true> = {
   ...{ out: true, batch: true, microBatch: true, lr: true, projectorLr: true, epochs: true, steps: true },
   ...{ warmupRatio: true, weightDecay: true, clipGradNorm: true, optimizerState: true, offloadOptimizer: true },
-  ...{ seed: true, recompute: true, lossNorm: true, gateText: true, groupByLength: true, augment: true },
+  ...{
+    seed: true,
+    recompute: true,
+    lossNorm: true,
+    gateText: true,
+    conversation: true,
+    groupByLength: true,
+    augment: true,
+  },
   ...{ workers: true, maxBad: true, saveEvery: true, keep: true, allowLongInterval: true, resume: true },
   ...{ skipOutliers: true, tensorboard: true, evalShare: true, evalData: true, evalImages: true, evalEvery: true },
 }
@@ -49,12 +50,8 @@ test('every option of training is a setting', () => {
 
 test('docs/config.md has the table', () => {
   const text = fs.readFileSync(path.join(root, 'docs/config.md'), 'utf8')
-  const rows = SETTINGS.map((s) => {
-    const phase = s.phase ? ` (${s.phase})` : ''
-    return `| \`${s.key}\`${phase} | \`${flagOf(s)}\` | ${expectedOf(s)} | ${s.default ?? ''} | ${s.help} |`
-  })
-  for (const row of rows) expect(text).toContain(row)
-  expect(text.split('\n').filter((line) => line.startsWith('| `')).length).toBe(rows.length)
+  expect(text).toContain(settingsTable())
+  expect(text.split('\n').filter((line) => line.startsWith('| `')).length).toBe(SETTINGS.length)
 })
 
 describe('where settings come from', () => {

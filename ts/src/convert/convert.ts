@@ -2,6 +2,7 @@
  * Checkpoints of other layouts (layouts.ts) into AlignGPT folders and back. Tensors go from file to file one at a time; where
  * only the name changes, their bytes are copied.
  */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { native } from '../core/native.js'
@@ -19,7 +20,8 @@ import {
 } from '../formats/safetensors.js'
 import { type RawConfig, readJsonObject, writeConfigFile } from '../formats/zod-check.js'
 import { AlignGPTNetwork } from '../models/aligngpt.js'
-import { type Alignment, alignGPTConfigJson } from '../models/config/aligngpt.js'
+import { alignGPTConfigJson } from '../models/config/aligngpt.js'
+import type { Alignment } from '../models/config/variants.js'
 import { type Format, nameIn } from '../models/names.js'
 import { checkEntry, readTensor } from '../models/parameter-sources.js'
 import { openAdapter } from '../models/peft.js'

@@ -1,17 +1,18 @@
 /** Checkpoints of any layout (layouts.ts) as this package would have them: its names, its settings. No tensor is read yet. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { openCheckpoint, type TensorEntry } from '../formats/safetensors.js'
 import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
 import {
   type AlignGPTConfig,
-  type Alignment,
   alignGPTConfigJson,
   parseAlignGPTConfig,
   visionTowerFolder,
 } from '../models/config/aligngpt.js'
 import { type ClipConfig, parseClipConfig, readClipConfig } from '../models/config/clip.js'
 import { readLlamaConfig } from '../models/config/llama.js'
+import { type Alignment, MODEL_DEFAULTS } from '../models/config/variants.js'
 import { type Format, VISION } from '../models/names.js'
 import { openNamed } from '../models/parameter-sources.js'
 import { mismatch, show } from '../util/errors.js'
@@ -126,5 +127,5 @@ export function levelsOf(s: Stored, wanted?: number): { levels: number; alignmen
   if (stored !== undefined && wanted !== undefined && stored !== wanted)
     throw fail('ERR_ARGUMENT', 'levels', `the ${stored} that ${TABLE} has`, `${wanted}`)
   const alignment = wanted !== undefined && stored === undefined ? 'adaptive' : mm_alignment
-  return { levels: stored ?? wanted ?? s.config.n_indicators ?? 8, alignment }
+  return { levels: stored ?? wanted ?? s.config.n_indicators ?? MODEL_DEFAULTS.levels, alignment }
 }

@@ -68,7 +68,8 @@ export interface TrainResult {
 }
 
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels (section 3.2 of the paper). */
-export function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+export async function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  checkOptions('pretrain', o, data)
   return train(model, data, phaseOf(model, PRETRAIN, o), o)
 }
 
@@ -77,6 +78,7 @@ export function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions 
  * `out` holds the merged weights, and the adapters themselves are in its folder `adapter`.
  */
 export async function finetune(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  checkOptions('finetune', o, data)
   if (o.lora) addLora(model, o.lora, o.seed)
   const result = await train(model, data, phaseOf(model, FINETUNE, o), o)
   if (o.out && hasLora(model)) saveAdapter(model, path.join(o.out, 'adapter'))
@@ -148,11 +150,7 @@ class Run {
   ) {
     const { weightDecay, optimizerState: state, offloadOptimizer: offload, seed, skipOutliers } = o
     this.outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
-    this.schedule = new Schedule(
-      o.saveEvery === undefined ? '30m' : o.saveEvery,
-      o.steps,
-      !!o.saveEvery && !o.allowLongInterval,
-    )
+    this.schedule = new Schedule(o.saveEvery, o.steps, !!o.saveEvery && !o.allowLongInterval)
     const parameters = trainable(model, phase)
     this.microSteps = new MicroSteps(model, o.mix, parameters, o.recompute)
     this.optimizer = new AdamW(parameters, { weightDecay, state, offload, seed })
@@ -180,7 +178,7 @@ class Run {
       const found = findResume(o, this.origin, o.onMessage)
       if (found) this.restore(found.folder, found.manifest)
     }
-    if (o.out) this.saver = new Saver(checkpointFolder(o.out), o.keep ?? 2, o.onMessage)
+    if (o.out) this.saver = new Saver(checkpointFolder(o.out), o.keep, o.onMessage)
     this.result.resumed = this.done
     const { groupByLength, gateText, maxBad, augment, workers, batch, seed, steps } = o
     this.loader = await openLoader(data, {
@@ -364,7 +362,7 @@ function makeRun(memory: RunMemory, make: () => Run): Run {
 }
 
 async function train(model: AlignGPTNetwork, data: Dataset, phase: Phase, options: TrainOptions): Promise<TrainResult> {
-  checkOptions(options, data)
+  if (options.conversation) model.conversation = options.conversation
   const { trained, held } = await holdOut(data, options.seed ?? 0, options)
   const o = resolve(model, trained, phase, options)
   const memory = new RunMemory(model, phase, o, averageText(model, trained, o.microBatch))
