@@ -4,7 +4,7 @@ import path from 'node:path'
 import { resolveDevice } from '../core/device.js'
 import type { Device } from '../core/native.js'
 import type { Dtype } from '../core/tensor.js'
-import { openCheckpoint } from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
 import { loadConfig } from '../formats/zod-check.js'
 import type { ChatStyle } from '../processing/conversation/styles.js'
 import { Tokenizer } from '../processing/tokenizer.js'
@@ -20,7 +20,7 @@ import {
 } from './config/aligngpt.js'
 import { readClipConfig } from './config/clip.js'
 import { type Alignment, type Gate, type GateText, MODEL_DEFAULTS, type SelectFeature } from './config/variants.js'
-import { VISION } from './names.js'
+import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
 import { familyInAlignGPT, languageFamily, readVisionConfig, visionFamily } from './registry.js'
 
@@ -128,7 +128,7 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const config = parseAlignGPTConfig({ ...stored.llm.raw, ...fieldsOf(o) }, file)
   const tower = openTower(visionTowerFolder(dir, config, o.clip))
   const entries = openCheckpoint(dir)
-  const table = entries.get('align_indicators.indicator_embs')
+  const table = entries.get(TABLE)
   const levels = table?.shape[0] ?? config.n_indicators ?? MODEL_DEFAULTS.levels
   const source = checkpointSource(dir, place)
   const tokenizer = Tokenizer.load(dir)

@@ -5,7 +5,7 @@ import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { GateText } from '../models/config/variants.js'
 import { AlignGPTError } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import type { Phase } from './phases.js'
 import { type Defaulted, type PhaseName, problemOf, type RunSettings, withDefaults } from './run-settings.js'
 import type { StepInfo } from './trainer.js'
@@ -81,7 +81,7 @@ export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o:
     gate: model.config.mm_gate_type,
     lora: o.lora ?? null,
     projectorLr: phase.projectorLr ?? null,
-    data: { records: data.length, ...fingerprint(data.file) },
+    data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }
 }

@@ -6,7 +6,7 @@ import type { Alignment } from '../models/config/variants.js'
 import type { Parameter } from '../nn/adamw.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { AlignGPTError } from '../util/errors.js'
-import { ADAPTER_LR, type RunSettings, TABLE } from './run-settings.js'
+import { ADAPTER_LR, RUN_SETTINGS, type RunSettings } from './run-settings.js'
 
 /** A phase as every model may go through it. */
 export interface PhaseDefinition {
@@ -35,7 +35,7 @@ export const PRETRAIN: PhaseDefinition = {
   mix: { mode: 'level' },
   style: 'plain',
   pad: false,
-  lr: TABLE.lr.default.pretrain,
+  lr: RUN_SETTINGS.lr.default.pretrain,
 }
 
 /** Phase 2, instruction tuning: language model, projector and gate learn; the alignment vectors stay. */
@@ -45,7 +45,7 @@ export const FINETUNE: PhaseDefinition = {
   mix: { mode: 'gate' },
   style: null,
   pad: true,
-  lr: TABLE.lr.default.finetune,
+  lr: RUN_SETTINGS.lr.default.finetune,
 }
 
 /** Parts that a variant of the model does not use or leaves as they are. */

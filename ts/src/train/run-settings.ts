@@ -103,7 +103,7 @@ interface Row {
 }
 
 /** Keys with a dot are those of a section; the rows are in the order of --help. */
-export const TABLE = {
+export const RUN_SETTINGS = {
   data: { kind: text('file'), of: 'data', help: 'LLaVA JSON, JSON lines or Parquet' },
   images: {
     ...{ kind: text('dir'), of: 'data' },
@@ -215,13 +215,13 @@ export interface Setting extends Row {
   key: string
 }
 /** The table as a list. */
-export const SETTINGS: readonly Setting[] = Object.entries(TABLE as Record<string, Row>).map(([key, row]) => ({
+export const SETTINGS: readonly Setting[] = Object.entries(RUN_SETTINGS as Record<string, Row>).map(([key, row]) => ({
   key,
   ...row,
 }))
 export const settingsOf = (phase: PhaseName): Setting[] => SETTINGS.filter((s) => (s.phase ?? phase) === phase)
 
-type Table = typeof TABLE
+type Table = typeof RUN_SETTINGS
 type ValueOf<R> = R extends { kind: Kind<infer T> } ? T : never
 /** Keys of the library's options: what is of the run itself. */
 type RunKey = { [K in keyof Table]: Table[K] extends { of: string } ? never : K }[keyof Table]
@@ -292,7 +292,7 @@ export const problemOf = (phase: PhaseName, o: RunSettings): Problem | null => p
 /** The paper's batch and rate are the phases' own; these are the ways to fit them into one 80 GB card. */
 const CARD: Values = { dtype: 'bf16', optimizerState: 'compact', recompute: true, evalShare: 0.001 }
 
-const { batch, lr } = TABLE
+const { batch, lr } = RUN_SETTINGS
 /** Ready settings: small towers as the quickstart's, and the paper's two models (section 4.1; LLaVA-1.5's scripts) on one 80 GB card. */
 export const PRESETS = {
   tiny: {

@@ -1,7 +1,7 @@
 /** What a run will take of memory and time: memory from the settings alone, time from a few measured steps where that is asked for. */
 import { type Command, Option } from 'commander'
 import type { MemoryPlan, PlanModel, PlanOptions } from '../../train/memory-plan.js'
-import { TABLE, type Values, withDefaults } from '../../train/run-settings.js'
+import { RUN_SETTINGS, type Values, withDefaults } from '../../train/run-settings.js'
 import { bytes, integer, jobOf, positive } from '../options.js'
 import { readConfig, resolveSettings } from '../settings.js'
 import type { TrainJob } from '../train-worker.js'
@@ -195,7 +195,9 @@ async function run(this: Command, o: Options): Promise<void> {
   else console.log(lines(planned, options).join('\n'))
   if (!length && !o.json) console.log('steps and time: with a --config that names the model and the data')
   if (length && !o.json)
-    console.log((await lengthLines(length, (settings?.saveEvery ?? TABLE.saveEvery.default) as string)).join('\n'))
+    console.log(
+      (await lengthLines(length, (settings?.saveEvery ?? RUN_SETTINGS.saveEvery.default) as string)).join('\n'),
+    )
   if (memory === undefined) return
   if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)
   if (planned.peak <= memory) return
