@@ -226,12 +226,14 @@ type ValueOf<R> = R extends { kind: Kind<infer T> } ? T : never
 /** Keys of the library's options: what is of the run itself. */
 type RunKey = { [K in keyof Table]: Table[K] extends { of: string } ? never : K }[keyof Table]
 type RunRows = Pick<Table, Exclude<RunKey, `${string}.${string}`>>
-type Section<S extends string> = { [K in RunKey as K extends `${S}.${infer N}` ? N : never]?: ValueOf<Table[K]> }
+type Section<S extends string> = {
+  -readonly [K in RunKey as K extends `${S}.${infer N}` ? N : never]?: ValueOf<Table[K]>
+}
 /** Options of a run, as the table has them. */
-export type RunSettings = { [K in keyof RunRows]?: ValueOf<RunRows[K]> } & { lora?: Section<'lora'> }
+export type RunSettings = { -readonly [K in keyof RunRows]?: ValueOf<RunRows[K]> } & { lora?: Section<'lora'> }
 type DefaultKey = { [K in keyof RunRows]: RunRows[K] extends { default: unknown } ? K : never }[keyof RunRows]
 /** With what holds for what is not given. */
-export type Defaulted = RunSettings & { [K in DefaultKey]: ValueOf<RunRows[K]> }
+export type Defaulted = RunSettings & { -readonly [K in DefaultKey]: ValueOf<RunRows[K]> }
 
 /** What holds in a phase when a setting is not given; undefined where that depends on more. */
 export function defaultOf({ default: value }: Row, phase: PhaseName): unknown {
