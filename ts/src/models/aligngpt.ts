@@ -150,11 +150,6 @@ export class AlignGPTNetwork extends Module {
     return found
   }
 
-  /** Frees every parameter, and the rotary tables that the language model has made. */
-  override dispose(): void {
-    super.dispose()
-    this.#language.dispose()
-  }
   get language(): LanguageModel {
     return this.#language
   }
