@@ -21,7 +21,7 @@ export type {
 } from './inference/generate.js'
 export { type LevelsOptions, levels } from './levels/clip-scores.js'
 export type { Mix } from './models/align.js'
-export type { Alignment, Gate, GateText } from './models/config/aligngpt.js'
+export type { Alignment, Gate, GateText } from './models/config/variants.js'
 export type { AlignmentOptions, CreateOptions, LoadOptions, ModelOptions } from './models/load.js'
 export type { LoraOptions } from './nn/lora.js'
 export type { ChatStyle, Style } from './processing/conversation/styles.js'

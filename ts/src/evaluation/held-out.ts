@@ -12,13 +12,13 @@ import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
 import { generateBatch, loadPixels } from '../inference/generate.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
-import type { GateText } from '../models/config/aligngpt.js'
+import type { GateText } from '../models/config/variants.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { readPicture } from '../processing/image/source.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
-import { mismatch, show } from '../util/errors.js'
+import { mismatch } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 
@@ -174,18 +174,6 @@ export interface HeldOutSettings extends EvaluationOptions {
   keep: (step: number) => boolean
 }
 
-function checkOptions(o: EvaluationOptions): void {
-  const wrong = (key: keyof EvaluationOptions, expected: string): Error =>
-    mismatch('ERR_ARGUMENT', 'train', key, expected, show(o[key]))
-  const { evalShare: share, evalData: file, evalEvery: every } = o
-  if (share !== undefined && !(share > 0 && share < 1)) throw wrong('evalShare', 'a number between 0 and 1')
-  if (share !== undefined && file !== undefined) throw wrong('evalData', 'none beside evalShare')
-  if (every !== undefined && !(Number.isInteger(every) && every > 0)) throw wrong('evalEvery', 'an integer > 0')
-  if (every !== undefined && share === undefined && file === undefined)
-    throw wrong('evalEvery', 'evalShare or evalData beside it')
-  if (o.evalImages !== undefined && file === undefined) throw wrong('evalImages', 'evalData beside it')
-}
-
 /**
  * What a run trains on and what it is evaluated on, null when that is not asked for.
  * @throws AlignGPTError ERR_ARGUMENT, ERR_DATA
@@ -195,7 +183,6 @@ export async function holdOut(
   seed: number,
   o: EvaluationOptions,
 ): Promise<{ trained: Dataset; held: Dataset | null }> {
-  checkOptions(o)
   if (o.evalShare !== undefined) {
     const { rest, held } = data.holdOut(o.evalShare, seed)
     return { trained: rest, held }
