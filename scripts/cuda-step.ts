@@ -7,13 +7,15 @@
  * floating point operations a second, the loss of each step and the most memory that was in use. Operations are those of the weights of the
  * language model, 2 on the way there and 2 on the way back (they are frozen), and 2 of CLIP; what runs again does not count.
  */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { Command } from 'commander'
 import { AlignGPT } from '../ts/src/aligngpt.js'
 import { complain, integer } from '../ts/src/cli/options.js'
-import { native, resolveDevice } from '../ts/src/core/native.js'
+import { resolveDevice } from '../ts/src/core/device.js'
+import { native } from '../ts/src/core/native.js'
 import { memory } from '../ts/src/core/tensor.js'
 import { LEVELS, type Size, TrainStep, writeParts } from './bench/model.js'
 

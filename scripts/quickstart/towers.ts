@@ -5,7 +5,8 @@
 
 import fs from 'node:fs'
 import path from 'node:path'
-import { native, resolveDevice } from '../../ts/src/core/native.js'
+import { resolveDevice } from '../../ts/src/core/device.js'
+import { native } from '../../ts/src/core/native.js'
 import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/core/ops.js'
 import { backward, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
 import type { DataRecord } from '../../ts/src/formats/record-file.js'

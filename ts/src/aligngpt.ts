@@ -5,6 +5,7 @@ import {
   type GenerateOptions,
   type GenerateRequest,
   generate,
+  generateBatch,
 } from './inference/generate.js'
 import { AlignGPTNetwork } from './models/aligngpt.js'
 import type { CLIPModel } from './models/clip.js'
@@ -44,6 +45,14 @@ export class AlignGPT extends AlignGPTNetwork {
    */
   generate(o: GenerateRequest & GenerateOptions): AsyncGenerator<GeneratedPiece, Generated> {
     return generate(this, o)
+  }
+
+  /**
+   * Answers many requests at once; the i-th result belongs to the i-th request.
+   * @throws ERR_IMAGE, ERR_DATA
+   */
+  generateBatch(requests: readonly GenerateRequest[], o: GenerateOptions = {}): Promise<Generated[]> {
+    return generateBatch(this, requests, o)
   }
 
   /**

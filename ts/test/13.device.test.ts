@@ -1,4 +1,5 @@
 /** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda-check.mjs). */
+
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -7,7 +8,8 @@ import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { makeBatch } from '../../scripts/bench/model.js'
 import { AlignGPT } from '../src/aligngpt.js'
-import { type Device, native, resolveDevice } from '../src/core/native.js'
+import { resolveDevice } from '../src/core/device.js'
+import { type Device, native } from '../src/core/native.js'
 import { add, embedding, gather, matmul, scale, sum, to } from '../src/core/ops.js'
 import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'

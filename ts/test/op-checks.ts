@@ -2,7 +2,8 @@
  * Runs every row of specs.ts on a device (the argument, default cpu at the CPU level of this process) and prints one JSON line
  * per row: {name, checks, failures}. Started by 10.ops.test.ts once per level and device.
  */
-import { native, resolveDevice } from '../src/core/native.js'
+import { resolveDevice } from '../src/core/device.js'
+import { native } from '../src/core/native.js'
 import { mul, pack, sum } from '../src/core/ops.js'
 import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/core/tensor.js'
 import { type Case, type Spec, specs } from './specs.js'

@@ -2,18 +2,19 @@
 import {
   AlignGPT,
   type Dataset,
+  type Evaluation,
   evaluate,
   finetune,
   type GeneratedPiece,
   levels,
   loadDataset,
+  type PlanOptions,
+  plan,
   pretrain,
+  type TrainOptions,
+  type TrainResult,
 } from 'aligngpt'
-import { type Converted, importModel } from 'aligngpt/convert'
-import type { Evaluation } from 'aligngpt/evaluate'
-import { downloadRepo } from 'aligngpt/hub'
-import { type PlanOptions, plan } from 'aligngpt/plan'
-import { pretrain as samePretrain, type TrainOptions, type TrainResult } from 'aligngpt/train'
+import { type Converted, downloadRepo, importModel } from 'aligngpt/convert'
 
 export async function program(signal: AbortSignal): Promise<Evaluation> {
   const model: AlignGPT = await AlignGPT.create(
@@ -28,8 +29,6 @@ export async function program(signal: AbortSignal): Promise<Evaluation> {
   const options: TrainOptions = { out: 'out', batch: 4, lr: 1e-3, signal, onStep: (s) => s.loss.toFixed(2) }
   const result: TrainResult = await pretrain(model, data, options)
   result.loss.map((x: number) => x)
-  const same: typeof pretrain = samePretrain
-  await same(model, data)
   for await (const piece of model.generate({ prompt: 'What?', image: new Uint8Array() })) {
     const { text, alpha }: GeneratedPiece = piece
     console.log(text.length, alpha?.[0].toFixed(2))

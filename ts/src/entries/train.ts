@@ -1,1 +1,6 @@
-export * from '../train/trainer.js'
+/** aligngpt/train: adapters, checkpoints, the memory of a step and the loss on a data set. */
+export { evaluateLoss } from '../evaluation/evaluate.js'
+export { addLora, mergeLora } from '../models/adapters.js'
+export { loadAdapter, saveAdapter } from '../models/peft.js'
+export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from '../train/checkpoint.js'
+export { largestMicroBatch } from '../train/memory-plan.js'

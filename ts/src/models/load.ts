@@ -1,6 +1,8 @@
 /** AlignGPT models from files: new ones of a language model and a vision tower, and folders in the official layout. */
+
 import path from 'node:path'
-import { type Device, resolveDevice } from '../core/native.js'
+import { resolveDevice } from '../core/device.js'
+import type { Device } from '../core/native.js'
 import type { Dtype } from '../core/tensor.js'
 import { openCheckpoint } from '../formats/safetensors.js'
 import { loadConfig } from '../formats/zod-check.js'

@@ -3,12 +3,14 @@
  * SHA-256 of each. It is made as `step-N.tmp`, everything is fsynced, the manifest comes last, and a rename makes it count: a process
  * killed at any moment leaves the checkpoints that were there, and no half one under a name that is looked for.
  */
+
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { native } from '../core/native.js'
-import type { Dtype, Tensor } from '../core/tensor.js'
+import type { Dtype } from '../core/tensor.js'
 import { layoutSafetensors, openSafetensors, type StoredDtype, type TensorToWrite } from '../formats/safetensors.js'
+import type { StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { disk, fingerprint, syncFolder, withDescriptor } from '../util/files.js'
 import { readJsonFile, writeAll } from '../util/json.js'

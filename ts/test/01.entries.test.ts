@@ -1,0 +1,39 @@
+import { spawnSync } from 'node:child_process'
+import { expect, test } from 'vitest'
+
+/** Every value of every public entry; types are in types.ts. */
+const ENTRIES: Record<string, string[]> = {
+  aligngpt: ['AlignGPT', 'AlignGPTError', 'evaluate', 'finetune', 'levels', 'loadDataset', 'plan', 'pretrain'],
+  'aligngpt/core': [
+    ...['AdamW', 'Tensor', 'backward', 'cosineRate', 'memory', 'nn', 'noGrad', 'ops', 'resolveDevice', 'scope'],
+    ...['tensor', 'zeros'],
+  ],
+  'aligngpt/data': ['Dataset', 'PROBLEMS', 'bucketLevels', 'checkDataset', 'writeLevels'],
+  'aligngpt/train': [
+    ...['addLora', 'evaluateLoss', 'findCheckpoint', 'largestMicroBatch', 'listCheckpoints', 'loadAdapter'],
+    ...['mergeLora', 'saveAdapter', 'verifyCheckpoint'],
+  ],
+  'aligngpt/models': ['CLIPModel', 'Tokenizer', 'clipScores', 'loadClip', 'saveTokenizer', 'trainBpe', 'trainClipBpe'],
+  'aligngpt/convert': ['downloadRepo', 'exportModel', 'importModel'],
+}
+const file = (entry: string): string =>
+  entry === 'aligngpt' ? '../src/index.ts' : `../src/entries/${entry.slice('aligngpt/'.length)}.ts`
+
+for (const [entry, names] of Object.entries(ENTRIES))
+  test(`${entry} exports what it says`, async () => {
+    expect(Object.keys(await import(file(entry))).sort()).toEqual([...names].sort())
+  })
+
+test('each name is in one entry', () => {
+  const all = Object.values(ENTRIES).flat()
+  expect(all).toHaveLength(new Set(all).size)
+})
+
+test.each(['evaluate', 'hub', 'plan'])('aligngpt/%s still works and says that it has moved', (name) => {
+  const url = new URL(`../src/entries/${name}.ts`, import.meta.url).href
+  const code = `const m = await import(${JSON.stringify(url)}); console.log(Object.keys(m).length > 0)`
+  const args = ['--import', 'tsx', '--input-type=module', '-e', code]
+  const { stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
+  expect(stdout.trim()).toBe('true')
+  expect(stderr).toMatch(new RegExp(`DeprecationWarning: aligngpt/${name} has moved to aligngpt`))
+})
