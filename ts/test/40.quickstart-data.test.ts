@@ -15,7 +15,7 @@ import {
 import { CATEGORIES, type Emoji, isThere, SIDE, selectEmoji, wordsOf } from '../../scripts/quickstart/emoji.js'
 import { makeInstructions, QUALITIES, QUALITY_SHARES, TESTS } from '../../scripts/quickstart/records.js'
 import { loadDataset } from '../src/data/dataset.js'
-import { decodeImage } from '../src/processing/image.js'
+import { decodeImage } from '../src/processing/image/decode.js'
 import { tempDir } from './data-cases.js'
 
 const roots: string[] = []
