@@ -24,7 +24,8 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from '../ts/src/formats/safetensors.js'
-import { Decoding, loadPixels, packWithPixels } from '../ts/src/inference/generate.js'
+import { Decoding } from '../ts/src/inference/engine.js'
+import { loadPixels, packWithPixels } from '../ts/src/inference/request.js'
 import { bucketLevels } from '../ts/src/levels/bucket.js'
 import { clipScores } from '../ts/src/levels/clip-scores.js'
 import { loadClip } from '../ts/src/models/load.js'

@@ -3,13 +3,14 @@
  * scores -> levels -> pre-training -> instruction tuning -> answers with the gate's weights. `--fast` takes a minute and
  * shows the way rather than results.
  */
+import { type Question } from '../ts/src/evaluation/questions.js'
 import fs from 'node:fs'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { AlignGPT } from '../ts/src/aligngpt.js'
 import { native } from '../ts/src/core/native.js'
 import { loadDataset } from '../ts/src/data/dataset.js'
-import { evaluate, type Question } from '../ts/src/evaluation/evaluate.js'
+import { evaluate } from '../ts/src/evaluation/evaluate.js'
 import { generateBatch } from '../ts/src/inference/generate.js'
 import { bucketLevels, type Levels, writeLevels } from '../ts/src/levels/bucket.js'
 import { clipScores } from '../ts/src/levels/clip-scores.js'

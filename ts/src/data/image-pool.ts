@@ -1,7 +1,7 @@
 /** The threads that prepare a loader's images (image-worker.ts), and the memory they share with it. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Worker } from 'node:worker_threads'
-import type { PictureTask } from '../processing/image.js'
+import type { PictureTask } from '../processing/image/prepare.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { startThread } from '../util/worker.js'
 import { BAD, ERROR_BYTES, PENDING, type SharedSlots, type WorkerMessage } from './image-worker.js'

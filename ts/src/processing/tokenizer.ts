@@ -157,7 +157,8 @@ export class Tokenizer {
   readonly #byteLevel: boolean
   readonly #metaspace: boolean
   readonly #byteFallback: boolean
-  readonly #splitWords: boolean
+  /** whether a text is merged word by word, for speed: the tokens are the same */
+  readonly splitWords: boolean
   readonly #surfaces = new Map<string, Uint8Array>()
   #anchor: { id: number; text: string } | undefined
 
@@ -193,7 +194,7 @@ export class Tokenizer {
     // A text without pre-tokenization is one huge word. Where no piece crosses from a letter to a ▁, merging word by word
     // gives the same result, and words repeat.
     const whole = d.pre_tokenizer == null || (d.pre_tokenizer as Json).type === 'Metaspace'
-    this.#splitWords = whole && this.#metaspace && ![...vocab.keys()].some((t) => /[^▁]▁/.test(t))
+    this.splitWords = whole && this.#metaspace && ![...vocab.keys()].some((t) => /[^▁]▁/.test(t))
     const id = (role: string): number | null => roleId(role, config, model, (t) => this.tokenToId(t))
     this.#roles = { bos: id('bos'), eos: id('eos'), pad: id('pad'), unk: id('unk') }
     const special = added.filter((t) => t.special)
@@ -244,7 +245,7 @@ export class Tokenizer {
   #words(text: string, index: number): string[] {
     const { pre_tokenizer: pre, model } = this.#library
     let words = pre ? pre.pre_tokenize(text, { section_index: index }) : [text]
-    if (this.#splitWords) words = words.flatMap((w: string) => w.split(/(?<=[^▁])(?=▁)/u))
+    if (this.splitWords) words = words.flatMap((w: string) => w.split(/(?<=[^▁])(?=▁)/u))
     // `_call` and not `encode`: it also fuses unknown tokens where the model says so.
     return model ? model._call(words) : words
   }
