@@ -19,6 +19,7 @@ import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../p
 import { buildSample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, show } from '../util/errors.js'
+import { readRange } from '../util/files.js'
 import { Numbers } from '../util/growable-array.js'
 import { hash53 } from '../util/hash.js'
 import { Fingerprints } from '../util/hash-map.js'
@@ -259,9 +260,8 @@ async function checkPictures(checker: Checker, file: string, pictures: Pictures,
   const [indices, offsets, sizes] = checker.first.map((n) => n.values)
   const fd = fs.openSync(file, 'r')
   const one = async (k: number): Promise<() => void> => {
-    const b = Buffer.alloc(sizes[k])
-    fs.readSync(fd, b, 0, b.length, offsets[k])
-    const r = parseRecord(parseBytes(b, file, offsets[k]), file, indices[k])
+    const bytes = readRange(fd, offsets[k], sizes[k], file)
+    const r = parseRecord(parseBytes(bytes, file, offsets[k]), file, indices[k])
     const problem = await pictureProblem(pictures.locate(r.image as string), o)
     return () => problem && checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
   }
