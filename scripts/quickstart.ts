@@ -3,15 +3,17 @@
  * scores -> levels -> pre-training -> instruction tuning -> answers with the gate's weights. `--fast` takes a minute and
  * shows the way rather than results.
  */
+import { writeLevels } from '../ts/src/levels/write-levels.js'
+import { type Question } from '../ts/src/evaluation/questions.js'
 import fs from 'node:fs'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { AlignGPT } from '../ts/src/aligngpt.js'
 import { native } from '../ts/src/core/native.js'
 import { loadDataset } from '../ts/src/data/dataset.js'
-import { evaluate, type Question } from '../ts/src/evaluation/evaluate.js'
+import { evaluate } from '../ts/src/evaluation/evaluate.js'
 import { generateBatch } from '../ts/src/inference/generate.js'
-import { bucketLevels, type Levels, writeLevels } from '../ts/src/levels/bucket.js'
+import { bucketLevels, type Levels } from '../ts/src/levels/bucket.js'
 import { clipScores } from '../ts/src/levels/clip-scores.js'
 import { loadClip } from '../ts/src/models/load.js'
 import { saveTokenizer, trainBpe, trainClipBpe } from '../ts/src/processing/bpe-trainer.js'

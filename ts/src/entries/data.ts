@@ -1,4 +1,5 @@
 /** aligngpt/data: data sets of image-text pairs and conversations, their checks and their alignment levels. */
+
 export { Dataset } from '../data/dataset.js'
 export {
   type CheckOptions,
@@ -8,4 +9,5 @@ export {
   PROBLEMS,
   type ProblemKind,
 } from '../data/lint.js'
-export { type Buckets, bucketLevels, type Levels, writeLevels } from '../levels/bucket.js'
+export { type Buckets, bucketLevels, type Levels } from '../levels/bucket.js'
+export { writeLevels } from '../levels/write-levels.js'

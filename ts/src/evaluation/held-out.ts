@@ -4,16 +4,15 @@
  */
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import { noGrad, scope } from '../core/tensor.js'
 import { type Dataset, loadDataset } from '../data/dataset.js'
 import { DropLog, type DropState } from '../data/drop-log.js'
 import { type Loader, openLoader } from '../data/loader.js'
 import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
-import { generateBatch, loadPixels } from '../inference/generate.js'
+import { generateBatch } from '../inference/generate.js'
+import { loadPixels } from '../inference/request.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { GateText } from '../models/config/variants.js'
-import type { PackedBatch } from '../models/packed-batch.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { readPicture } from '../processing/image/source.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
@@ -21,6 +20,7 @@ import { buildSample } from '../processing/sample.js'
 import { mismatch } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
+import { sampleLosses } from './likelihood.js'
 
 export interface EvaluationOptions {
   /** share of the records that is held out: chosen by the seed, never trained on, evaluated every `evalEvery` steps */
@@ -120,33 +120,6 @@ class Tally {
   get mean(): number[] | null {
     return this.pictures && this.coefficients.length ? this.coefficients.map((c) => c / this.pictures) : null
   }
-}
-
-/**
- * Each sample of a batch by itself, without gradients: sum of the negative log-likelihoods of its labelled tokens (the loss before it
- * is averaged), and the weights of its alignment vectors, none without a picture.
- */
-export function sampleLosses(
-  model: AlignGPTNetwork,
-  b: PackedBatch,
-  mix: Mix,
-): { nll: number; tokens: number; coefficients: number[] }[] {
-  const { nll, coefficients } = scope(() =>
-    noGrad(() => {
-      const { nll, embedded } = model.loss(b, mix)
-      return { nll: nll.toFloats(), coefficients: Array.from(embedded.coefficients.toFloats()) }
-    }),
-  )
-  const samples = b.ids.map(() => ({ nll: 0, tokens: 0, coefficients: [] as number[] }))
-  let s = 0
-  for (const [i, row] of b.lossRows.entries()) {
-    while (row >= b.offsets[s + 1]) s++
-    samples[s].nll += nll[i]
-    samples[s].tokens++
-  }
-  for (const [m, sample] of b.imageSamples.entries())
-    samples[sample].coefficients = coefficients.slice(m * model.levels, (m + 1) * model.levels)
-  return samples
 }
 
 /** A record that is shown. */
@@ -332,6 +305,7 @@ export class HeldOut {
       style: o.style,
       pad: o.pad,
       mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
+      temperature: 0, // the most likely answer, whatever generation_config.json says
       maxNewTokens: SAMPLE_TOKENS,
       signal: o.signal,
       ...(system.from === 'system' && { system: system.value }),

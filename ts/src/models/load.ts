@@ -19,6 +19,7 @@ import {
   visionTowerFolder,
 } from './config/aligngpt.js'
 import { readClipConfig } from './config/clip.js'
+import { readGenerationConfig } from './config/generation.js'
 import { type Alignment, type Gate, type GateText, MODEL_DEFAULTS, type SelectFeature } from './config/variants.js'
 import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
@@ -113,7 +114,8 @@ export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const config = parseAlignGPTConfig(raw, file)
   const tokenizer = Tokenizer.load(o.llm)
   const conversation = config.conversation ?? family.conversation(tokenizer)
-  const parts: Parts = { config, ...tower, tokenizer, conversation, llmDir: o.llm, levels }
+  const generation = readGenerationConfig(o.llm)
+  const parts: Parts = { config, ...tower, tokenizer, conversation, generation, llmDir: o.llm, levels }
   const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
   const vision = checkpointSource(o.clip, place, toClip)
   const language = checkpointSource(o.llm, place)
@@ -133,7 +135,8 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const source = checkpointSource(dir, place)
   const tokenizer = Tokenizer.load(dir)
   const conversation = config.conversation ?? familyInAlignGPT(config.llm.raw, file).conversation(tokenizer)
-  const parts: Parts = { config, ...tower, tokenizer, conversation, llmDir: dir, levels }
+  const generation = readGenerationConfig(dir)
+  const parts: Parts = { config, ...tower, tokenizer, conversation, generation, llmDir: dir, levels }
   const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
   const vision = ownVision ? source : checkpointSource(tower.clipDir, place, toClip)
   // a LLaVA has a projector but no table: alignment starts fresh there, as does what an option asks for in another form
