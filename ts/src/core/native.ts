@@ -1,4 +1,4 @@
-/** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
+/** Loads the native core and types its exports. Handles are plain numbers; see native/addon. */
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { AlignGPTError } from '../util/errors.js'
