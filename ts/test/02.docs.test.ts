@@ -2,11 +2,13 @@
  * docs/api.md has every public name and none that is not there, with its parameters and options, and the `ts` blocks of the
  * documentation compile: those of a section are one program.
  */
+import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import ts from 'typescript'
 import { expect, test } from 'vitest'
+import { commandLine } from '../src/cli/main.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const read = (file: string): string => fs.readFileSync(path.join(root, file), 'utf8')
@@ -143,12 +145,14 @@ function namesIn(section: string, needed: Names): Names {
   return names
 }
 
-const sections = new Map(
-  read('docs/api.md')
-    .split(/^## /m)
-    .slice(1)
-    .map((text) => [text.slice(0, text.indexOf('\n')), text]),
-)
+const sectionsOf = (page: string): Map<string, string> =>
+  new Map(
+    read(page)
+      .split(/^## /m)
+      .slice(1)
+      .map((text) => [text.slice(0, text.indexOf('\n')), text]),
+  )
+const sections = sectionsOf('docs/api.md')
 
 test('docs/api.md has a section for each entry', () => {
   expect([...sections.keys()]).toEqual(Object.keys(ENTRIES))
@@ -196,4 +200,52 @@ test('docs/api.md has the options of each function', () => {
         .map((s) => s.name)
     expect([name, ...written.sort()]).toEqual([name, ...(there ?? []).sort()])
   }
+})
+
+test('docs/cli.md has each command, and no flag that its command lacks', () => {
+  const visible = commandLine().createHelp().visibleCommands(commandLine())
+  const flags = new Map(visible.map((c) => [c.name(), c.options.map((o) => o.long)]))
+  flags.delete('help')
+  const texts = sectionsOf('docs/cli.md')
+  for (const title of ['Exit statuses', 'Environment']) expect(texts.delete(title)).toBe(true)
+  expect([...texts.keys()].sort()).toEqual([...flags.keys()].sort())
+  // what is said of both training commands stands below the second
+  flags.get('finetune')?.push(...(flags.get('pretrain') ?? []))
+  for (const [name, text] of texts) {
+    const unknown = (text.match(/(?<=[\s`])--[a-z-]+/g) ?? []).filter((f) => !flags.get(name)?.includes(f))
+    expect([name, ...unknown]).toEqual([name])
+  }
+})
+
+/** Where a heading of a page is linked to, as GitHub makes it. */
+const anchor = (heading: string): string =>
+  heading
+    .toLowerCase()
+    .replaceAll(/[^\w\s-]/g, '')
+    .replaceAll(' ', '-')
+
+test('links of the documentation lead somewhere', () => {
+  const pages = [...PAGES, QUOTES, 'ARCHITECTURE.md', 'CONTRIBUTING.md']
+  const broken = pages.flatMap((page) =>
+    [...read(page).matchAll(/\]\(([^)\s]*)\)/g)].flatMap(([, link]) => {
+      if (/^https?:/.test(link)) return []
+      const [file, place] = link.split('#')
+      const target = file ? path.join(path.dirname(page), file) : page
+      if (!fs.existsSync(path.join(root, target))) return [`${page}: ${link}`]
+      const headings = place ? [...read(target).matchAll(/^#+ (.*)$/gm)].map(([, heading]) => anchor(heading)) : []
+      return place && !headings.includes(place) ? [`${page}: ${link}`] : []
+    }),
+  )
+  expect(broken).toEqual([])
+})
+
+test('docs/core.md shows examples/core.ts, and what it prints', () => {
+  const [, code, printed] = /^```ts\n(.*?)^```\n\n```\n(.*?)^```$/ms.exec(read('docs/core.md')) ?? []
+  expect(code).toBe(read('examples/core.ts'))
+  const args = ['--import', 'tsx', 'examples/core.ts']
+  const { stdout, stderr } = spawnSync(process.execPath, args, { cwd: root, encoding: 'utf8' })
+  expect(stderr).toBe('')
+  // a loss rounds in its own way at each CPU level
+  const form = (text: string): string => text.replaceAll(/loss \S+/g, 'loss')
+  expect(form(stdout)).toBe(form(printed))
 })
