@@ -1,6 +1,6 @@
 /**
  * The picture of the README: an image, a question, what a model answers, and its gate.
- * `npx tsx scripts/answer.ts MODEL IMAGE QUESTION docs/answer.png`, with the model and an image of `npm run quickstart`.
+ * `npx tsx scripts/answer.ts MODEL IMAGE QUESTION docs/answer.png`, with model and image of `npm run quickstart`.
  */
 import { AlignGPT } from 'aligngpt'
 import sharp from 'sharp'
@@ -24,9 +24,10 @@ const label = (i: number): string => (i === alpha.length - 1 ? 'global' : `level
 const bars = alpha.map((weight, i) => {
   const y = BAR.top + i * BAR.step
   const colour = i === alpha.length - 1 ? '#8a94a6' : '#2f6fdb'
+  const width = weight * BAR.width
   return `<text x="${BAR.left - 10}" y="${y + 12}" text-anchor="end" class="small">${label(i)}</text>
-<rect x="${BAR.left}" y="${y}" width="${(weight * BAR.width).toFixed(1)}" height="${BAR.height}" rx="2" fill="${colour}"/>
-<text x="${BAR.left + weight * BAR.width + 6}" y="${y + 12}" class="small">${weight.toFixed(2)}</text>`
+<rect x="${BAR.left}" y="${y}" width="${width.toFixed(1)}" height="${BAR.height}" rx="2" fill="${colour}"/>
+<text x="${(BAR.left + width + 6).toFixed(1)}" y="${y + 12}" class="small">${weight.toFixed(2)}</text>`
 })
 const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${WIDTH}" height="${HEIGHT}">
 <style>text{font-family:DejaVu Sans,Arial,sans-serif;font-size:16px;fill:#1d2433}

@@ -1,5 +1,5 @@
 /**
- * docs/api.md has every public name and none that is not there, with its parameters and options, and the `ts` blocks of the
+ * docs/api.md has every public name and none that is not there, with its parameters and options. The `ts` blocks of the
  * documentation compile: those of a section are one program.
  */
 import { spawnSync } from 'node:child_process'
@@ -64,7 +64,7 @@ test('the programs of the documentation compile', () => {
   expect(wrong).toEqual([])
 })
 
-/** Parameters as the page writes them: '' for one that is needed, `?` for one that is not, `...` for any number; null: no function. */
+/** As the page writes them: '' for one that is needed, `?` for one that is not, `...` for any number; null: no function. */
 type Parameters = string | null
 type Names = Map<string, Parameters>
 const resolved = (s: ts.Symbol): ts.Symbol => (s.flags & ts.SymbolFlags.Alias ? checker.getAliasedSymbol(s) : s)
