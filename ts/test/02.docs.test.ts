@@ -64,7 +64,7 @@ test('the programs of the documentation compile', () => {
   expect(wrong).toEqual([])
 })
 
-/** As the page writes them: '' for one that is needed, `?` for one that is not, `...` for any number; null: no function. */
+/** As the page writes them: '' for a needed one, `?` for one that is not, `...` for any number; null: no function. */
 type Parameters = string | null
 type Names = Map<string, Parameters>
 const resolved = (s: ts.Symbol): ts.Symbol => (s.flags & ts.SymbolFlags.Alias ? checker.getAliasedSymbol(s) : s)
@@ -249,4 +249,18 @@ test('docs/core.md shows examples/core.ts, and what it prints', () => {
   // a loss rounds in its own way at each CPU level
   const form = (text: string): string => text.replaceAll(/loss \S+/g, 'loss')
   expect(form(stdout)).toBe(form(printed))
+})
+
+test('lines of the documentation have at most 120 characters', () => {
+  // numbers and generated tables
+  const wide = ['docs/benchmarks.md', 'docs/config.md', 'docs/cuda.md']
+  const pages = ['ARCHITECTURE.md', 'CONTRIBUTING.md', 'SECURITY.md', ...PAGES.filter((page) => !wide.includes(page))]
+  const long = pages.flatMap((page) =>
+    read(page)
+      .replaceAll(/^<!-- .* generated .*?^<!-- end/gms, '')
+      .split('\n')
+      .filter((line) => line.length > 120)
+      .map((line) => `${page}: ${line}`),
+  )
+  expect(long).toEqual([])
 })
