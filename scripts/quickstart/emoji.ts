@@ -16,6 +16,7 @@ import { createRequire } from 'node:module'
 import path from 'node:path'
 import sharp from 'sharp'
 import { permutation } from '../../ts/src/util/rng.js'
+import { nameOf, plain } from './words.js'
 
 /** Emojibase groups and the one word each is called by here. */
 export const CATEGORIES = ['smiley', 'people', 'nature', 'food', 'travel', 'activity', 'object', 'symbol'] as const
@@ -43,7 +44,7 @@ export interface Emoji {
   id: string
   /** the emoji as text */
   char: string
-  /** lower case, letters, digits, spaces and hyphens */
+  /** a noun phrase in lower case: letters, digits, spaces, hyphens and apostrophes */
   name: string
   /** single words, lower case; at least one */
   keywords: string[]
@@ -84,17 +85,6 @@ export function sourcePictures(style: PictureStyle): Map<string, string> {
 
 // ---- words ----------------------------------------------------------------------------------------------------------------
 
-/** Plain lower-case words: no accents, quotes or other signs. */
-const plain = (text: string): string =>
-  text
-    .normalize('NFKD')
-    .replace(/\p{M}/gu, '')
-    .replace(/['’“”"().!:]/g, '')
-    .replace(/[^A-Za-z0-9 -]+/g, ' ')
-    .replace(/\s+/g, ' ')
-    .trim()
-    .toLowerCase()
-
 /** Human keywords that are one word and not just the category. */
 function keywordsOf(tags: readonly string[], name: string): string[] {
   const usable = (w: string): boolean =>
@@ -109,27 +99,6 @@ const FILLING = new Set(['and', 'with', 'without', 'the', 'from', 'for', 'over',
 /** Every word that says something about an emoji. */
 export const wordsOf = (e: Emoji): Set<string> =>
   new Set([...e.name.split(/[ -]/), ...e.keywords, e.category].filter((w) => w.length > 2 && !FILLING.has(w)))
-
-const MASS = new Set(
-  'bacon bread butter cheese chocolate confetti fire fog fondue garlic ginger hair ice meat milk money music pasta rice salt seafood spaghetti sushi tempura tofu water wood'.split(
-    ' ',
-  ),
-)
-/** Whether a name wants no article: plural, or a substance. */
-function bare(name: string): 'plural' | 'mass' | null {
-  const last = name
-    .split(/ (?:with|of|in|on|for|from|showing|holding|above|wrestling|hugging)\b/)[0]
-    .split(' ')
-    .at(-1)
-  if (last === undefined || MASS.has(last)) return 'mass'
-  return last === 'people' || (/[a-z]s$/.test(last) && !/(ss|us|is|aries|ros)$/.test(last)) ? 'plural' : null
-}
-const article = (name: string): string => (/^[aeiou]/.test(name) && !/^(uni|u-|one|eu)/.test(name) ? 'an' : 'a')
-/** `a kite`, `an apple`, `cherries`. */
-export const withArticle = (name: string): string => (bare(name) ? name : `${article(name)} ${name}`)
-/** `Is there a kite in the picture?`, `Are there cherries in the picture?` */
-export const isThere = (name: string): string =>
-  `${bare(name) === 'plural' ? 'Are' : 'Is'} there ${withArticle(name)} in the picture?`
 
 // ---- selection --------------------------------------------------------------------------------------------------------
 
@@ -163,7 +132,7 @@ export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY
   for (const e of [...data].sort((a, b) => (a.order ?? 0) - (b.order ?? 0))) {
     const category = GROUPS[e.group ?? -1]
     const id = idOf(e.hexcode)
-    const name = plain(e.label)
+    const name = nameOf(e.label)
     if (!category || !distinct(e) || names.has(name) || !pictures.every((p) => p.has(id))) continue
     names.add(name)
     const keywords = keywordsOf(e.tags ?? [], name)

@@ -7,13 +7,12 @@ import {
   CATEGORIES,
   type Category,
   type Emoji,
-  isThere,
   type PictureStyle,
   pictureName,
   TRAINING_STYLES,
-  withArticle,
   wordsOf,
 } from './emoji.js'
+import { isThere, withArticle } from './words.js'
 
 /** full: name, mostly with keywords and category; keyword: one keyword; category: nothing else; wrong: of another thing. */
 export const QUALITIES = ['full', 'keyword', 'category', 'wrong'] as const
@@ -160,7 +159,7 @@ function categoryTurn(e: Emoji, rng: Rng): Asked {
 function yesNoQuestion(about: Emoji, kind: (typeof YES_NO_KINDS)[number], rng: Rng): string {
   if (kind === 'name') return isThere(about.name)
   if (kind === 'category') return `Is this in the category ${about.category}?`
-  return `Is the picture about ${rng.pick(about.keywords)}?`
+  return `Does the keyword ${rng.pick(about.keywords)} fit the picture?`
 }
 
 /**
@@ -260,11 +259,11 @@ function aboutAThing(e: Emoji, list: readonly Emoji[], rng: Rng, id: string): Ll
   const category = right ? e.category : other(e, list, rng).category
   const turns: Asked[] = [
     {
-      question: `Which category is ${withArticle(e.name)}: ${options.slice(0, -1).join(', ')} or ${options.at(-1)}?`,
+      question: `Which category fits ${withArticle(e.name)}: ${options.slice(0, -1).join(', ')} or ${options.at(-1)}?`,
       answer: e.category,
     },
-    { question: `Is ${withArticle(e.name)} in the category ${category}?`, answer: right ? 'Yes' : 'No' },
-    { question: `Name a word for ${withArticle(e.name)}.`, answer: rng.pick(e.keywords) },
+    { question: `Does the category ${category} fit ${withArticle(e.name)}?`, answer: right ? 'Yes' : 'No' },
+    { question: `Name a keyword for ${withArticle(e.name)}.`, answer: rng.pick(e.keywords) },
   ]
   return { id, conversations: toTurns(shuffled(turns, rng).slice(0, 1 + rng.int(2)), '') }
 }
@@ -291,11 +290,11 @@ export function makeText(list: readonly Emoji[], seed: number): string[] {
     const a = withArticle(e.name)
     const [k1, k2 = k1] = keywords(e, 2, rng)
     const sentences = [
-      `This is ${a}.`,
+      `A picture of ${a}.`,
       `The picture shows ${a}.`,
       `The category of ${a} is ${e.category}.`,
-      `${e.name} has to do with ${k1} and ${k2}.`,
-      `The word ${rng.pick(e.keywords)} fits ${a}.`,
+      `The keywords ${k1} and ${k2} fit ${a}.`,
+      `The keyword ${rng.pick(e.keywords)} fits ${a}.`,
       `A thing in the category ${e.category}: ${e.name}.`,
     ]
     documents.push(shuffled(sentences, rng).slice(0, 2).join(' '))

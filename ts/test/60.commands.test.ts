@@ -220,7 +220,7 @@ test('the command line loads no native code before a command runs', async () => 
 
 test('an interrupted quickstart says so and can be started again', async () => {
   const out = path.join(dir, 'quickstart')
-  const script = fileURLToPath(new URL('scripts/quickstart.ts', root))
+  const script = fileURLToPath(new URL('scripts/quickstart/main.ts', root))
   /** Interrupts a run as soon as it prints something. */
   const run = (until: string): Promise<{ status: number | null; text: string }> =>
     new Promise((resolve) => {
