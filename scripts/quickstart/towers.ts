@@ -21,14 +21,9 @@ import type { Module } from '../../ts/src/nn/module.js'
 import { RopeTable } from '../../ts/src/nn/rope.js'
 import { cosineRate } from '../../ts/src/nn/schedule.js'
 import { render } from '../../ts/src/processing/conversation/styles.js'
-import {
-  augment,
-  decodeImage,
-  normaliseInto,
-  normaliseTable,
-  preprocessImage,
-  type RgbImage,
-} from '../../ts/src/processing/image.js'
+import { augment } from '../../ts/src/processing/image/augment.js'
+import { decodeImage, type RgbImage } from '../../ts/src/processing/image/decode.js'
+import { normaliseInto, normaliseTable, preprocessImage } from '../../ts/src/processing/image/preprocess.js'
 import type { PreprocessorConfig } from '../../ts/src/processing/preprocessor-config.js'
 import { encodePieces, IGNORE } from '../../ts/src/processing/sample.js'
 import { Tokenizer } from '../../ts/src/processing/tokenizer.js'

@@ -2,10 +2,10 @@ import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
 import { afterAll, describe, expect, it } from 'vitest'
+import { openCheckpoint } from '../src/formats/checkpoint-files.js'
 import {
   halfToFloat,
   layoutSafetensors,
-  openCheckpoint,
   openSafetensors,
   readEntry,
   readFloats,

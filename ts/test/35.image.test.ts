@@ -5,23 +5,18 @@ import fc from 'fast-check'
 import sharp from 'sharp'
 import { afterAll, describe, expect, it } from 'vitest'
 import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
+import { augment, compositeOver } from '../src/processing/image/augment.js'
+import { decodeImage, loadImage, type RgbImage } from '../src/processing/image/decode.js'
+import { PictureCache, type PictureTask, preparePicture } from '../src/processing/image/prepare.js'
 import {
-  augment,
-  compositeOver,
-  decodeImage,
-  loadImage,
   normalise,
   normaliseInto,
   normaliseTable,
-  PictureCache,
-  type PictureTask,
   type Preprocess,
   padColour,
-  preparePicture,
   preprocessImage,
-  type RgbImage,
-  resizeBicubic,
-} from '../src/processing/image.js'
+} from '../src/processing/image/preprocess.js'
+import { resizeBicubic } from '../src/processing/image/resize.js'
 import { readPreprocessor } from '../src/processing/preprocessor-config.js'
 import { Rng } from '../src/util/rng.js'
 import { CASES, caseDir, doing, errorOf, expectedOf, recordsOf, refuses, tempDir } from './data-cases.js'

@@ -16,7 +16,7 @@ import { CATEGORIES, type Emoji, SIDE, selectEmoji, wordsOf } from '../../script
 import { makeInstructions, QUALITIES, QUALITY_SHARES, TESTS } from '../../scripts/quickstart/records.js'
 import { isThere, nameOf, RENAMED, SIGNS } from '../../scripts/quickstart/words.js'
 import { loadDataset } from '../src/data/dataset.js'
-import { decodeImage } from '../src/processing/image.js'
+import { decodeImage } from '../src/processing/image/decode.js'
 import { tempDir } from './data-cases.js'
 
 const roots: string[] = []

@@ -1,4 +1,5 @@
 /** Checkpoints of other layouts: imported and exported, values and answers compared, what does not fit named. */
+
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -8,10 +9,10 @@ import { afterAll, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { type ConvertOptions, type ExportOptions, exportModel, importModel } from '../src/convert/convert.js'
 import { memory } from '../src/core/tensor.js'
+import { openCheckpoint } from '../src/formats/checkpoint-files.js'
 import {
   floatToHalf,
   halfToFloat,
-  openCheckpoint,
   readEntry,
   readFloats,
   type StoredDtype,

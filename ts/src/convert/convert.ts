@@ -2,19 +2,17 @@
  * Checkpoints of other layouts (layouts.ts) into AlignGPT folders and back. Tensors go from file to file one at a time; where
  * only the name changes, their bytes are copied.
  */
+
 import fs from 'node:fs'
 import path from 'node:path'
-import { native } from '../core/native.js'
-import { cast, concat, matmul } from '../core/ops.js'
+import { cast, concat, fill, matmul } from '../core/ops.js'
 import { type Dtype, scope, type Tensor, zeros } from '../core/tensor.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
 import {
   floatToHalf,
-  openCheckpoint,
-  readRange,
   type StoredDtype,
   type TensorEntry,
   type TensorToWrite,
-  withFile,
   writeSafetensors,
 } from '../formats/safetensors.js'
 import { type RawConfig, readJsonObject, writeConfigFile } from '../formats/zod-check.js'
@@ -28,7 +26,8 @@ import { merged } from '../nn/lora.js'
 import { initialize } from '../nn/module.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { show } from '../util/errors.js'
-import { writeAll, writeJsonFile } from '../util/json.js'
+import { readRange, withFile, writeAll } from '../util/files.js'
+import { writeJsonFile } from '../util/json.js'
 import { hfConfigJson, llavaConfigJson } from './foreign-config.js'
 import {
   ALIGNMENT,
@@ -168,7 +167,7 @@ function withRows(item: Item, rows: number): Item {
     using([item.value(d)], ([t]) => {
       const table = cast(t, d === 'f64' ? d : 'f32')
       const weights = zeros([rows - from, from], table.dtype)
-      native.fill(weights.h, 1 / from)
+      fill(weights, 1 / from)
       return cast(concat([table, matmul(weights, table)], 0), d)
     })
   return { ...item, shape: [rows, width], copy: undefined, value }
@@ -195,7 +194,7 @@ function toWrite({ name, dtype, shape, copy, value }: Item, as = name): TensorTo
     const data = (): Uint8Array => new Uint8Array(floatToHalf(computed((t) => t.toFloats() as Float32Array)).buffer)
     return { name: as, dtype, shape, data }
   }
-  const write = (file: string, offset: number): void => computed((t) => native.writeFile(t.h, file, offset))
+  const write = (file: string, offset: number): void => computed((t) => t.writeFile(file, offset))
   return { name: as, dtype, shape, write }
 }
 

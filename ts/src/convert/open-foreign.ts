@@ -1,7 +1,9 @@
 /** Checkpoints of any layout (layouts.ts) as this package would have them: its names, its settings. No tensor is read yet. */
+
 import fs from 'node:fs'
 import path from 'node:path'
-import { openCheckpoint, type TensorEntry } from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
+import type { TensorEntry } from '../formats/safetensors.js'
 import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
 import {
   type AlignGPTConfig,

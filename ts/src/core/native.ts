@@ -3,6 +3,7 @@ import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { AlignGPTError } from '../util/errors.js'
+import { setFileCallHook } from '../util/files.js'
 import { packageRoot } from '../util/package.js'
 
 export type Dtype = 'f32' | 'bf16' | 'f64' | 'i32' | 'i64'
@@ -236,3 +237,4 @@ const { file, core } = load()
 /** The native core's file. */
 export const nativeFile = file
 export const native: Native = core
+setFileCallHook((what) => core.fileCall(what))

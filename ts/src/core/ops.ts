@@ -223,3 +223,20 @@ export const crossEntropy = (logits: Tensor, targets: Tensor): Tensor => wrap(na
 /** CLIP's symmetric loss: image and text [B, D] with unit rows, logScale one element (natural log of the temperature's inverse). */
 export const contrastiveLoss = (image: Tensor, text: Tensor, logScale: Tensor): Tensor =>
   wrap(native.contrastiveLoss(image.h, text.h, logScale.h))
+
+/** How `sample` chooses. */
+export interface SampleOptions {
+  /** 0: always the most likely */
+  temperature: number
+  /** 0: all */
+  topK: number
+  /** 1: all */
+  topP: number
+}
+
+/** Picks an entry of each row. @param logits f32 [B, V] @param uniform a number in [0, 1) for each row */
+export const sample = (logits: Tensor, o: SampleOptions, uniform: number[]): number[] =>
+  native.sample(logits.h, o.temperature, o.topK, o.topP, uniform)
+
+/** Writes one value into every element. */
+export const fill = (x: Tensor, value: number): void => native.fill(x.h, value)

@@ -50,6 +50,10 @@ export class Tensor {
   write(data: TensorData): void {
     native.write(this.h, data)
   }
+  /** Writes the values' bytes, row-major and little-endian, into a file that is there. @throws ERR_FILE */
+  writeFile(file: string, offset: number): void {
+    native.writeFile(this.h, file, offset)
+  }
   /** The same values outside the tape. */
   detach(): Tensor {
     return new Tensor(native.detach(this.h))

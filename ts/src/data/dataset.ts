@@ -14,7 +14,7 @@ import {
   splitRecords,
   wordCount,
 } from '../formats/record-file.js'
-import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image-source.js'
+import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image/source.js'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'

@@ -1,6 +1,6 @@
 /** Worker thread of loader.ts: prepares pictures and writes them into shared memory. */
 import type { MessagePort } from 'node:worker_threads'
-import { PictureCache, type PictureTask, preparePicture } from '../processing/image.js'
+import { PictureCache, type PictureTask, preparePicture } from '../processing/image/prepare.js'
 
 /** Memory shared between the loader and its workers; slot k, picture i. */
 export interface SharedSlots {

@@ -14,8 +14,8 @@ import {
   wordCount,
 } from '../formats/record-file.js'
 import { render, type Style, styleOf } from '../processing/conversation/styles.js'
-import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image.js'
-import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image-source.js'
+import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
+import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image/source.js'
 import { buildSample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, show } from '../util/errors.js'

@@ -7,14 +7,9 @@ import { availableParallelism } from 'node:os'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Worker } from 'node:worker_threads'
 import { type PackedBatch, packBatch } from '../models/packed-batch.js'
-import {
-  type ImageLimits,
-  normaliseInto,
-  normaliseTable,
-  type PictureTask,
-  type Preprocess,
-  preparePicture,
-} from '../processing/image.js'
+import type { ImageLimits } from '../processing/image/decode.js'
+import { type PictureTask, preparePicture } from '../processing/image/prepare.js'
+import { normaliseInto, normaliseTable, type Preprocess } from '../processing/image/preprocess.js'
 import { buildSample, type Sample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'

@@ -7,7 +7,7 @@ import { type GenerateRequest, generateBatch, loadPixels, packWithPixels, prompt
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { type Pictures, readFilePart, readPicture, resolveImage } from '../processing/image-source.js'
+import { type Pictures, readFilePart, readPicture, resolveImage } from '../processing/image/source.js'
 import { buildSample, type Sample } from '../processing/sample.js'
 import { AlignGPTError } from '../util/errors.js'
 import { permutation } from '../util/rng.js'

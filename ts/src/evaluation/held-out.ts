@@ -17,12 +17,12 @@ import type { GateText } from '../models/config/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import { saveAdapter } from '../models/peft.js'
 import { saveModel } from '../models/save.js'
-import { readPicture } from '../processing/image-source.js'
+import { readPicture } from '../processing/image/source.js'
 import { buildSample } from '../processing/sample.js'
 import { thumbnail } from '../report/html.js'
 import type { Phase } from '../train/phases.js'
 import { mismatch, show } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 
 export interface EvaluationOptions {
@@ -222,7 +222,7 @@ export class HeldOut {
   /** What decides about the numbers. */
   get settings(): Record<string, unknown> {
     const { evalShare: share, evalData } = this.o
-    const data = evalData === undefined ? null : fingerprint(this.data.file)
+    const data = evalData === undefined ? null : digestFile(this.data.file)
     return { share: share ?? null, every: this.#every, records: this.data.length, data }
   }
   get best(): Best | null {

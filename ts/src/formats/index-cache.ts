@@ -5,7 +5,7 @@
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import { mismatch } from '../util/errors.js'
-import { writeAll, writeAtomic } from '../util/json.js'
+import { writeAll, writeAtomic } from '../util/files.js'
 
 /** Sources from this size on are worth a saved index; smaller ones are read in less than a second. */
 export const WORTH_SAVING = 64 * 2 ** 20

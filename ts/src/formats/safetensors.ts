@@ -3,10 +3,9 @@
  * tensor bytes. Only the header is read here; tensor bytes are described by file ranges and read by whoever needs them.
  */
 import fs from 'node:fs'
-import path from 'node:path'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
-import { readJsonFile, scanJson, writeAll, writeAtomic } from '../util/json.js'
-import { openTorchBin } from './torchbin.js'
+import { readRange, withFile, writeAll, writeAtomic } from '../util/files.js'
+import { scanJson } from '../util/json.js'
 
 /** Bytes per element of every dtype the format knows. */
 export const DTYPE_BYTES = {
@@ -56,35 +55,6 @@ export function elements(shape: readonly number[], where: string): number {
   if (!isSize(shape.reduce((a, d) => a * Math.max(d, 1), 1)))
     throw mismatch('ERR_SHAPE', 'safetensors', where, 'at most 2^53 elements', show(shape))
   return n
-}
-
-/** Reads exactly `length` bytes at `position`. @throws AlignGPTError ERR_FORMAT when the file is shorter */
-export function readRange(fd: number, position: number, length: number, file: string): Buffer {
-  const out = Buffer.allocUnsafe(length)
-  for (let done = 0; done < length; ) {
-    const n = fs.readSync(fd, out, done, Math.min(length - done, 1 << 28), position + done)
-    if (n === 0) throw mismatch('ERR_FORMAT', 'read', file, `${length} bytes at ${position}`, `${done} bytes`)
-    done += n
-  }
-  return out
-}
-
-/** Opens a regular file for reading and passes the descriptor and the size. @throws AlignGPTError ERR_FORMAT */
-export function withFile<T>(file: string, use: (fd: number, size: number) => T): T {
-  let fd: number
-  try {
-    fd = fs.openSync(file, 'r')
-  } catch (e) {
-    const got = (e as NodeJS.ErrnoException).code ?? String(e)
-    throw mismatch('ERR_FORMAT', 'open', file, 'a readable file', got, e)
-  }
-  try {
-    const info = fs.fstatSync(fd)
-    if (!info.isFile()) throw mismatch('ERR_FORMAT', 'open', file, 'a regular file', 'something else')
-    return use(fd, info.size)
-  } finally {
-    fs.closeSync(fd)
-  }
 }
 
 function parseEntry(file: string, name: string, raw: unknown, dataStart: number): TensorEntry {
@@ -301,58 +271,4 @@ export function writeSafetensors(
     if (fs.fstatSync(fd).size !== size)
       throw mismatch('ERR_SHAPE', 'safetensors', file, `${size} bytes`, 'another size')
   })
-}
-
-/** Any weights file by its content: a safetensors file or a PyTorch zip checkpoint. */
-function openWeightsFile(file: string): Map<string, TensorEntry> {
-  return /\.(bin|pt|pth)$/i.test(file) ? openTorchBin(file) : openSafetensors(file).entries
-}
-
-function openShards(index: string): Map<string, TensorEntry> {
-  const raw = readJsonFile(index, 'ERR_FORMAT') as { weight_map?: unknown } | null
-  const map = raw?.weight_map
-  if (typeof map !== 'object' || map === null || Array.isArray(map))
-    throw mismatch('ERR_FORMAT', 'checkpoint', `${index} weight_map`, 'an object: tensor name -> file', show(map))
-  const all = new Map<string, TensorEntry>()
-  const shards = new Map<string, Map<string, TensorEntry>>()
-  for (const [name, shard] of Object.entries(map)) {
-    if (typeof shard !== 'string' || shard === '' || shard !== path.basename(shard) || shard === '..' || shard === '.')
-      throw mismatch(
-        'ERR_FORMAT',
-        'checkpoint',
-        `${index}: ${show(name)}`,
-        'a file name in the same folder',
-        show(shard),
-      )
-    if (!shards.has(shard)) shards.set(shard, openWeightsFile(path.join(path.dirname(index), shard)))
-    if (!shards.get(shard)?.has(name))
-      throw mismatch('ERR_FORMAT', 'checkpoint', `${index}: ${show(name)}`, `a tensor in ${shard}`, 'none')
-  }
-  for (const [shard, entries] of shards)
-    for (const [name, e] of entries) {
-      if (all.has(name)) throw mismatch('ERR_FORMAT', 'checkpoint', `${shard}: ${show(name)}`, 'one shard', 'two')
-      all.set(name, e)
-    }
-  return all
-}
-
-/**
- * Tensors of a Hugging Face checkpoint: a folder with `model.safetensors`, `model.safetensors.index.json` and shards,
- * `pytorch_model.bin` or `pytorch_model.bin.index.json` and shards (looked for in this order), or one weights file.
- * @throws AlignGPTError ERR_FORMAT
- */
-export function openCheckpoint(folder: string): Map<string, TensorEntry> {
-  const info = fs.statSync(folder, { throwIfNoEntry: false })
-  if (info?.isFile()) return folder.endsWith('.index.json') ? openShards(folder) : openWeightsFile(folder)
-  const names = [
-    'model.safetensors',
-    'model.safetensors.index.json',
-    'pytorch_model.bin',
-    'pytorch_model.bin.index.json',
-  ]
-  const found = names.find((n) => fs.existsSync(path.join(folder, n)))
-  if (!found)
-    throw mismatch('ERR_FORMAT', 'checkpoint', folder, names.join(' or '), info ? 'none of them' : 'no such folder')
-  const file = path.join(folder, found)
-  return found.endsWith('.json') ? openShards(file) : openWeightsFile(file)
 }

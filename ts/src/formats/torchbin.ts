@@ -3,8 +3,10 @@
  * interpreter for the few instructions and names that a dictionary of tensors needs. It builds descriptions only, never
  * calls anything, and refuses everything else by name.
  */
+
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
-import { DTYPE_BYTES, readRange, type StoredDtype, type TensorEntry, withFile } from './safetensors.js'
+import { readRange, withFile } from '../util/files.js'
+import { DTYPE_BYTES, type StoredDtype, type TensorEntry } from './safetensors.js'
 
 interface ZipEntry {
   offset: number

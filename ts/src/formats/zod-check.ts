@@ -1,9 +1,11 @@
 /** Checked reading and writing of the configuration files of Hugging Face folders; what a file may hold is a zod schema. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'
 import { mismatch, show } from '../util/errors.js'
-import { readJsonFile, writeAtomicText } from '../util/json.js'
+import { writeAtomicText } from '../util/files.js'
+import { readJsonFile } from '../util/json.js'
 
 /** A configuration file's own content. */
 export type RawConfig = Record<string, unknown>

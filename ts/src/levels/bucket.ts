@@ -2,10 +2,12 @@
  * Alignment levels: CLIP scores cut into N buckets, and the `similarity` field of a data file. Level 0 is aligned worst,
  * level N-1 best.
  */
+
 import fs from 'node:fs'
 import type { Dataset } from '../data/dataset.js'
 import { mismatch, show } from '../util/errors.js'
-import { decodeUtf8, scanJson, writeAll, writeAtomic } from '../util/json.js'
+import { writeAll, writeAtomic } from '../util/files.js'
+import { decodeUtf8, scanJson } from '../util/json.js'
 
 export type Buckets = 'width' | 'quantile'
 

@@ -6,14 +6,8 @@ import type { Dataset } from '../data/dataset.js'
 import type { DataRecord } from '../formats/record-file.js'
 import type { CLIPModel } from '../models/clip.js'
 import { loadClip } from '../models/load.js'
-import {
-  decodeImage,
-  loadImage,
-  normaliseInto,
-  normaliseTable,
-  preprocessImage,
-  type RgbImage,
-} from '../processing/image.js'
+import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
+import { normaliseInto, normaliseTable, preprocessImage } from '../processing/image/preprocess.js'
 import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { type LevelExample, writeLevelsPage } from '../report/levels-page.js'

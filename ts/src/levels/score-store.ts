@@ -7,9 +7,9 @@ import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { stampOf } from '../formats/index-cache.js'
+import { writeAll } from '../util/files.js'
 import { hash53 } from '../util/hash.js'
 import { Fingerprints } from '../util/hash-map.js'
-import { writeAll } from '../util/json.js'
 
 /** Identity of a CLIP folder: its JSON files, and size and ends of its weights. */
 export function clipIdentity(dir: string): string {

@@ -2,7 +2,8 @@
 
 import { type Device, native } from '../core/native.js'
 import { type Dtype, scope, Tensor } from '../core/tensor.js'
-import { openCheckpoint, type TensorEntry, type TensorToWrite } from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
+import type { TensorEntry, TensorToWrite } from '../formats/safetensors.js'
 import { initialize, ParameterSource } from '../nn/module.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { ourName } from './names.js'

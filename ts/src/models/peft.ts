@@ -1,15 +1,11 @@
 /** Adapters as PEFT's files, and beside them what else is trained with them. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'
 import type { Tensor } from '../core/tensor.js'
-import {
-  openCheckpoint,
-  openSafetensors,
-  type TensorEntry,
-  type TensorToWrite,
-  writeSafetensors,
-} from '../formats/safetensors.js'
+import { openCheckpoint } from '../formats/checkpoint-files.js'
+import { openSafetensors, type TensorEntry, type TensorToWrite, writeSafetensors } from '../formats/safetensors.js'
 import { checkConfig, readJsonObject } from '../formats/zod-check.js'
 import type { Linear } from '../nn/layers.js'
 import { adapted, attach, type NamedLinear } from '../nn/lora.js'

@@ -1,5 +1,5 @@
 /** What the HTML pages share. A page holds all it shows: no script, no link, no font, so it can be kept and passed on. */
-import { type PictureSource, readPicture } from '../processing/image-source.js'
+import { type PictureSource, readPicture } from '../processing/image/source.js'
 
 /** Text that can stand anywhere in HTML; control characters and changes of direction become spaces. */
 export const escapeHtml = (text: string): string =>

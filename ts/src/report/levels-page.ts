@@ -2,7 +2,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import type { Buckets, Levels } from '../levels/bucket.js'
-import type { PictureSource } from '../processing/image-source.js'
+import type { PictureSource } from '../processing/image/source.js'
 import { escapeHtml, htmlPage, thumbnail } from './html.js'
 
 export interface LevelExample {

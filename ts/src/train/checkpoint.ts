@@ -12,8 +12,8 @@ import type { Dtype } from '../core/tensor.js'
 import { layoutSafetensors, openSafetensors, type StoredDtype, type TensorToWrite } from '../formats/safetensors.js'
 import type { StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
-import { disk, fingerprint, syncFolder, withDescriptor } from '../util/files.js'
-import { readJsonFile, writeAll } from '../util/json.js'
+import { digestFile, disk, syncFolder, withDescriptor, writeAll } from '../util/files.js'
+import { readJsonFile } from '../util/json.js'
 
 export const FORMAT = 1
 
@@ -109,7 +109,7 @@ export function writeCheckpoint(
       const file = path.join(temporary, name)
       const mine = tensors.filter((t) => t.file === part)
       writeTensors(file, mine)
-      files[name] = fingerprint(file)
+      files[name] = digestFile(file)
     }
     withDescriptor(path.join(temporary, 'manifest.json'), 'wx', (fd) => {
       native.fileCall('manifest.json')
@@ -159,7 +159,7 @@ export function verifyCheckpoint(checkpoint: string): Manifest {
     const full = path.join(checkpoint, name)
     const size = fs.statSync(full, { throwIfNoEntry: false })?.size
     if (size !== expected.bytes) throw bad(name, `${expected.bytes} bytes`, size === undefined ? 'no file' : `${size}`)
-    const got = fingerprint(full)
+    const got = digestFile(full)
     if (got.sha256 !== expected.sha256) throw bad(name, `SHA-256 ${expected.sha256}`, got.sha256)
   }
   return manifest

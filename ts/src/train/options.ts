@@ -8,7 +8,7 @@ import type { GateText } from '../models/config/aligngpt.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import type { LoraOptions } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import type { OutlierOptions } from './outliers.js'
 import type { Phase } from './phases.js'
 import type { StepInfo } from './trainer.js'
@@ -147,7 +147,7 @@ export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o:
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
     skipOutliers: o.skipOutliers ?? false,
-    data: { records: data.length, ...fingerprint(data.file) },
+    data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }
 }

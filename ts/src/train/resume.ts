@@ -7,7 +7,7 @@ import { type Device, native, nativeFile } from '../core/native.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { AdamW, StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
-import { fingerprint } from '../util/files.js'
+import { digestFile } from '../util/files.js'
 import { version } from '../util/package.js'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
 import type { Phase } from './phases.js'
@@ -70,7 +70,7 @@ let build: string | undefined
 
 /** What computes on a device now. */
 export function maker(device: Device): Maker {
-  build ??= fingerprint(nativeFile).sha256
+  build ??= digestFile(nativeFile).sha256
   const cuda = device === 'cuda' ? native.probeCuda() : null
   const { name, level } = cuda && typeof cuda !== 'string' ? cuda : native.capabilities()
   return { version: version(), build, level: `${name} ${level}` }

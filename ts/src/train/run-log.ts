@@ -4,7 +4,7 @@ import path from 'node:path'
 import { Bar } from '../cli/progress.js'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
 import { EventFile } from '../formats/tfevents.js'
-import { writeAtomicText } from '../util/json.js'
+import { writeAtomicText } from '../util/files.js'
 import type { StepInfo } from './trainer.js'
 
 interface LogOptions {

@@ -3,10 +3,9 @@
  * in it. JSON.parse gives neither, and it hides duplicate keys.
  */
 import { isUtf8 } from 'node:buffer'
-import { randomBytes } from 'node:crypto'
 import fs from 'node:fs'
-import path from 'node:path'
 import { mismatch } from './errors.js'
+import { writeAtomicText } from './files.js'
 
 /** A member of the outermost object; positions are UTF-16 offsets into the text, ends are exclusive. */
 export interface JsonMember {
@@ -180,48 +179,6 @@ export function readJsonFile(file: string, code: string): unknown {
     throw mismatch(code, 'json', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
   }
   return parseJson(text.charCodeAt(0) === 0xfeff ? text.slice(1) : text, file, code)
-}
-
-/**
- * Writes a file so that a reader sees the old one or the new one, never half of it: temporary file beside it, `fill`,
- * fsync, rename, fsync of the folder. The temporary file is removed on failure.
- * @param fill receives the open descriptor and the temporary path
- */
-export function writeAtomic(file: string, fill: (fd: number, temporary: string) => void): void {
-  const temporary = `${file}.tmp-${process.pid}-${randomBytes(4).toString('hex')}`
-  const fd = fs.openSync(temporary, 'wx')
-  try {
-    try {
-      fill(fd, temporary)
-      fs.fsyncSync(fd)
-    } finally {
-      fs.closeSync(fd)
-    }
-    fs.renameSync(temporary, file)
-  } catch (e) {
-    fs.rmSync(temporary, { force: true })
-    throw e
-  }
-  const folder = fs.openSync(path.dirname(path.resolve(file)), 'r')
-  try {
-    fs.fsyncSync(folder)
-  } finally {
-    fs.closeSync(folder)
-  }
-}
-
-/** Writes all of `data` at `position`; fs.writeSync alone may write less than asked. */
-export function writeAll(fd: number, data: Uint8Array, position: number): void {
-  for (let done = 0; done < data.byteLength; ) {
-    // One write call moves at most 2 GiB; smaller pieces keep that limit out of sight.
-    const n = Math.min(data.byteLength - done, 1 << 28)
-    done += fs.writeSync(fd, data, done, n, position + done)
-  }
-}
-
-/** Writes a text atomically. */
-export function writeAtomicText(file: string, text: string): void {
-  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(text), 0))
 }
 
 /** Writes a value as indented JSON, atomically. */

@@ -56,7 +56,7 @@ async function answerFile(file: string, o: Options): Promise<void> {
     import('../../inference/generate.js'),
     import('../signals.js'),
   ])
-  const { resolveImage } = await import('../../processing/image-source.js')
+  const { resolveImage } = await import('../../processing/image/source.js')
   const find = (image: string): string => (o.images === undefined ? image : resolveImage(o.images, image))
   const { model, mix } = await loadModel(o)
   const { maxNewTokens, temperature, topP, topK, seed, style } = o

@@ -5,12 +5,12 @@
 
 import fs from 'node:fs'
 import path from 'node:path'
-import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
-import { tarMembers } from '../formats/tar.js'
-import { type AlignGPTError, mismatch } from '../util/errors.js'
-import { Numbers } from '../util/growable-array.js'
-import { hash53 } from '../util/hash.js'
-import { Fingerprints } from '../util/hash-map.js'
+import { type SavedOptions, savedArrays } from '../../formats/index-cache.js'
+import { tarMembers } from '../../formats/tar.js'
+import { type AlignGPTError, mismatch } from '../../util/errors.js'
+import { Numbers } from '../../util/growable-array.js'
+import { hash53 } from '../../util/hash.js'
+import { Fingerprints } from '../../util/hash-map.js'
 
 /** Where the bytes of one picture lie, in plain values that can be sent to a worker; `problem`: why they lie nowhere. */
 export type PictureSource =
