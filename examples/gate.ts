@@ -1,7 +1,7 @@
 /** What the gate does: several questions about a picture in one batch, answered with its weights and with one level alone. */
 
 import path from 'node:path'
-import { AlignGPT } from '../ts/src/index.js'
+import { AlignGPT } from 'aligngpt'
 import { generateBatch } from '../ts/src/inference/generate.js'
 
 const base = path.resolve('ts/test/golden/base')

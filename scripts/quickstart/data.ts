@@ -23,8 +23,8 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import type { DataRecord, Turn } from '../../ts/src/formats/record-file.js'
-import { render } from '../../ts/src/processing/conversation/styles.js'
+import type { DataRecord, Turn } from 'aligngpt'
+import { render } from 'aligngpt/data'
 import { CATEGORIES, type Emoji, pictureName, selectEmoji, TRAINING_STYLES, writePictures } from './emoji.js'
 import {
   type LlavaRecord,

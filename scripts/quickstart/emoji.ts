@@ -14,8 +14,8 @@
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
+import { permutation } from 'aligngpt/core'
 import sharp from 'sharp'
-import { permutation } from '../../ts/src/util/rng.js'
 import { nameOf, plain } from './words.js'
 
 /** Emojibase groups and the one word each is called by here. */
@@ -121,7 +121,7 @@ function assignHalves(list: Emoji[], seed: number): void {
 
 /**
  * The emoji of the quickstart, in the order of the Unicode charts.
- * @param perCategory at most so many of each category (a random choice); default: all
+ * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
  */
 export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
   const data = require('emojibase-data/en/data.json') as EmojibaseEntry[]
@@ -138,16 +138,16 @@ export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY
     const keywords = keywordsOf(e.tags ?? [], name)
     list.push({ id, char: e.emoji, name, keywords, category, subgroup: subgroups[String(e.subgroup)], half: 0 })
   }
-  const room = new Map(CATEGORIES.map((c) => [c, perCategory]))
-  const chosen = new Set<Emoji>()
-  for (const i of permutation(list.length, seed, 0)) {
-    const left = room.get(list[i].category) as number
-    if (left > 0) chosen.add(list[i])
-    room.set(list[i].category, left - 1)
-  }
-  const out = list.filter((e) => chosen.has(e))
-  assignHalves(out, seed)
-  return out
+  // before some are chosen: an emoji is in the same half in every choice, as the shipped scoring CLIPs know one half each
+  assignHalves(list, seed)
+  const taken = new Map<string, number>()
+  const chosen = permutation(list.length, seed, 0).filter((i) => {
+    const pile = `${list[i].category} ${list[i].half}`
+    taken.set(pile, (taken.get(pile) ?? 0) + 1)
+    return (taken.get(pile) as number) <= perCategory / 2
+  })
+  const chosenIds = new Set(Array.from(chosen, (i) => list[i].id))
+  return list.filter((e) => chosenIds.has(e.id))
 }
 
 // ---- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,62 +1,46 @@
 /**
  * Everything the paper describes, on real pictures, in a few minutes on two cores and without any download:
- * scores -> levels -> pre-training -> instruction tuning -> answers with the gate's weights. `--fast` takes a minute and
- * shows the way rather than results.
+ * scores -> levels -> pre-training -> instruction tuning -> answers with the gate's weights.
+ *
+ *   npm run quickstart [-- --fast] [-- --from-scratch] [-- --out DIR]
+ *
+ * It starts from the small towers of the repository, as one starts from OpenAI's CLIP and Vicuna; --from-scratch trains them
+ * first and says whether they are the same. --fast takes half a minute and shows the way rather than results.
  */
 import fs from 'node:fs'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
-import { AlignGPT } from '../ts/src/aligngpt.js'
-import { native } from '../ts/src/core/native.js'
-import { loadDataset } from '../ts/src/data/dataset.js'
-import { evaluate, type Question } from '../ts/src/evaluation/evaluate.js'
-import { generateBatch } from '../ts/src/inference/generate.js'
-import { bucketLevels, type Levels, writeLevels } from '../ts/src/levels/bucket.js'
-import { clipScores } from '../ts/src/levels/clip-scores.js'
-import { loadClip } from '../ts/src/models/load.js'
-import { saveTokenizer, trainBpe, trainClipBpe } from '../ts/src/processing/bpe-trainer.js'
-import { readPreprocessor } from '../ts/src/processing/preprocessor-config.js'
-import { Tokenizer } from '../ts/src/processing/tokenizer.js'
-import { finetune, pretrain, type StepInfo } from '../ts/src/train/trainer.js'
 import {
-  prepareData,
-  type QuickstartData,
-  readHalves,
-  readQuality,
-  readQuestions,
-  readText,
-  tokenizerTexts,
-} from './quickstart/data.js'
-import { pictureName, TRAINING_STYLES } from './quickstart/emoji.js'
-import { QUALITIES, type Quality, TESTS } from './quickstart/records.js'
-import {
-  type AnswerExample,
-  type LevelExample,
-  type QuickstartResult,
-  type Scores,
-  writeReport,
-} from './quickstart/report.js'
-import { PHASE_1, PHASE_2, SCORES, VISION } from './quickstart/settings.js'
-import {
-  type Budget,
-  type ClipPair,
-  clipCaptions,
-  Pictures,
-  trainClip,
-  trainLlama,
-  writeClipConfig,
-  writeLlamaConfig,
-} from './quickstart/towers.js'
+  AlignGPT,
+  type Dataset,
+  evaluate,
+  finetune,
+  loadDataset,
+  pretrain,
+  type Question,
+  type StepInfo,
+} from 'aligngpt'
+import { cpuInfo } from 'aligngpt/core'
+import { bucketLevels, type Levels, writeLevels } from 'aligngpt/data'
+import { clipScores, loadClip, readPreprocessor, Tokenizer } from 'aligngpt/models'
+import { prepareData, type QuickstartData, readHalves, readQuality, readQuestions } from './data.js'
+import { different, FAST, FULL, shippedMaking, TOWERS, TowerMaker, takeShipped } from './made.js'
+import { QUALITIES, type Quality, TESTS } from './records.js'
+import { type AnswerExample, type LevelExample, type QuickstartResult, type Scores, writeReport } from './report.js'
+import { PHASE_1, PHASE_2, SCORES, SEED, VISION } from './settings.js'
+import type { Budget } from './towers.js'
 
 const { values: args } = parseArgs({
-  options: { fast: { type: 'boolean', default: false }, out: { type: 'string', default: 'runs/quickstart' } },
+  options: {
+    fast: { type: 'boolean', default: false },
+    'from-scratch': { type: 'boolean', default: false },
+    out: { type: 'string', default: 'runs/quickstart' },
+  },
 })
 const LEVELS = 8
-const SEED = 1
-const SIZE = args.fast
-  ? { clip: 60, half: 40, llama: 60, pretrain: 8, finetune: 20, clipBatch: 64, versions: 2 }
-  : { clip: 2000, half: 400, llama: 1500, pretrain: 100, finetune: 2400, clipBatch: 128, versions: 8 }
+const STEPS = args.fast ? { pretrain: 8, finetune: 20 } : { pretrain: 100, finetune: 2400 }
 
+const percent = (v: number): string => `${(100 * v).toFixed(1)} %`
 const seconds: Record<string, number> = {}
 async function stage<T>(name: string, what: string, run: () => Promise<T>): Promise<T> {
   const began = performance.now()
@@ -75,30 +59,82 @@ function meter(steps: number): Budget {
       void (step % every === 0 && console.log(`   step ${step}/${steps} loss ${loss.toFixed(3)}`)),
   }
 }
-
-function makeTokenizers(d: QuickstartData, clipDir: string, llmDir: string): void {
-  const texts = tokenizerTexts(d)
-  const clip = trainClipBpe(texts.clip, { vocabSize: 2048 })
-  saveTokenizer(clip, clipDir)
-  writeClipConfig(clipDir, clip.vocabSize)
-  const llm = trainBpe(texts.llm, { vocabSize: 2048 })
-  saveTokenizer(llm, llmDir)
-  writeLlamaConfig(llmDir, llm.vocabSize)
+/** Prints the loss of a phase now and then, at the end also what the steps spent waiting for pictures. */
+function show(steps: number): (s: StepInfo) => void {
+  const m = meter(steps)
+  let [waited, all] = [0, 0]
+  return (s) => {
+    m.onStep?.(s.step, s.loss)
+    const took = s.tokens / s.tokensPerSecond
+    waited += s.waited * took
+    all += took
+    if (s.step === steps - 1) console.log(`   waited for pictures: ${percent(waited / all)} of ${all.toFixed(1)} s`)
+  }
 }
 
+/** An empty folder, and a word for whoever interrupts the run. */
+function begin(out: string): void {
+  if (fs.existsSync(out) && !fs.existsSync(path.join(out, 'result.json')))
+    console.log(`An earlier run in ${out} did not finish; starting from the beginning.`)
+  fs.rmSync(out, { recursive: true, force: true })
+  fs.mkdirSync(out, { recursive: true })
+  for (const [signal, code] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const)
+    process.once(signal, () => {
+      console.error(
+        `\nInterrupted: ${out} is unfinished. Start again with the same command; nothing has to be removed first.`,
+      )
+      process.exit(code)
+    })
+}
+
+// ---- towers -------------------------------------------------------------------------------------------------------
+
+type Towers = Pick<QuickstartResult, 'towers'> & { loss: Pick<QuickstartResult['loss'], 'clip' | 'llm'> }
+
+const STAGES: Record<(typeof TOWERS)[number], string> = {
+  'clip-half-0': 'CLIP of the first half of the pairs, which judges the second',
+  'clip-half-1': 'CLIP of the second half of the pairs, which judges the first',
+  clip: 'CLIP of all training pictures (stands in for OpenAI’s)',
+  llm: 'LLaMA of text (stands in for Vicuna)',
+}
+
+/** Puts the towers into `folder`: the shipped ones, or new ones. */
+async function getTowers(d: QuickstartData, folder: string): Promise<Towers> {
+  const made = shippedMaking()
+  if (!args['from-scratch']) {
+    takeShipped(folder)
+    console.log(`\nTowers: those of the repository, made on ${made.date} with CPU code path ${made.isa}`)
+    return { towers: { made: 'shipped', isa: made.isa, date: made.date }, loss: {} }
+  }
+  const maker = new TowerMaker(d, folder, args.fast ? FAST : FULL, meter)
+  const curves: Record<string, number[]> = {}
+  for (const t of TOWERS) curves[t] = await stage(t, STAGES[t], () => maker.make(t))
+  const loss = { clip: curves.clip, llm: curves.llm }
+  const { isa } = cpuInfo()
+  if (args.fast) return { towers: { made: 'here', isa }, loss }
+  const others = different(folder)
+  console.log(
+    others.length
+      ? `\nThese towers differ from the shipped ones (${others.join(', ')}), which were made with CPU code path ${made.isa}.`
+      : '\nThese towers are the shipped ones, bit for bit.',
+  )
+  return { towers: { made: 'here', isa, sameAsShipped: !others.length }, loss }
+}
+
+// ---- levels -------------------------------------------------------------------------------------------------------
+
 /** Scores each pair with a CLIP trained on the other half: one that has seen a pair cannot judge it. */
-async function scorePairs(d: QuickstartData, clipDir: string, pictures: Pictures, out: string): Promise<number[]> {
+async function scorePairs(d: QuickstartData, models: string): Promise<number[]> {
   const data = await loadDataset(d.pairs, { images: d.images })
   const records = [...data]
+  data.close()
   const halves = readHalves(d)
   const scores = new Array<number>(records.length)
   for (const half of [0, 1]) {
-    const dir = path.join(out, `clip-half-${half}`)
-    fs.cpSync(clipDir, dir, { recursive: true })
-    const seen: ClipPair[] = records
-      .filter((r) => halves[r.id] === half)
-      .map((r) => ({ image: r.image as string, captions: [r.conversations[1].value] }))
-    await trainClip(dir, pictures, seen, { ...meter(SIZE.half), batch: SIZE.clipBatch, lr: 1e-3, seed: 11 + half })
+    const dir = path.join(models, `clip-half-${half}`)
     const clip = loadClip(dir)
     const judged = records.flatMap((r, i) => (halves[r.id] === half ? [] : [i]))
     const pairs = judged.map((i) => ({
@@ -125,153 +161,6 @@ function auc(scores: readonly number[], wrong: readonly boolean[]): number {
   return sum / Math.max(1, below * right)
 }
 
-async function main(): Promise<void> {
-  const out = path.resolve(args.out)
-  const done = path.join(out, 'result.json')
-  if (fs.existsSync(out) && !fs.existsSync(done))
-    console.log(`An earlier run in ${out} did not finish; starting from the beginning.`)
-  fs.rmSync(out, { recursive: true, force: true })
-  fs.mkdirSync(out, { recursive: true })
-  for (const [signal, code] of [
-    ['SIGINT', 130],
-    ['SIGTERM', 143],
-  ] as const)
-    process.once(signal, () => {
-      console.error(
-        `\nInterrupted: ${out} is unfinished. Start again with the same command; nothing has to be removed first.`,
-      )
-      process.exit(code)
-    })
-  const { level, threads } = native.capabilities()
-  console.log(
-    `AlignGPT quickstart, ${args.fast ? 'fast' : 'full'}: CPU level ${level}, ${threads} threads, writing to ${out}`,
-  )
-
-  const [clipDir, llmDir] = ['clip', 'llm'].map((n) => path.join(out, 'models', n))
-  const d = await stage('data', 'Data: real pictures and names, written as LLaVA JSON', async () => {
-    const data = await prepareData(out, { fast: args.fast, seed: SEED })
-    makeTokenizers(data, clipDir, llmDir)
-    return data
-  })
-  const names = d.emoji.flatMap((e) => TRAINING_STYLES.map((style) => pictureName(style, e)))
-  const pictures = await stage('augment', `Augmenting ${names.length} pictures`, () =>
-    Pictures.load(d.images, names, SIZE.versions, readPreprocessor(clipDir), 5),
-  )
-  const scores = await stage('levels', 'Alignment scores: two CLIPs, each judges the half it has not seen', () =>
-    scorePairs(d, clipDir, pictures, path.join(out, 'models')),
-  )
-
-  const data = await loadDataset(d.pairs, { images: d.images })
-  const cut = bucketLevels(scores, LEVELS, 'width')
-  await writeLevels(data, cut.levels)
-  fs.writeFileSync(path.join(out, SCORES), JSON.stringify(scores))
-  const quality = readQuality(d)
-  const qualities = [...data].map((r) => quality[r.id])
-  const levels = describeLevels(scores, qualities, cut)
-  console.log(
-    `   wrong captions: AUC ${levels.auc.toFixed(3)}, ${(100 * levels.wrongInLowestQuarter).toFixed(0)} % in the lowest quarter; levels ${cut.histogram.join(' ')}`,
-  )
-
-  const clipCurve = await stage('clip', 'CLIP on all training pictures (stands in for OpenAI’s)', () => {
-    const pairs = d.emoji.flatMap((e) =>
-      TRAINING_STYLES.map((style) => ({
-        image: pictureName(style, e),
-        captions: clipCaptions(e),
-        category: e.category,
-      })),
-    )
-    return trainClip(clipDir, pictures, pairs, { ...meter(SIZE.clip), batch: SIZE.clipBatch, lr: 1.5e-3, seed: 7 })
-  })
-  const conversations = await loadDataset(d.conversations)
-  const llamaCurve = await stage('llama', 'LLaMA on text (stands in for Vicuna)', () =>
-    trainLlama(llmDir, readText(d), [...conversations], { ...meter(SIZE.llama), batch: 32, lr: 2e-3, seed: 3 }),
-  )
-
-  const model = await AlignGPT.create({ llm: llmDir, clip: clipDir, levels: LEVELS, ...VISION }, { seed: SEED })
-  /** Prints the loss now and then, at the end also what the steps spent waiting for pictures. */
-  const show = (steps: number) => {
-    const m = meter(steps)
-    let [waited, all] = [0, 0]
-    return (s: StepInfo): void => {
-      m.onStep?.(s.step, s.loss)
-      const took = s.tokens / s.tokensPerSecond
-      waited += s.waited * took
-      all += took
-      if (s.step === steps - 1)
-        console.log(`   waited for pictures: ${((100 * waited) / all).toFixed(1)} % of ${all.toFixed(1)} s`)
-    }
-  }
-  const first = await stage('pretrain', 'Phase 1, pre-training: projector and alignment vectors', () =>
-    pretrain(model, data, { ...PHASE_1, steps: SIZE.pretrain, onStep: show(SIZE.pretrain) }),
-  )
-  const instructions = await loadDataset(d.instructions, { images: d.images })
-  const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
-    finetune(model, instructions, { ...PHASE_2, steps: SIZE.finetune, onStep: show(SIZE.finetune) }),
-  )
-  await model.save(path.join(out, 'model'))
-
-  const [accuracy, blind, chance, questions] = [{}, {}, {}, {}] as Scores[]
-  await stage('test', 'Test on pictures in a style no training has seen', async () => {
-    for (const test of TESTS) {
-      const e = await evaluate(model, readQuestions(d, test), { images: d.images, batch: 32 })
-      accuracy[test] = e.accuracy
-      blind[test] = e.blind as number
-      chance[test] = e.chance as number
-      questions[test] = e.count
-      console.log(
-        `   ${test}: ${(100 * e.accuracy).toFixed(1)} %, blind ${(100 * (e.blind as number)).toFixed(1)} %, chance ${(100 * (e.chance as number)).toFixed(1)} % (${e.count} questions)`,
-      )
-    }
-  })
-  const sampled = await answerSome(model, d)
-  model.dispose()
-
-  const result: QuickstartResult = {
-    accuracy,
-    blind,
-    chance,
-    questions,
-    levels,
-    seconds,
-    loss: { clip: clipCurve, llm: llamaCurve, pretrain: first.loss, finetune: second.loss },
-  }
-  const levelExamples = cut.histogram.flatMap((_, level) =>
-    [...cut.levels.keys()]
-      .filter((i) => cut.levels[i] === level)
-      .slice(0, 6)
-      .map((i): LevelExample => {
-        const r = data.record(i)
-        const image = path.join(d.images, r.image as string)
-        return { level, image, caption: r.conversations[1].value, score: scores[i], quality: qualities[i] }
-      }),
-  )
-  writeReport(path.join(out, 'report.html'), result, {
-    fast: args.fast,
-    seed: SEED,
-    date: new Date().toISOString().slice(0, 16).replace('T', ' '),
-    machine: `CPU level ${level}, ${threads} threads`,
-    facts: [
-      ...Object.entries(d.counts).map(([k, v]): [string, string] => [k, String(v)]),
-      ...Object.entries(SIZE).map(([k, v]): [string, string] => [`steps or size: ${k}`, String(v)]),
-    ],
-    levelExamples,
-    answers: sampled,
-  })
-  fs.writeFileSync(done, `${JSON.stringify(result, null, 2)}\n`)
-  for (const s of [data, instructions, conversations]) s.close()
-  const rel = path.relative('.', out)
-  console.log(`
-Report:  ${path.join(rel, 'report.html')}
-Numbers: ${path.join(rel, 'result.json')}
-
-Ask it yourself:
-  npm run chat -- --model ${rel}/model --image ${rel}/data/images/fluent/${path.basename(readQuestions(d, 'name')[0].image)} "What is this?"
-Train on a folder of your own:
-  npm run levels   -- pairs.json --images DIR --clip ${rel}/models/clip
-  npm run pretrain -- --llm ${rel}/models/llm --clip ${rel}/models/clip --data pairs.json --images DIR --out runs/mine-1
-  npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`)
-}
-
 /** How the scores sort the captions that are wrong on purpose. */
 function describeLevels(
   scores: readonly number[],
@@ -295,12 +184,80 @@ function describeLevels(
   }
 }
 
+interface Leveled {
+  data: Dataset
+  levels: QuickstartResult['levels']
+  examples: LevelExample[]
+}
+
+/** Scores, cut into levels and written into the pairs. */
+async function makeLevels(d: QuickstartData, out: string): Promise<Leveled> {
+  const scores = await stage('levels', 'Alignment scores: two CLIPs, each judges the half it has not seen', () =>
+    scorePairs(d, path.join(out, 'models')),
+  )
+  const data = await loadDataset(d.pairs, { images: d.images })
+  const cut = bucketLevels(scores, LEVELS, 'width')
+  await writeLevels(data, cut.levels)
+  fs.writeFileSync(path.join(out, SCORES), JSON.stringify(scores))
+  const quality = readQuality(d)
+  const qualities = [...data].map((r) => quality[r.id])
+  const levels = describeLevels(scores, qualities, cut)
+  const low = `${(100 * levels.wrongInLowestQuarter).toFixed(0)} % in the lowest quarter`
+  console.log(`   wrong captions: AUC ${levels.auc.toFixed(3)}, ${low}; levels ${cut.histogram.join(' ')}`)
+  const examples = cut.histogram.flatMap((_, level) =>
+    [...cut.levels.keys()]
+      .filter((i) => cut.levels[i] === level)
+      .slice(0, 6)
+      .map((i): LevelExample => {
+        const r = data.record(i)
+        const image = path.join(d.images, r.image as string)
+        return { level, image, caption: r.conversations[1].value, score: scores[i], quality: qualities[i] }
+      }),
+  )
+  return { data, levels, examples }
+}
+
+// ---- training and test --------------------------------------------------------------------------------------------
+
+/** Both phases. @returns their losses, step by step */
+async function train(
+  model: AlignGPT,
+  data: Dataset,
+  d: QuickstartData,
+): Promise<{ pretrain: number[]; finetune: number[] }> {
+  const first = await stage('pretrain', 'Phase 1, pre-training: projector and alignment vectors', () =>
+    pretrain(model, data, { ...PHASE_1, steps: STEPS.pretrain, onStep: show(STEPS.pretrain) }),
+  )
+  const instructions = await loadDataset(d.instructions, { images: d.images })
+  const second = await stage('finetune', 'Phase 2, instruction tuning: language model, projector and gate', () =>
+    finetune(model, instructions, { ...PHASE_2, steps: STEPS.finetune, onStep: show(STEPS.finetune) }),
+  )
+  instructions.close()
+  return { pretrain: first.loss, finetune: second.loss }
+}
+
+type Tested = Pick<QuickstartResult, 'accuracy' | 'blind' | 'chance' | 'questions'>
+
+async function test(model: AlignGPT, d: QuickstartData): Promise<Tested> {
+  const [accuracy, blind, chance, questions] = [{}, {}, {}, {}] as Scores[]
+  for (const name of TESTS) {
+    const e = await evaluate(model, readQuestions(d, name), { images: d.images, batch: 32 })
+    accuracy[name] = e.accuracy
+    blind[name] = e.blind as number
+    chance[name] = e.chance as number
+    questions[name] = e.count
+    const controls = `blind ${percent(blind[name])}, chance ${percent(chance[name])}`
+    console.log(`   ${name}: ${percent(e.accuracy)}, ${controls} (${e.count} questions)`)
+  }
+  return { accuracy, blind, chance, questions }
+}
+
 /** A few generated answers with the gate's weights, for the report. */
 async function answerSome(model: AlignGPT, d: QuickstartData): Promise<AnswerExample[]> {
-  const list: Question[] = TESTS.flatMap((test) => readQuestions(d, test).slice(0, 5))
+  const list: Question[] = TESTS.flatMap((t) => readQuestions(d, t).slice(0, 5))
   const files = list.map((q) => path.join(d.images, q.image as string))
   const requests = list.map((q, i) => ({ prompt: q.question, image: files[i] }))
-  const given = await generateBatch(model, requests, { maxNewTokens: 16 })
+  const given = await model.generateBatch(requests, { maxNewTokens: 16 })
   return list.map((q, i) => ({
     image: files[i],
     question: q.question,
@@ -309,6 +266,54 @@ async function answerSome(model: AlignGPT, d: QuickstartData): Promise<AnswerExa
     correct: given[i].text.toLowerCase() === q.answer.toLowerCase(),
     gate: (given[i].alpha ?? []).slice(0, -1),
   }))
+}
+
+const nextSteps = (out: string, d: QuickstartData): string => `
+Report:  ${path.join(out, 'report.html')}
+Numbers: ${path.join(out, 'result.json')}
+
+Ask it yourself:
+  npm run chat -- --model ${out}/model --image ${out}/data/images/fluent/${path.basename(readQuestions(d, 'name')[0].image)} "What is this?"
+Train on a folder of your own:
+  npm run levels   -- pairs.json --images DIR --clip ${out}/models/clip
+  npm run pretrain -- --llm ${out}/models/llm --clip ${out}/models/clip --data pairs.json --images DIR --out runs/mine-1
+  npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`
+
+async function main(): Promise<void> {
+  const out = path.resolve(args.out)
+  begin(out)
+  const { isa, threads } = cpuInfo()
+  const way = args.fast ? 'fast' : 'full'
+  console.log(`AlignGPT quickstart, ${way}: CPU code path ${isa}, ${threads} threads, writing to ${out}`)
+  const d = await stage('data', 'Data: real pictures and names, written as LLaVA JSON', () =>
+    prepareData(out, { fast: args.fast, seed: SEED }),
+  )
+  const [clip, llm] = ['clip', 'llm'].map((n) => path.join(out, 'models', n))
+  const { towers, loss } = await getTowers(d, path.join(out, 'models'))
+  const { data, levels, examples } = await makeLevels(d, out)
+  const model = await AlignGPT.create({ llm, clip, levels: LEVELS, ...VISION }, { seed: SEED })
+  const phases = await train(model, data, d)
+  data.close()
+  await model.save(path.join(out, 'model'))
+  const tested = await stage('test', 'Test on pictures in a style no training has seen', () => test(model, d))
+  const answers = await answerSome(model, d)
+  model.dispose()
+
+  const result: QuickstartResult = { ...tested, levels, seconds, towers, loss: { ...loss, ...phases } }
+  writeReport(path.join(out, 'report.html'), result, {
+    fast: args.fast,
+    seed: SEED,
+    date: new Date().toISOString().slice(0, 16).replace('T', ' '),
+    machine: `CPU code path ${isa}, ${threads} threads`,
+    facts: [
+      ...Object.entries(d.counts).map(([k, v]): [string, string] => [k, String(v)]),
+      ...Object.entries(STEPS).map(([k, v]): [string, string] => [`steps of ${k}`, String(v)]),
+    ],
+    levelExamples: examples,
+    answers,
+  })
+  fs.writeFileSync(path.join(out, 'result.json'), `${JSON.stringify(result, null, 2)}\n`)
+  console.log(nextSteps(path.relative('.', out), d))
 }
 
 await main()

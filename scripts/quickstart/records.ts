@@ -2,7 +2,7 @@
  * The records of the quickstart: captions, conversations, plain text and test questions, all from names, keywords and
  * categories of emoji. No files are touched here; everything is a pure function of the list and the seed.
  */
-import { permutation, Rng } from '../../ts/src/util/rng.js'
+import { permutation, Rng } from 'aligngpt/core'
 import {
   CATEGORIES,
   type Category,
