@@ -14,7 +14,9 @@
 
 namespace bench {
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 struct Timing {
   double median, spread;  // seconds; (90th - 10th percentile) / median
@@ -41,8 +43,7 @@ typedef float Lanes __attribute__((vector_size(64)));
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #endif
-inline float
-multiply_add(int64_t rounds) {
+inline float multiply_add(int64_t rounds) {
   Lanes a[16];
   for (int i = 0; i < 16; i++) a[i] = Lanes{} + float(i);
   const Lanes x = Lanes{} + 0.999f, y = Lanes{} + 0.001f;
@@ -123,13 +124,15 @@ class Table {
                 flops / t.median * 1e-9, bytes / t.median * 1e-9, 100 * share);
     std::fflush(stdout);
     char line[512];
-    std::snprintf(line, sizeof line, "{\"name\": \"%s\", \"ms\": %.5f, \"spread\": %.4f, \"gflops\": %.2f, \"gbs\": %.2f, \"peak\": %.4f}",
+    std::snprintf(line, sizeof line,
+                  "{\"name\": \"%s\", \"ms\": %.5f, \"spread\": %.4f, \"gflops\": %.2f, \"gbs\": %.2f, \"peak\": %.4f}",
                   name.c_str(), t.median * 1e3, t.spread, flops / t.median * 1e-9, bytes / t.median * 1e-9, share);
     rows_ += (rows_.empty() ? "" : ", ") + std::string(line);
   }
   void finish(const char* level) const {
     char head[256];
-    std::snprintf(head, sizeof head, "{\"level\": \"%s\", \"threads\": %d, \"peakGflops\": %.1f, \"peakGbs\": %.2f, \"rows\": [", level,
+    std::snprintf(head, sizeof head,
+                  "{\"level\": \"%s\", \"threads\": %d, \"peakGflops\": %.1f, \"peakGbs\": %.2f, \"rows\": [", level,
                   ag_threads(), flops_ * 1e-9, bytes_ * 1e-9);
     std::string all = head + rows_ + "]}";
     std::printf("%s\n", all.c_str());

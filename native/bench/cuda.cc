@@ -1,8 +1,8 @@
 // The kernels of the CUDA backend at the sizes of a 7B model, timed through its table:
 //   bench_cuda --library libaligngpt_cuda.so [--filter TEXT] [--context '"date":"...","commit":"..."']
-// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, what matrix products run on (cublasLt where it
-// is; ALIGNGPT_GEMM=own and another run for the other side), and `context` as it was given. Rows with the
-// same name in scripts/bench/cuda_peer.py are PyTorch's. Without a library it says so and does nothing.
+// One JSON line for each row: milliseconds (the fastest of five rounds), GB/s or TFLOP/s, what matrix products run on
+// (cublasLt where it is; ALIGNGPT_GEMM=own and another run for the other side), and `context` as it was given. Rows
+// with the same name in scripts/bench/cuda_peer.py are PyTorch's. Without a library it says so and does nothing.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -36,7 +36,7 @@ struct Gpu {
     void* p = bytes(n * 2);
     AgCtx ctx{};
     const AgRandom a{p, AG_BF16, n, AG_UNIFORM, low, high, uint64_t(blocks.size()), 0};
-    ag::check_status("random", b.random(&ctx, &a), ctx);
+    ag::check_status("random", b.random.run(&ctx, &a), ctx);
     return p;
   }
   template <class T>
@@ -53,19 +53,19 @@ struct Gpu {
   bool wants(const std::string& row) const { return row.find(options.filter) != std::string::npos; }
 
   // Work is a number of floating point operations or, when `moved`, of bytes.
-  template <class Args>
-  void row(const std::string& name_of_row, AgStatus (*kernel)(AgCtx*, const Args*), const Args& args, int scratch, double work, bool moved) {
+  template <class Entry, class Args>
+  void row(const std::string& name_of_row, const Entry& kernel, const Args& args, double work, bool moved) {
     AgCtx ctx{};
-    ctx.workspace_bytes = scratch < 0 ? 0 : b.workspace(AgKernel(scratch), &args);
+    ctx.workspace_bytes = kernel.workspace ? kernel.workspace(&args) : 0;
     if (ctx.workspace_bytes) ctx.workspace = bytes(ctx.workspace_bytes);
-    const AgStatus first = kernel(&ctx, &args);
+    const AgStatus first = kernel.run(&ctx, &args);
     if (first == AG_UNSUPPORTED) {
       std::printf("{\"row\":\"%s\",\"unsupported\":true,\"device\":\"%s\"}\n", name_of_row.c_str(), name.c_str());
       return;
     }
     ag::check_status(name_of_row.c_str(), first, ctx);
     ag::check_status(name_of_row.c_str(), b.synchronize(&ctx), ctx);
-    timed(name_of_row, [&] { ag::check_status(name_of_row.c_str(), kernel(&ctx, &args), ctx); }, work, moved);
+    timed(name_of_row, [&] { ag::check_status(name_of_row.c_str(), kernel.run(&ctx, &args), ctx); }, work, moved);
   }
   template <class F>
   void timed(const std::string& name_of_row, const F& f, double work, bool moved) {
@@ -80,16 +80,17 @@ struct Gpu {
     const int times = once > 0.05 ? 2 : int(0.1 / once) + 1;
     double best = once;
     for (int round = 0; round < 5; round++) best = std::fmin(best, seconds(times));
-    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"products\":\"%s\",\"device\":\"%s\"%s%s}\n", name_of_row.c_str(), best * 1e3,
-                moved ? "GB/s" : "TFLOP/s", work / best / (moved ? 1e9 : 1e12), products.c_str(), name.c_str(), options.context.empty() ? "" : ",",
-                options.context.c_str());
+    std::printf("{\"row\":\"%s\",\"ms\":%.4f,\"%s\":%.1f,\"products\":\"%s\",\"device\":\"%s\"%s%s}\n",
+                name_of_row.c_str(), best * 1e3, moved ? "GB/s" : "TFLOP/s", work / best / (moved ? 1e9 : 1e12),
+                products.c_str(), name.c_str(), options.context.empty() ? "" : ",", options.context.c_str());
     std::fflush(stdout);
   }
 };
 
 void copies(Gpu& g) {
   constexpr int64_t n = int64_t(1) << 29;
-  if (g.wants("copy")) g.row("copy bf16 2^29", g.b.copy2d, AgCopy2d{g.bf16(n), n * 2, g.bf16(n), n * 2, 1, n * 2}, -1, 4.0 * n, true);
+  if (g.wants("copy"))
+    g.row("copy bf16 2^29", g.b.copy2d, AgCopy2d{g.bf16(n), n * 2, g.bf16(n), n * 2, 1, n * 2}, 4.0 * n, true);
   g.release();
 }
 
@@ -97,12 +98,13 @@ void norms(Gpu& g) {
   constexpr int64_t rows = 16384, cols = 4096, n = rows * cols;
   if (!g.wants("rmsNorm") && !g.wants("siluMul")) return;
   void *x = g.bf16(n), *y = g.bf16(n), *dy = g.bf16(n), *w = g.bf16(cols), *rstd = g.bytes(rows * 4);
-  g.row("rmsNorm forward bf16 16384x4096", g.b.norm, AgNorm{y, x, w, nullptr, nullptr, rstd, rows, cols, 1e-5, AG_BF16}, -1, 4.0 * n, true);
+  g.row("rmsNorm forward bf16 16384x4096", g.b.norm, AgNorm{y, x, w, nullptr, nullptr, rstd, rows, cols, 1e-5, AG_BF16},
+        4.0 * n, true);
   AgNormGrad a{};
   a.dx = y, a.dy = dy, a.x = x, a.w = w, a.rstd = rstd, a.rows = rows, a.cols = cols, a.dt = AG_BF16;
   a.dw = AgGrad{g.bytes(cols * 4), AG_F32, 0};
-  g.row("rmsNorm gradient bf16 16384x4096", g.b.norm_grad, a, AG_K_NORM_GRAD, 6.0 * n, true);
-  g.row("siluMul forward bf16 2^26", g.b.silu_mul, AgSiluMul{y, x, dy, n, AG_BF16}, -1, 6.0 * n, true);
+  g.row("rmsNorm gradient bf16 16384x4096", g.b.norm_grad, a, 6.0 * n, true);
+  g.row("siluMul forward bf16 2^26", g.b.silu_mul, AgSiluMul{y, x, dy, n, AG_BF16}, 6.0 * n, true);
   g.release();
 }
 
@@ -112,16 +114,18 @@ void optimizer(Gpu& g) {
     const std::string row = std::string("adamw ") + (compact ? "compact" : "full") + " bf16 2^30";
     if (!g.wants(row)) continue;
     const int64_t state = compact ? 2 : 4;
-    void *p = g.bf16(n), *grad = g.bf16(n), *master = g.bytes(n * state), *m = g.bytes(n * state), *v = g.bytes(n * state);
+    void *p = g.bf16(n), *grad = g.bf16(n), *master = g.bytes(n * state), *m = g.bytes(n * state),
+         *v = g.bytes(n * state);
     AgCtx ctx{};
     for (void* zero : {master, m, v}) {
       const AgFill a{zero, compact ? AG_BF16 : AG_F32, n, 0};
-      ag::check_status("fill", g.b.fill(&ctx, &a), ctx);
+      ag::check_status("fill", g.b.fill.run(&ctx, &a), ctx);
     }
-    const AgAdamWTensor t{p, AG_BF16, grad, AG_BF16, compact ? AG_STATE_COMPACT : AG_STATE_FULL, master, m, v, n, 0, 1, 0};
+    const AgAdamWTensor t{p, AG_BF16, grad, AG_BF16, compact ? AG_STATE_COMPACT : AG_STATE_FULL, master, m, v,
+                          n, 0,       1,    0};
     void* now = g.copy(std::vector<AgAdamWStep>{{1e-5, 1}});
     const AgAdamW a{&t, 1, 0.9, 0.999, 1e-8, static_cast<const AgAdamWStep*>(now), nullptr, 0, 1};
-    g.row(row, g.b.adamw, a, -1, double(n) * double(2 + 4 + 6 * state), true);
+    g.row(row, g.b.adamw, a, double(n) * double(2 + 4 + 6 * state), true);
     g.release();
   }
 }
@@ -129,15 +133,18 @@ void optimizer(Gpu& g) {
 void loss(Gpu& g) {
   constexpr int64_t rows = 600, cols = 32000, width = 4096;
   if (!g.wants("lmHead")) return;
-  void *hidden = g.bf16(rows * width), *w = g.bf16(cols * width), *logits = g.bf16(rows * cols, -5, 5), *nll = g.bytes(rows * 4);
+  void *hidden = g.bf16(rows * width), *w = g.bf16(cols * width), *logits = g.bf16(rows * cols, -5, 5),
+       *nll = g.bytes(rows * 4);
   std::vector<int32_t> labels;
   for (int64_t i = 0; i < rows; i++) labels.push_back(int32_t(i * 53));
   AgGemm gemm{};
-  gemm.m = rows, gemm.n = cols, gemm.k = width, gemm.a = hidden, gemm.lda = width, gemm.b = w, gemm.ldb = width, gemm.c = logits, gemm.ldc = cols;
+  gemm.m = rows, gemm.n = cols, gemm.k = width, gemm.a = hidden, gemm.lda = width, gemm.b = w, gemm.ldb = width,
+  gemm.c = logits, gemm.ldc = cols;
   gemm.dt = gemm.dt_c = AG_BF16, gemm.trans_b = 1;
-  g.row("lmHead product bf16 600x32000x4096", g.b.gemm, gemm, AG_K_GEMM, 2.0 * rows * cols * width, false);
-  const AgCrossEntropy a{logits, rows, cols, static_cast<const int32_t*>(g.copy(labels)), nll, logits, 1.0 / rows, nullptr, AG_BF16, AG_BF16};
-  g.row("lmHead loss bf16 600x32000", g.b.cross_entropy, a, AG_K_CROSS_ENTROPY, 4.0 * rows * cols, true);
+  g.row("lmHead product bf16 600x32000x4096", g.b.gemm, gemm, 2.0 * rows * cols * width, false);
+  const AgCrossEntropy a{logits,  rows,    cols,   static_cast<const int32_t*>(g.copy(labels)), nll, logits, 1.0 / rows,
+                         nullptr, AG_BF16, AG_BF16};
+  g.row("lmHead loss bf16 600x32000", g.b.cross_entropy, a, 4.0 * rows * cols, true);
   g.release();
 }
 
@@ -148,15 +155,16 @@ void products(Gpu& g) {
     AgGemm a{};
     a.m = a.n = a.k = a.lda = a.ldb = a.ldc = n;
     a.a = g.bf16(n * n), a.b = g.bf16(n * n), a.c = g.bf16(n * n), a.dt = a.dt_c = AG_BF16, a.trans_b = 1;
-    g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(n) * double(n) * double(n), false);
+    g.row(row, g.b.gemm, a, 2.0 * double(n) * double(n) * double(n), false);
     g.release();
   }
   const std::string row = "gemm bf16 gradient of a weight 4096x11008, 8192 rows, added in f32";
   if (!g.wants(row)) return;
   AgGemm a{};
   a.m = a.lda = 4096, a.n = a.ldb = a.ldc = 11008, a.k = 8192;
-  a.a = g.bf16(a.m * a.k), a.b = g.bf16(a.n * a.k), a.c = g.bytes(a.m * a.n * 4), a.dt = AG_BF16, a.dt_c = AG_F32, a.trans_a = a.accumulate = 1;
-  g.row(row, g.b.gemm, a, AG_K_GEMM, 2.0 * double(a.m) * double(a.n) * double(a.k), false);
+  a.a = g.bf16(a.m * a.k), a.b = g.bf16(a.n * a.k), a.c = g.bytes(a.m * a.n * 4), a.dt = AG_BF16, a.dt_c = AG_F32,
+  a.trans_a = a.accumulate = 1;
+  g.row(row, g.b.gemm, a, 2.0 * double(a.m) * double(a.n) * double(a.k), false);
   g.release();
 }
 
@@ -174,17 +182,19 @@ void causal_attention(Gpu& g, const std::string& row, const std::vector<int64_t>
   a.q = g.bf16(n), a.k = g.bf16(n), a.v = g.bf16(n), a.o = g.bf16(n), a.lse = g.bytes(tokens * heads * 4);
   a.ldq = a.ldk = a.ldv = a.ldo = heads * dim;
   a.q_offsets = a.k_offsets = static_cast<const int32_t*>(g.copy(offsets));
-  a.batch = int64_t(lengths.size()), a.heads = a.kv_heads = heads, a.dim = dim, a.scale = 1 / std::sqrt(double(dim)), a.causal = 1, a.dt = AG_BF16;
-  a.d_o = g.bf16(n), a.dq = g.bf16(n), a.dk = g.bf16(n), a.dv = g.bf16(n);
+  a.batch = int64_t(lengths.size()), a.heads = a.kv_heads = heads, a.dim = dim, a.scale = 1 / std::sqrt(double(dim)),
+  a.causal = 1, a.dt = AG_BF16;
+  const AgAttentionGrad grad{a, g.bf16(n), g.bf16(n), g.bf16(n), g.bf16(n)};
   const double product = 2.0 * double(heads) * pairs * double(dim);
-  g.row(row + " forward", g.b.attention, a, AG_K_ATTENTION, 2 * product, false);
-  g.row(row + " gradient", g.b.attention_grad, a, AG_K_ATTENTION_GRAD, 5 * product, false);
+  g.row(row + " forward", g.b.attention, a, 2 * product, false);
+  g.row(row + " gradient", g.b.attention_grad, grad, 5 * product, false);
   g.release();
 }
 void attention(Gpu& g) {
   for (int64_t dim : {64, 128}) {
     for (int64_t length : {1024, 2048, 4096})
-      causal_attention(g, ag::cat("attention causal bf16 d", dim, " s", length), std::vector<int64_t>(size_t(16384 / length), length), dim);
+      causal_attention(g, ag::cat("attention causal bf16 d", dim, " s", length),
+                       std::vector<int64_t>(size_t(16384 / length), length), dim);
     std::vector<int64_t> conversations;  // a picture of 576 rows and 14 to 1,472 tokens, as LLaVA's are
     for (int64_t i = 0; i < 16; i++) conversations.push_back(590 + i * i * 1458 / 225);
     causal_attention(g, ag::cat("attention causal bf16 d", dim, " 16 of 590 to 2048"), conversations, dim);
@@ -205,10 +215,12 @@ void decode(Gpu& g) {
     const int64_t cache = batch * keys * kv_heads * dim;
     AgAttentionCached a{};
     a.q = g.bf16(batch * heads * dim), a.o = g.bf16(batch * heads * dim), a.ldq = a.ldo = heads * dim;
-    a.k_cache = g.bf16(cache), a.v_cache = g.bf16(cache), a.q_offsets = index(offsets), a.block_table = index(table), a.kv_len = index(lengths);
-    a.batch = a.q_tokens = batch, a.max_blocks = pages, a.block_size = block, a.heads = heads, a.kv_heads = kv_heads, a.dim = dim;
+    a.k_cache = g.bf16(cache), a.v_cache = g.bf16(cache), a.q_offsets = index(offsets), a.block_table = index(table),
+    a.kv_len = index(lengths);
+    a.batch = a.q_tokens = batch, a.max_blocks = pages, a.block_size = block, a.heads = heads, a.kv_heads = kv_heads,
+    a.dim = dim;
     a.scale = 1 / std::sqrt(double(dim)), a.dt = AG_BF16;
-    g.row(row, g.b.attention_cached, a, AG_K_ATTENTION_CACHED, 4.0 * double(cache), true);
+    g.row(row, g.b.attention_cached, a, 4.0 * double(cache), true);
     g.release();
   }
 }
@@ -222,16 +234,17 @@ void embedding(Gpu& g) {
   const AgGrad to{g.bytes(vocab * cols * 4), AG_F32, 1};
   AgCtx ctx{};
   const AgFill zero{to.p, AG_F32, vocab * cols, 0};
-  ag::check_status("fill", g.b.fill(&ctx, &zero), ctx);
+  ag::check_status("fill", g.b.fill.run(&ctx, &zero), ctx);
   const AgScatterAdd a{to, g.bf16(n * cols), static_cast<const int32_t*>(g.copy(ids)), n, cols, vocab, AG_BF16, 1};
-  g.row("embedding gradient bf16 10000x4096", g.b.scatter_add, a, AG_K_SCATTER_ADD, double(n) * cols * (2 + 8), true);
+  g.row("embedding gradient bf16 10000x4096", g.b.scatter_add, a, double(n) * cols * (2 + 8), true);
   g.release();
 }
 
 // ViT-L/14-336 into a 7B model, 16 pictures with 32 words each, the gate deciding.
 void align_mix(Gpu& g) {
   if (!g.wants("alignMix")) return;
-  constexpr int64_t images = 16, patches = 576, width = 4096, words = 32, vocab = 32000, levels = 8, gate = 256, sample = patches + 1 + words;
+  constexpr int64_t images = 16, patches = 576, width = 4096, words = 32, vocab = 32000, levels = 8, gate = 256,
+                    sample = patches + 1 + words;
   std::vector<int32_t> token, image_row, align_row, ids, offsets = {0};
   for (int64_t m = 0; m < images; m++) {
     align_row.push_back(int32_t(m * sample));
@@ -244,19 +257,25 @@ void align_mix(Gpu& g) {
   auto index = [&](const std::vector<int32_t>& list) { return static_cast<const int32_t*>(g.copy(list)); };
   auto grad = [&](int64_t n) { return AgGrad{g.bytes(n * 4), AG_F32, 0}; };
   AgAlignMix a{};
-  a.tokens = images * sample, a.hidden = a.features = width, a.vocab = vocab, a.images = images, a.patches = patches, a.levels = levels, a.gate_hidden = gate;
-  a.x = g.bf16(images * patches * width), a.w = g.bf16(width * width), a.b = g.bf16(width), a.embed = g.bf16(vocab * width), a.table = g.bf16(levels * width);
-  a.token = index(token), a.image_row = index(image_row), a.align_row = index(align_row), a.gate_ids = index(ids), a.gate_offsets = index(offsets);
+  a.tokens = images * sample, a.hidden = a.features = width, a.vocab = vocab, a.images = images, a.patches = patches,
+  a.levels = levels, a.gate_hidden = gate;
+  a.x = g.bf16(images * patches * width), a.w = g.bf16(width * width), a.b = g.bf16(width),
+  a.embed = g.bf16(vocab * width), a.table = g.bf16(levels * width);
+  a.token = index(token), a.image_row = index(image_row), a.align_row = index(align_row), a.gate_ids = index(ids),
+  a.gate_offsets = index(offsets);
   a.mode = AG_MIX_GATE, a.global = 1, a.dt = AG_BF16;
   a.gw0 = g.bf16(gate * patches), a.gb0 = g.bf16(gate), a.gw1 = g.bf16((levels - 1) * gate), a.gb1 = g.bf16(levels - 1);
   a.out = g.bf16(a.tokens * width), a.mean = g.bytes(images * width * 4), a.dots = g.bytes(images * patches * 4);
-  a.gate_pre = g.bytes(images * gate * 4), a.logits = g.bytes(images * (levels - 1) * 4), a.coef = g.bytes(images * levels * 4);
+  a.gate_pre = g.bytes(images * gate * 4), a.logits = g.bytes(images * (levels - 1) * 4),
+  a.coef = g.bytes(images * levels * 4);
   const double product = 2.0 * images * patches * width * width;
-  g.row("alignMix forward bf16 16x576x4096", g.b.align_mix, a, AG_K_ALIGN_MIX, product, false);
-  a.d_out = g.bf16(a.tokens * width), a.dx = g.bf16(images * patches * width);
-  a.dw = grad(width * width), a.db = grad(width), a.d_table = grad(levels * width);
-  a.d_gw0 = grad(gate * patches), a.d_gb0 = grad(gate), a.d_gw1 = grad((levels - 1) * gate), a.d_gb1 = grad(levels - 1);
-  g.row("alignMix gradient bf16 16x576x4096", g.b.align_mix_grad, a, AG_K_ALIGN_MIX_GRAD, 2 * product, false);
+  g.row("alignMix forward bf16 16x576x4096", g.b.align_mix, a, product, false);
+  AgAlignMixGrad to{};
+  to.forward = a, to.d_out = g.bf16(a.tokens * width), to.dx = g.bf16(images * patches * width);
+  to.dw = grad(width * width), to.db = grad(width), to.d_table = grad(levels * width);
+  to.d_gw0 = grad(gate * patches), to.d_gb0 = grad(gate), to.d_gw1 = grad((levels - 1) * gate),
+  to.d_gb1 = grad(levels - 1);
+  g.row("alignMix gradient bf16 16x576x4096", g.b.align_mix_grad, to, 2 * product, false);
   g.release();
 }
 
@@ -310,7 +329,8 @@ void stack(Gpu& g, const std::string& row, const Sizes& s) {
       return parts;
     };
     for (int64_t i = 0; i < s.layers; i++)
-      layers.push_back({vector(), adjoining(), weight(H, H), vector(), weight(s.inner, H), weight(s.inner, H), weight(H, s.inner)});
+      layers.push_back(
+          {vector(), adjoining(), weight(H, H), vector(), weight(s.inner, H), weight(s.inner, H), weight(H, s.inner)});
     std::vector<int32_t> offsets{0}, positions;
     for (int64_t i = 0; i < tokens; i++) positions.push_back(int32_t(i % s.length));
     for (int64_t i = 1; i <= s.batch; i++) offsets.push_back(int32_t(i * s.length));
@@ -318,14 +338,18 @@ void stack(Gpu& g, const std::string& row, const Sizes& s) {
     const Packing p{indices(offsets), indices(positions), table, table};
     const ag::Tensor x = weight(tokens, H), seed = random_tensor(&device, ag::Shape{tokens, H}).detached();
     const double parameters = double(s.layers) * (4.0 * double(H * H) + 3.0 * double(H * s.inner));
-    const double attention = double(s.layers) * 3.5 * 2.0 * double(tokens) * double(s.length) * double(H);  // causal: half of the pairs
-    g.timed(row, [&] {
-      ag::Tensor y = x;
-      for (const Layer& l : layers) y = forward(l, y, p, s.heads);
-      ag::backward(y, seed);
-    }, 6.0 * parameters * double(tokens) + attention, false);
+    const double attention =
+        double(s.layers) * 3.5 * 2.0 * double(tokens) * double(s.length) * double(H);  // causal: half of the pairs
+    g.timed(
+        row,
+        [&] {
+          ag::Tensor y = x;
+          for (const Layer& l : layers) y = forward(l, y, p, s.heads);
+          ag::backward(y, seed);
+        },
+        6.0 * parameters * double(tokens) + attention, false);
   }
-  device.trim();
+  device.memory.trim();
 }
 void layers(Gpu& g) { stack(g, "4 layers of a 7B forward+backward bf16 16x640", {4, 16, 640, 4096, 32, 11008}); }
 
@@ -354,7 +378,8 @@ int main(int argc, char** argv) {
   const std::string by = c.products;  // "cublasLt 13.1.1 from FILE", "own kernels: why"
   Gpu g{*backend, o, c.device, by.substr(0, std::min(by.find(" from "), by.find(':')))};
   int failed = 0;
-  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix, layers}) try {
+  for (void (*rows)(Gpu&) : {copies, norms, optimizer, loss, products, attention, decode, embedding, align_mix, layers})
+    try {
       rows(g);
     } catch (const ag::Error& e) {  // the other rows are worth having all the same
       std::fprintf(stderr, "%s\n", e.what());

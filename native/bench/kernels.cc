@@ -46,9 +46,9 @@ void both(const std::function<Tensor()>& op, const Tensor& seed, std::initialize
 struct Product {
   int64_t m, n, k;
 };
-const Product kProducts[] = {{512, 512, 512},   {1024, 1024, 1024}, {2048, 2048, 2048}, {2304, 2048, 512}, {2304, 512, 2048},
-                             {576, 4096, 1024}, {64, 32000, 512},   {1, 4096, 4096},    {8, 4096, 4096},   {1280, 128, 128},
-                             {1280, 512, 128},  {2048, 384, 128}};
+const Product kProducts[] = {{512, 512, 512},   {1024, 1024, 1024}, {2048, 2048, 2048}, {2304, 2048, 512},
+                             {2304, 512, 2048}, {576, 4096, 1024},  {64, 32000, 512},   {1, 4096, 4096},
+                             {8, 4096, 4096},   {1280, 128, 128},   {1280, 512, 128},   {2048, 384, 128}};
 
 void products(bench::Table& table, AgDtype dt) {
   const char* forms[] = {"NN", "NT", "TN"};
@@ -57,7 +57,8 @@ void products(bench::Table& table, AgDtype dt) {
       bool ta = form == 2, tb = form == 1;
       std::string name = cat("gemm ", name_of(dt), " ", p.m, "x", p.n, "x", p.k, " ", forms[form]);
       if (!table.wants(name)) continue;
-      Tensor a = uniform(ta ? Shape{p.k, p.m} : Shape{p.m, p.k}, dt), b = uniform(tb ? Shape{p.n, p.k} : Shape{p.k, p.n}, dt);
+      Tensor a = uniform(ta ? Shape{p.k, p.m} : Shape{p.m, p.k}, dt),
+             b = uniform(tb ? Shape{p.n, p.k} : Shape{p.k, p.n}, dt);
       Tensor c = empty(&cpu(), Shape{p.m, p.n}, dt);
       double flops = 2.0 * double(p.m) * double(p.n) * double(p.k);
       table.row(name, flops, bytes_of({&a, &b, &c}), [&] { ops::matmul(a, b, ta, tb); });
@@ -73,12 +74,13 @@ void packed_products(bench::Table& table, AgDtype dt) {
     AgPack pack{b.data(), p.n, p.k, p.k, 1, dt, nullptr};
     Storage blob(&cpu(), backend->pack_bytes(&pack));
     pack.blob = blob.p;
-    run("bench", &cpu(), backend->pack, pack);
+    AgCtx ctx = cpu().context();
+    call("bench", &cpu(), backend->pack, pack, ctx);
     AgGemm g{};
     g.m = p.m, g.n = p.n, g.k = p.k, g.dt = g.dt_c = dt, g.trans_b = 1;
     g.a = a.data(), g.lda = p.k, g.b_packed = blob.p, g.c = c.data(), g.ldc = p.n;
     double flops = 2.0 * double(p.m) * double(p.n) * double(p.k);
-    table.row(name, flops, bytes_of({&a, &b, &c}), [&] { run("bench", &cpu(), backend->gemm, g, AG_K_GEMM); });
+    table.row(name, flops, bytes_of({&a, &b, &c}), [&] { run("bench", &cpu(), &AgBackend::gemm, g); });
   }
 }
 
@@ -88,23 +90,28 @@ void attention(bench::Table& table, AgDtype dt) {
     int64_t batch, heads, kv_heads, length, dim;
     bool causal;
   };
-  const Case cases[] = {{4, 8, 8, 640, 64, true},   {4, 8, 8, 577, 64, false},  {1, 8, 2, 2048, 64, true},
-                        {1, 32, 32, 640, 128, true}, {32, 4, 4, 64, 32, true}};
+  const Case cases[] = {{4, 8, 8, 640, 64, true},
+                        {4, 8, 8, 577, 64, false},
+                        {1, 8, 2, 2048, 64, true},
+                        {1, 32, 32, 640, 128, true},
+                        {32, 4, 4, 64, 32, true}};
   for (const Case& c : cases) {
-    std::string name = cat("attention ", name_of(dt), c.causal ? " causal" : " full", " B", c.batch, " H", c.heads, ":", c.kv_heads,
-                           " S", c.length, " D", c.dim);
+    std::string name = cat("attention ", name_of(dt), c.causal ? " causal" : " full", " B", c.batch, " H", c.heads, ":",
+                           c.kv_heads, " S", c.length, " D", c.dim);
     if (!table.wants(name)) continue;
     int64_t tokens = c.batch * c.length;
     std::vector<int32_t> at;
     for (int64_t s = 0; s <= c.batch; s++) at.push_back(int32_t(s * c.length));
     Tensor offsets = integers(at);
-    Tensor q = uniform(Shape{tokens, c.heads * c.dim}, dt, true), k = uniform(Shape{tokens, c.kv_heads * c.dim}, dt, true),
+    Tensor q = uniform(Shape{tokens, c.heads * c.dim}, dt, true),
+           k = uniform(Shape{tokens, c.kv_heads * c.dim}, dt, true),
            v = uniform(Shape{tokens, c.kv_heads * c.dim}, dt, true), seed = uniform(q.shape, dt);
     auto op = [&] {
       return ops::attention(q, k, v, offsets, offsets, c.heads, c.kv_heads, c.causal, 1 / std::sqrt(double(c.dim)));
     };
     // one product is 2 S^2 D; two forward, five backward; causal does half
-    double product = 2.0 * double(c.batch * c.heads) * double(c.length) * double(c.length) * double(c.dim) / (c.causal ? 2 : 1);
+    double product =
+        2.0 * double(c.batch * c.heads) * double(c.length) * double(c.length) * double(c.dim) / (c.causal ? 2 : 1);
     bool before = set_grad_enabled(false);
     table.row(name + " forward", 2 * product, bytes_of({&q, &k, &v, &q}), [&] { op(); });
     set_grad_enabled(before);
@@ -118,7 +125,8 @@ void align_mix(bench::Table& table, AgDtype dt) {
     int64_t images, patches, features, hidden;
   };
   for (const Case& c : {Case{2, 576, 4096, 4096}, Case{32, 9, 128, 128}}) {
-    std::string name = cat("alignMix ", name_of(dt), " ", c.images, "x", c.patches, "x", c.features, " -> ", c.hidden, " both");
+    std::string name =
+        cat("alignMix ", name_of(dt), " ", c.images, "x", c.patches, "x", c.features, " -> ", c.hidden, " both");
     if (!table.wants(name)) continue;
     constexpr int64_t kText = 32, kLevels = 8, kVocab = 1000, kGate = 256;
     int64_t sample = c.patches + 1 + kText, rows = c.images * sample;
@@ -151,10 +159,12 @@ void align_mix(bench::Table& table, AgDtype dt) {
 // ---- elementwise, norms, positions ------------------------------------------------------------------
 void pointwise(bench::Table& table, AgDtype dt) {
   constexpr int64_t kRows = 2576, kCols = 512, kWide = 2048, kHeads = 8;
-  Tensor x = uniform(Shape{kRows, kCols}, dt, true), w = uniform(Shape{kCols}, dt, true), b = uniform(Shape{kCols}, dt, true),
-         wide = uniform(Shape{kRows, kWide}, dt, true), up = uniform(Shape{kRows, kWide}, dt, true), seed = uniform(x.shape, dt),
-         wide_seed = uniform(wide.shape, dt);
-  ops::QkvIn qkv{x, kHeads, kHeads, {}, {}, {}, integers(counted(kRows, 1, 322)), uniform(Shape{322, kCols / kHeads / 2}, AG_F32), {}, {}, {}, {}};
+  Tensor x = uniform(Shape{kRows, kCols}, dt, true), w = uniform(Shape{kCols}, dt, true),
+         b = uniform(Shape{kCols}, dt, true), wide = uniform(Shape{kRows, kWide}, dt, true),
+         up = uniform(Shape{kRows, kWide}, dt, true), seed = uniform(x.shape, dt), wide_seed = uniform(wide.shape, dt);
+  ops::QkvIn qkv{
+      x,  kHeads, kHeads, {}, {}, {}, integers(counted(kRows, 1, 322)), uniform(Shape{322, kCols / kHeads / 2}, AG_F32),
+      {}, {},     {},     {}};
   qkv.sin = uniform(qkv.cos->shape, AG_F32);
   Tensor all = uniform(Shape{3 * kCols, kCols}, dt), qkv_seed = uniform(Shape{kRows, 3 * kCols}, dt);
   for (int64_t i = 0; i < 3; i++) {
@@ -164,9 +174,13 @@ void pointwise(bench::Table& table, AgDtype dt) {
   std::string end = cat(" ", name_of(dt), " ", kRows, "x"), narrow = cat(end, kCols, " both");
   double moved = 5.0 * double(x.bytes());  // forward reads one and writes one, backward reads two and writes one
   table.row("rmsNorm" + narrow, 0, moved, [&] { both([&] { return ops::rms_norm(x, w, 1e-5); }, seed, {&x, &w}); });
-  table.row("layerNorm" + narrow, 0, moved, [&] { both([&] { return ops::layer_norm(x, w, b, 1e-5); }, seed, {&x, &w, &b}); });
-  table.row(cat("qkvLinear", end, kCols, " -> ", 3 * kCols, " both"), 18.0 * kRows * kCols * kCols, 4.0 * double(qkv_seed.bytes()),
-            [&] { both([&] { return ops::qkv_linear(qkv); }, qkv_seed, {&x, &qkv.weights[0], &qkv.weights[1], &qkv.weights[2]}); });
+  table.row("layerNorm" + narrow, 0, moved,
+            [&] { both([&] { return ops::layer_norm(x, w, b, 1e-5); }, seed, {&x, &w, &b}); });
+  table.row(cat("qkvLinear", end, kCols, " -> ", 3 * kCols, " both"), 18.0 * kRows * kCols * kCols,
+            4.0 * double(qkv_seed.bytes()), [&] {
+              both([&] { return ops::qkv_linear(qkv); }, qkv_seed,
+                   {&x, &qkv.weights[0], &qkv.weights[1], &qkv.weights[2]});
+            });
   table.row(cat("gelu", end, kWide, " both"), 0, 5.0 * double(wide.bytes()),
             [&] { both([&] { return ops::unary(wide, "gelu"); }, wide_seed, {&wide}); });
   table.row(cat("siluMul", end, kWide, " both"), 0, 8.0 * double(wide.bytes()),
@@ -176,13 +190,15 @@ void pointwise(bench::Table& table, AgDtype dt) {
 // ---- loss and optimizer -----------------------------------------------------------------------------
 void lm_head(bench::Table& table, AgDtype dt) {
   constexpr int64_t kRows = 2048, kLabelled = 410, kWidth = 512, kVocab = 32000;
-  std::string name = cat("lmHeadLoss ", name_of(dt), " ", kLabelled, " of ", kRows, " rows, ", kWidth, " -> ", kVocab, " both");
+  std::string name =
+      cat("lmHeadLoss ", name_of(dt), " ", kLabelled, " of ", kRows, " rows, ", kWidth, " -> ", kVocab, " both");
   if (!table.wants(name)) return;
   Tensor hidden = uniform(Shape{kRows, kWidth}, dt, true), weight = uniform(Shape{kVocab, kWidth}, dt, true);
   Tensor rows = integers(counted(kLabelled, 5, kRows)), targets = integers(counted(kLabelled, 77, kVocab));
   double flops = 6.0 * kLabelled * double(kWidth) * kVocab;
   table.row(name, flops, 3 * bytes_of({&weight}), [&] {
-    both([&] { return ops::lm_head_loss(hidden, weight, rows, targets, kLabelled, 256)[0]; }, Tensor(), {&hidden, &weight});
+    both([&] { return ops::lm_head_loss(hidden, weight, rows, targets, kLabelled, 256, {})[0]; }, Tensor(),
+         {&hidden, &weight});
   });
 }
 
@@ -192,10 +208,24 @@ void adamw(bench::Table& table) {
   if (!table.wants(name)) return;
   std::vector<Tensor> p, g, m, v;
   for (int64_t i = 0; i < kTensors; i++)
-    for (auto* list : {&p, &g, &m, &v}) list->push_back(list == &v ? zeros(&cpu(), Shape{kEach}, AG_F32) : uniform(Shape{kEach}, AG_F32));
+    for (auto* list : {&p, &g, &m, &v})
+      list->push_back(list == &v ? zeros(&cpu(), Shape{kEach}, AG_F32) : uniform(Shape{kEach}, AG_F32));
   std::vector<ops::Opt> masters(kTensors);
-  ops::AdamWIn in{p, g, masters, m, v, std::vector<double>(kTensors, 1), std::vector<double>(kTensors, 0.01), 0.9, 0.95, 1e-8,
-                  1e-4, 0, std::nullopt, 0, 0};
+  ops::AdamWIn in{p,
+                  g,
+                  masters,
+                  m,
+                  v,
+                  std::vector<double>(kTensors, 1),
+                  std::vector<double>(kTensors, 0.01),
+                  0.9,
+                  0.95,
+                  1e-8,
+                  1e-4,
+                  0,
+                  std::nullopt,
+                  0,
+                  0};
   table.row(name, 0, 7.0 * 4 * kTensors * kEach, [&] {
     in.step++;
     ops::adamw(in);

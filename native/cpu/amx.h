@@ -1,10 +1,11 @@
-// Products of bf16 with AMX: tiles of 16 rows of 64 bytes, tdpbf16ps adds the product of a tile of A (16 rows, 32 k) and
-// a tile of B (16 steps of a panel, 16 columns) to a tile of f32 sums. A step is a pair along k; k is filled up with
-// zeros to whole tiles in both operands. A panel of A is cut into pieces of 16 steps, its 32 rows one after another.
+// Products of bf16 with AMX: tiles of 16 rows of 64 bytes, tdpbf16ps adds the product of a tile of A (16 rows, 32 k)
+// and a tile of B (16 steps of a panel, 16 columns) to a tile of f32 sums. A step is a pair along k; k is filled up
+// with zeros to whole tiles in both operands. A panel of A is cut into pieces of 16 steps, its 32 rows one after
+// another.
 //
 // The instructions are written as assembly: no intrinsic says that a tile load reads memory, and gcc 12's
-// _tile_loadconfig may lose the stores to its struct. A test build has C++ in their place (AG_AMX_EMULATED), so that all
-// of this runs, under sanitizers too, on machines without the instructions.
+// _tile_loadconfig may lose the stores to its struct. A test build has C++ in their place (AG_AMX_EMULATED), so that
+// all of this runs, under sanitizers too, on machines without the instructions.
 #pragma once
 
 namespace AG_LEVEL {

@@ -153,8 +153,8 @@ const C* across_grads(const C*, const C* dp) {
   return dp;
 }
 #else
-// dp becomes the gradients of the scores in bf16, row by row. Of two rows of s the first becomes the pairs of weights, the
-// second the pairs of gradients, each pair made of those two rows: the operands across.
+// dp becomes the gradients of the scores in bf16, row by row. Of two rows of s the first becomes the pairs of weights,
+// the second the pairs of gradients, each pair made of those two rows: the operands across.
 template <class S, class F>
 void tile_grads(float* s, float* dp, int64_t rows, int64_t padded, float scale, const F& row) {
   for (int64_t r = 0; r < 2 * steps_of<S>(rows); r += 2) {
@@ -183,7 +183,8 @@ inline const float* across_grads(const float* s, const float*) { return s + kBK;
 template <class S>
 struct Backward {
   typedef Acc<S> C;
-  const AgAttention* a;
+  const AgAttentionGrad* grad;
+  const AgAttention* a;  // its forward pass
   Split split;
   C* partial;  // [chunks, tokens, heads * dim] when keys are split
 
@@ -194,7 +195,7 @@ struct Backward {
   // The tile of queries in every form the products want it.
   void load_queries(int64_t row, int64_t head, int64_t rows, const BackwardScratch<S>& f) const {
     const S* q = static_cast<const S*>(a->q) + row * a->ldq + head * dim();
-    const S* d_o = static_cast<const S*>(a->d_o) + row * a->ldo + head * dim();
+    const S* d_o = static_cast<const S*>(grad->d_o) + row * a->ldo + head * dim();
     const S* o = static_cast<const S*>(a->o) + row * a->ldo + head * dim();
     pack_a<S>(q, a->ldq, rows, dim(), f.q);
     pack_a<S>(d_o, a->ldo, rows, dim(), f.d_o);
@@ -246,7 +247,7 @@ struct Backward {
     for (int64_t r = 0; r < rows; r++) {
       const C* from = dq + r * wide();
       if (split.chunks == 1)
-        put_scaled(static_cast<S*>(a->dq) + (row + r) * a->ldq + head * dim(), from, C(a->scale), dim());
+        put_scaled(static_cast<S*>(grad->dq) + (row + r) * a->ldq + head * dim(), from, C(a->scale), dim());
       else
         memcpy(partial + (chunk * tokens + row + r) * cols + head * dim(), from, size_t(dim()) * sizeof(C));
     }
@@ -270,9 +271,9 @@ struct Backward {
         put_dq(chunk, q0 + qb, head, rows, f.dq);
       }
     for (int64_t j = 0; j < n; j++) {
-      put_scaled(static_cast<S*>(a->dk) + (k0 + k_begin + j) * a->ldk + kv * dim(), f.dk + j * wide(), C(a->scale),
+      put_scaled(static_cast<S*>(grad->dk) + (k0 + k_begin + j) * a->ldk + kv * dim(), f.dk + j * wide(), C(a->scale),
                  dim());
-      put_scaled(static_cast<S*>(a->dv) + (k0 + k_begin + j) * a->ldv + kv * dim(), f.dv + j * wide(), C(1), dim());
+      put_scaled(static_cast<S*>(grad->dv) + (k0 + k_begin + j) * a->ldv + kv * dim(), f.dv + j * wide(), C(1), dim());
     }
   }
 
@@ -286,7 +287,7 @@ struct Backward {
         C* sum = partial + t * cols + head * dim();
         for (int64_t c = 1; c < used; c++)
           for (int64_t i = 0; i < dim(); i++) sum[i] += sum[c * tokens * cols + i];
-        put_scaled(static_cast<S*>(a->dq) + t * a->ldq + head * dim(), sum, C(a->scale), dim());
+        put_scaled(static_cast<S*>(grad->dq) + t * a->ldq + head * dim(), sum, C(a->scale), dim());
       }
     });
   }
@@ -304,12 +305,13 @@ int64_t backward_bytes(const AgAttention* a) {
 }
 
 template <class S>
-void backward_all(AgCtx* ctx, const AgAttention* a) {
+void backward_all(AgCtx* ctx, const AgAttentionGrad* grad) {
   typedef Acc<S> C;
+  const AgAttention* a = &grad->forward;
   Split split(a);
   Arena arena(ctx->workspace);
   int64_t shares = partial_elements(a, split), per = BackwardScratch<S>::bytes(split.keys, a->dim);
-  Backward<S> b{a, split, arena.take<C>(shares)};
+  Backward<S> b{grad, a, split, arena.take<C>(shares)};
   int64_t workers = (ctx->workspace_bytes - arena.used) / per;
   parallel_workers(a->batch * a->kv_heads * split.chunks, max_of(1, workers), [&](int64_t task, int64_t worker) {
     int64_t pair = task / split.chunks;
@@ -332,13 +334,15 @@ AgStatus attention(AgCtx* ctx, const AgAttention* a) {
   return AG_OK;
 }
 
-int64_t attention_grad_workspace(const AgAttention* a) {
-  if (elsewhere(a->dt)) return other::attention_grad_workspace(a);
+int64_t attention_grad_workspace(const AgAttentionGrad* grad) {
+  const AgAttention* a = &grad->forward;
+  if (elsewhere(a->dt)) return other::attention_grad_workspace(grad);
   return with_here(a->dt, [&](auto tag) { return backward_bytes<typename decltype(tag)::type>(a); });
 }
-AgStatus attention_grad(AgCtx* ctx, const AgAttention* a) {
-  if (elsewhere(a->dt)) return other::attention_grad(ctx, a);
-  with_here(a->dt, [&](auto tag) { backward_all<typename decltype(tag)::type>(ctx, a); });
+AgStatus attention_grad(AgCtx* ctx, const AgAttentionGrad* grad) {
+  AgDtype dt = grad->forward.dt;
+  if (elsewhere(dt)) return other::attention_grad(ctx, grad);
+  with_here(dt, [&](auto tag) { backward_all<typename decltype(tag)::type>(ctx, grad); });
   return AG_OK;
 }
 

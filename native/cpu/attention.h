@@ -4,6 +4,7 @@
 // A tile of scores becomes weights where it lies. At levels that multiply bf16 in pairs the weights are rounded to bf16
 // and a row of them takes the first half of the row of f32 scores; sums, maxima and exponentials stay f32.
 #pragma once
+#include "functions.h"
 #include "microkernel.h"
 
 namespace AG_LEVEL {
@@ -216,8 +217,8 @@ struct ForwardScratch {
   }
 };
 
-// n products of a row become weights exp(scale * product - maximum so far), zero up to `padded`; what the row has so far
-// is rescaled. The weights may lie where the products are.
+// n products of a row become weights exp(scale * product - maximum so far), zero up to `padded`; what the row has so
+// far is rescaled. The weights may lie where the products are.
 template <class C, class T>
 void online_row(const C* s, T* weight, int64_t n, int64_t padded, C scale, C* top, C* total, C* o, int64_t dim_padded) {
   constexpr int W = kWidth<C>;

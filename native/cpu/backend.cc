@@ -1,4 +1,6 @@
-// The CPU backend's table: device services, and the kernels of the best level this machine has.
+// native/cpu: the kernels on a CPU, compiled once for each level (vec.h), and nothing else. The ops and the tests call
+// it, through the table that is made here: device services, and the kernels of the best level this machine has. A file
+// here sees backend.h and its own folder.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,7 +39,8 @@ Mapped& mapped() {
 }
 // `bytes` rounded to pages, from an address that is a multiple of kHuge when a huge page fits.
 void* map_block(int64_t bytes) {
-  const int64_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page, extra = size >= kHuge ? kHuge : 0;
+  const int64_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page,
+                extra = size >= kHuge ? kHuge : 0;
   void* got = mmap(nullptr, size_t(size + extra), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) return nullptr;
   char *from = static_cast<char*>(got), *p = from;
@@ -46,9 +49,10 @@ void* map_block(int64_t bytes) {
     if (p > from) munmap(from, size_t(p - from));
     if (from + extra > p) munmap(p + size, size_t(from + extra - p));
 #if defined(__linux__)
-    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14: all pages at once, cheaper than a fault for each
-  madvise(p, size_t(size), MADV_HUGEPAGE);
-  madvise(p, size_t(size), kPopulateWrite);
+    constexpr int kPopulateWrite =
+        23;  // MADV_POPULATE_WRITE of Linux 5.14: all pages at once, cheaper than a fault for each
+    madvise(p, size_t(size), MADV_HUGEPAGE);
+    madvise(p, size_t(size), kPopulateWrite);
 #endif
   }
   std::lock_guard<std::mutex> lock(mapped().m);
@@ -122,107 +126,54 @@ AgStatus no_graph_launch(AgCtx* ctx, void*) { return no_graph(ctx); }
 struct Level {
   const char* name;
   bool (*supported)();
-  void (*table)(AgBackend&);
-  int64_t (*workspace)(AgKernel, const void*);
-  bool by_default;  // or only where ALIGNGPT_CPU_LEVEL names it
+  void (*fill)(AgBackend&);  // puts its kernels into a table
+  bool by_default;           // or only where ALIGNGPT_CPU_LEVEL names it
 };
 
-template <class T>
-const T* as(const void* p) {
-  return static_cast<const T*>(p);
-}
+}  // namespace
 
-#define AG_LEVEL_TABLE(level)                                                                         \
-  void table_##level(AgBackend& b) {                                                                  \
-    b.pack_bytes = level::pack_bytes;                                                                 \
-    b.pack = level::pack;                                                                             \
-    b.fill = level::fill;                                                                             \
-    b.copy2d = level::copy2d;                                                                         \
-    b.cast = level::cast;                                                                             \
-    b.random = level::random;                                                                         \
-    b.unary = level::unary;                                                                           \
-    b.unary_grad = level::unary_grad;                                                                 \
-    b.binary = level::binary;                                                                         \
-    b.silu_mul = level::silu_mul;                                                                     \
-    b.silu_mul_grad = level::silu_mul_grad;                                                           \
-    b.col_sum = level::col_sum;                                                                       \
-    b.sum = level::sum;                                                                               \
-    b.sum_squares = level::sum_squares;                                                               \
-    b.gather_rows = level::gather_rows;                                                               \
-    b.scatter_add = level::scatter_add;                                                               \
-    b.gemm = level::gemm;                                                                             \
-    b.norm = level::norm;                                                                             \
-    b.norm_grad = level::norm_grad;                                                                   \
-    b.softmax = level::softmax;                                                                       \
-    b.softmax_grad = level::softmax_grad;                                                             \
-    b.l2norm = level::l2norm;                                                                         \
-    b.l2norm_grad = level::l2norm_grad;                                                               \
-    b.rope = level::rope;                                                                             \
-    b.attention = level::attention;                                                                   \
-    b.attention_grad = level::attention_grad;                                                         \
-    b.attention_cached = level::attention_cached;                                                     \
-    b.align_mix = level::align_mix;                                                                   \
-    b.align_mix_grad = level::align_mix_grad;                                                         \
-    b.cross_entropy = level::cross_entropy;                                                           \
-    b.patchify = level::patchify;                                                                     \
-    b.adamw = level::adamw;                                                                           \
-    b.sample = level::sample;                                                                         \
-  }                                                                                                   \
-  int64_t workspace_##level(AgKernel k, const void* a) {                                              \
-    switch (k) {                                                                                      \
-      case AG_K_GEMM: return level::gemm_workspace(as<AgGemm>(a));                                    \
-      case AG_K_NORM_GRAD: return level::norm_grad_workspace(as<AgNormGrad>(a));                      \
-      case AG_K_ATTENTION: return level::attention_workspace(as<AgAttention>(a));                     \
-      case AG_K_ATTENTION_GRAD: return level::attention_grad_workspace(as<AgAttention>(a));           \
-      case AG_K_ATTENTION_CACHED: return level::attention_cached_workspace(as<AgAttentionCached>(a)); \
-      case AG_K_ALIGN_MIX: return level::align_mix_workspace(as<AgAlignMix>(a));                      \
-      case AG_K_ALIGN_MIX_GRAD: return level::align_mix_grad_workspace(as<AgAlignMix>(a));            \
-      case AG_K_COL_SUM: return level::col_sum_workspace(as<AgColSum>(a));                            \
-      case AG_K_SUM: return level::sum_workspace(as<AgSum>(a));                                       \
-      case AG_K_SUM_SQUARES: return level::sum_squares_workspace(as<AgSumSquares>(a));                \
-      case AG_K_SCATTER_ADD: return level::scatter_add_workspace(as<AgScatterAdd>(a));                \
-      case AG_K_SAMPLE: return level::sample_workspace(as<AgSample>(a));                              \
-      default: return 0;                                                                              \
-    }                                                                                                 \
+// A level's kernels go into a table by its own names for them.
+#define AG_LEVEL_TABLE(level)            \
+  namespace level {                      \
+  static void fill_table(AgBackend& b) { \
+    AG_KERNELS(AG_FILL)                  \
+    b.pack_bytes = pack_bytes;           \
+    b.pack = pack;                       \
+  }                                      \
+  }
+#define AG_FILL_ANY(kernel, memory)
+#define AG_FILL_DOT(kernel, memory) AG_FILL_##memory(kernel)
+#define AG_FILL_PRODUCT(kernel, Args, memory, products) AG_FILL_##products(kernel, memory)
+#define AG_DOT_LEVEL_TABLE(level)        \
+  namespace level {                      \
+  static void fill_table(AgBackend& b) { \
+    avx512::fill_table(b);               \
+    AG_KERNELS(AG_FILL_PRODUCT)          \
+    b.pack_bytes = pack_bytes;           \
+    b.pack = pack;                       \
+  }                                      \
   }
 
 AG_LEVEL_TABLE(portable)
 #ifdef AG_ARM64
 AG_LEVEL_TABLE(neon)
 #endif
-bool always() { return true; }
 #ifdef AG_X86
 AG_LEVEL_TABLE(avx2)
 AG_LEVEL_TABLE(avx512)
-
-#define AG_DOT_LEVEL_TABLE(level)                                                                     \
-  void table_##level(AgBackend& b) {                                                                  \
-    table_avx512(b);                                                                                  \
-    b.pack_bytes = level::pack_bytes;                                                                 \
-    b.pack = level::pack;                                                                             \
-    b.gemm = level::gemm;                                                                             \
-    b.attention = level::attention;                                                                   \
-    b.attention_grad = level::attention_grad;                                                         \
-    b.attention_cached = level::attention_cached;                                                     \
-    b.align_mix = level::align_mix;                                                                   \
-    b.align_mix_grad = level::align_mix_grad;                                                         \
-  }                                                                                                   \
-  int64_t workspace_##level(AgKernel k, const void* a) {                                              \
-    switch (k) {                                                                                      \
-      case AG_K_GEMM: return level::gemm_workspace(as<AgGemm>(a));                                    \
-      case AG_K_ATTENTION: return level::attention_workspace(as<AgAttention>(a));                     \
-      case AG_K_ATTENTION_GRAD: return level::attention_grad_workspace(as<AgAttention>(a));           \
-      case AG_K_ATTENTION_CACHED: return level::attention_cached_workspace(as<AgAttentionCached>(a)); \
-      case AG_K_ALIGN_MIX: return level::align_mix_workspace(as<AgAlignMix>(a));                      \
-      case AG_K_ALIGN_MIX_GRAD: return level::align_mix_grad_workspace(as<AgAlignMix>(a));            \
-      default: return workspace_avx512(k, a);                                                         \
-    }                                                                                                 \
-  }
 AG_DOT_LEVEL_TABLE(avx512bf16)
 #ifdef AG_AMX_BUILT
 AG_DOT_LEVEL_TABLE(amx)
 #endif
+#ifdef AG_AMX_EMULATED_BUILT
+AG_DOT_LEVEL_TABLE(amx_emulated)
+#endif
+#endif
 
+namespace {
+
+bool always() { return true; }
+#ifdef AG_X86
 // __builtin_cpu_supports asks the operating system too (XGETBV).
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -238,7 +189,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512bf16()) return false;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return false;                            // OSXSAVE
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return false;                              // OSXSAVE
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // BF16, TILE
   if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) return false;  // palette 1: 8 tiles of 16 rows of 64 bytes
   if (a != (1024u << 16 | 8192u) || b != (8u << 16 | 64u) || (c & 0xffff) != 16) return false;
@@ -254,17 +205,20 @@ bool has_amx() {
 // best first
 const Level kLevels[] = {
 #ifdef AG_AMX_BUILT
-    {"amx", has_amx, table_amx, workspace_amx, false},  // no CPU with it has run the tests yet
+    {"amx", has_amx, amx::fill_table, false},  // no CPU with it has run the tests yet
+#endif
+#ifdef AG_AMX_EMULATED_BUILT
+    {"amx_emulated", has_avx512bf16, amx_emulated::fill_table, false},  // of test builds, slow
 #endif
 #ifdef AG_X86
-    {"avx512bf16", has_avx512bf16, table_avx512bf16, workspace_avx512bf16, true},
-    {"avx512", has_avx512, table_avx512, workspace_avx512, true},
-    {"avx2", has_avx2, table_avx2, workspace_avx2, true},
+    {"avx512bf16", has_avx512bf16, avx512bf16::fill_table, true},
+    {"avx512", has_avx512, avx512::fill_table, true},
+    {"avx2", has_avx2, avx2::fill_table, true},
 #endif
 #ifdef AG_ARM64
-    {"neon", always, table_neon, workspace_neon, true},  // every 64-bit ARM has it
+    {"neon", always, neon::fill_table, true},  // every 64-bit ARM has it
 #endif
-    {"portable", always, table_portable, workspace_portable, true},
+    {"portable", always, portable::fill_table, true},
 };
 constexpr int kLevelCount = int(sizeof kLevels / sizeof *kLevels);
 
@@ -318,8 +272,7 @@ const AgBackend* table() {
     b.graph_end = no_graph_end;
     b.graph_launch = no_graph_launch;
     b.graph_destroy = nothing;
-    b.workspace = kLevels[level].workspace;
-    kLevels[level].table(b);
+    kLevels[level].fill(b);
     return b;
   }();
   return &made;

@@ -1,6 +1,7 @@
-// bf16 operands for instructions that multiply pairs of bf16 and add both products to an f32 sum (vdpbf16ps, tdpbf16ps).
-// A slot of a panel, as large as a float, holds two neighbours along k; an odd k gets a zero. The sums are f32; within a
-// pair the order of rounding is the instruction's, and it takes subnormal numbers for zero and gives zero for them.
+// bf16 operands for instructions that multiply pairs of bf16 and add both products to an f32 sum (vdpbf16ps,
+// tdpbf16ps). A slot of a panel, as large as a float, holds two neighbours along k; an odd k gets a zero. The sums are
+// f32; within a pair the order of rounding is the instruction's, and it takes subnormal numbers for zero and gives zero
+// for them.
 //
 // Included by microkernel.h at the levels that have such an instruction; all of them have AVX-512 besides.
 #pragma once
@@ -52,9 +53,8 @@ template <int width, class F>
 inline void pairs_of_rows(const F& at, int64_t count, int64_t k, float* dst) {
   const bf16* row[width + 16];
   for (int64_t i = 0; i < count; i++) row[i] = at(i);
-  auto get = [&](int64_t i, int64_t s, int64_t) __attribute__((always_inline)) {
-    return load_pairs(row[i] + 2 * s, k - 2 * s);
-  };
+  auto get = [&](int64_t i, int64_t s, int64_t)
+                 __attribute__((always_inline)) { return load_pairs(row[i] + 2 * s, k - 2 * s); };
   pack_rows<width, float>(get, count, div_up(k, 2), dst);
 }
 template <int width, class F>

@@ -1,7 +1,9 @@
 // Matrix product. One operand is packed whole and shared, the tasks cut the other side of C and pack their share of the
 // other operand themselves, so that it is hot when the micro kernel reads it. Transposition and conversion from bf16
 // (or, in dot.h, the pairing of bf16) happen while packing. Depth is cut into blocks; sums between blocks stay in C or
-// in a task's own scratch, never rounded. Few rows against an unpacked matrix take a path that reads it once, as it lies.
+// in a task's own scratch, never rounded. Few rows against an unpacked matrix take a path that reads it once, as it
+// lies.
+#include "functions.h"
 #include "microkernel.h"
 
 namespace AG_LEVEL {

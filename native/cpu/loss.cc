@@ -1,5 +1,5 @@
 // Cross entropy and sampling.
-#include "vec.h"
+#include "functions.h"
 
 namespace AG_LEVEL {
 namespace {

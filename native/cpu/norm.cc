@@ -1,5 +1,5 @@
 // LayerNorm, RMSNorm, softmax, L2 normalisation: rows.
-#include "vec.h"
+#include "functions.h"
 
 namespace AG_LEVEL {
 namespace {

@@ -34,7 +34,7 @@ void full_range(const AgAdamWTensor& t, const Factors& f, int64_t lo, int64_t hi
   });
 }
 
-// ---- compact state: 10 bytes a parameter with its gradient (backend.h) -------------------------------
+// ---- compact state: 10 bytes a parameter with its gradient (AgAdamWTensor) -------------------------
 template <class V>
 inline V mix(V x) {
   x ^= x >> 16;
@@ -101,7 +101,8 @@ void adamw_piece(const AgAdamW* a, const AgAdamWTensor& t, float scale, int64_t 
             scale};
   if (t.state == AG_STATE_COMPACT) {
     const uint64_t number = uint64_t(a->now->step);
-    const uint32_t key = mix(uint32_t(number >> 32) ^ mix(uint32_t(number) ^ mix(uint32_t(a->seed) ^ mix(uint32_t(a->seed >> 32)))));
+    const uint32_t key =
+        mix(uint32_t(number >> 32) ^ mix(uint32_t(number) ^ mix(uint32_t(a->seed) ^ mix(uint32_t(a->seed >> 32)))));
     return t.dt_g == AG_F32 ? compact_range<float>(t, f, key, lo, hi) : compact_range<bf16>(t, f, key, lo, hi);
   }
   if (t.dt_p == AG_F32 && t.dt_g == AG_F32)
@@ -122,7 +123,8 @@ AgStatus adamw(AgCtx* ctx, const AgAdamW* a) {
     const AgAdamWTensor& t = a->tensors[i];
     if (t.dt_p > AG_BF16) return bad_dtype(ctx, "adamw", t.dt_p, "a parameter in f32 or bf16");
     if (t.dt_g > AG_BF16) return bad_dtype(ctx, "adamw", t.dt_g, "a gradient in f32 or bf16");
-    if (t.state != AG_STATE_FULL && t.dt_p != AG_BF16) return bad_dtype(ctx, "adamw", t.dt_p, "bf16 for the compact state");
+    if (t.state != AG_STATE_FULL && t.dt_p != AG_BF16)
+      return bad_dtype(ctx, "adamw", t.dt_p, "bf16 for the compact state");
     pieces += div_up(t.n, kPiece);
   }
   float scale = 1;

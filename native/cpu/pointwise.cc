@@ -1,5 +1,5 @@
 // Elementwise kernels, random numbers, rotary embedding, patches.
-#include "vec.h"
+#include "functions.h"
 
 namespace AG_LEVEL {
 namespace {
@@ -204,7 +204,8 @@ void binary_loop(const AgBinary* g, const F& f) {
 template <class S>
 void rope_loop(const AgRope* a) {
   typedef Acc<S> C;
-  const int64_t half = a->dim / 2, rotated = a->heads + a->kv_heads, width = a->kv_heads * a->dim, ld = rotated * a->dim + width;
+  const int64_t half = a->dim / 2, rotated = a->heads + a->kv_heads, width = a->kv_heads * a->dim,
+                ld = rotated * a->dim + width;
   const C sign = C(a->sign);
   parallel_range(a->tokens, row_grain(ld), [&](int64_t lo, int64_t hi) {
     for (int64_t t = lo; t < hi; t++) {

@@ -54,8 +54,8 @@ int wanted_threads() {
   return available_cpus();
 }
 
-// Where sleeping workers wake up. Left to itself the kernel often puts one on the CPU of the thread that woke it, although
-// another is idle, and takes 10 ms and more to move it: so the caller's CPU is closed to them until they run.
+// Where sleeping workers wake up. Left to itself the kernel often puts one on the CPU of the thread that woke it,
+// although another is idle, and takes 10 ms and more to move it: so the caller's CPU is closed to them until they run.
 struct Places {
 #if defined(__linux__)
   cpu_set_t all, others;

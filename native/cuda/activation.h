@@ -11,7 +11,8 @@ struct Activation {
   float alpha;
   __device__ float value(float x) const {
     if constexpr (op == AG_GELU) return x * (erff(x * 0.70710678118654752440f) + 1) * 0.5f;
-    if constexpr (op == AG_GELU_TANH) return x * (tanhf((x + x * x * x * 0.044715f) * 0.79788456080286535588f) + 1) * 0.5f;
+    if constexpr (op == AG_GELU_TANH)
+      return x * (tanhf((x + x * x * x * 0.044715f) * 0.79788456080286535588f) + 1) * 0.5f;
     if constexpr (op == AG_QUICK_GELU) return x * sigmoid(x * 1.702f);
     if constexpr (op == AG_SILU) return x * sigmoid(x);
     if constexpr (op == AG_SCALE) return x * alpha;

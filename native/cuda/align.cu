@@ -1,6 +1,7 @@
-// alignMix: the last projector layer, the mix of the alignment levels and the splice into the packed sequence (AgAlignMix in
-// backend.h; names follow it). The projector's product writes image rows straight to their places and, in bf16, takes their dot
-// products with the text while they are in registers. What belongs where is in device memory, so launches depend on sizes alone.
+// alignMix: the last projector layer, the mix of the alignment levels and the splice into the packed sequence
+// (AgAlignMix in arguments.h; names follow it). The projector's product writes image rows straight to their places and,
+// in bf16, takes their dot products with the text while they are in registers. What belongs where is in device memory,
+// so launches depend on sizes alone.
 #include "activation.h"
 #include "align.h"
 
@@ -20,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) place_rows(U* out, const U* x, Place
 }
 
 template <class U>
-__global__ void __launch_bounds__(kThreads) token_rows(U* out, const U* embed, const int32_t* token, int64_t tokens, int64_t units) {
+__global__ void __launch_bounds__(kThreads)
+    token_rows(U* out, const U* embed, const int32_t* token, int64_t tokens, int64_t units) {
   for (int64_t i = grid_thread(); i < tokens * units; i += grid_threads()) {
     const Split at = split(i, units);
     const int32_t id = token[at.quotient];
@@ -81,13 +83,15 @@ __global__ void __launch_bounds__(kThreads, 2) gate_kernel(Gate g) {
   for (int64_t p = threadIdx.x; p < g.patches; p += kThreads) dots[p] = g.dots[m * g.patches + p];
   __syncthreads();
   for (int64_t j = warp; j < g.hidden; j += kWarps) {
-    const float x = warp_dot<1>(static_cast<const T*>(g.w0) + j * g.patches, dots, g.patches) + to_float(static_cast<const T*>(g.b0)[j]);
+    const float x = warp_dot<1>(static_cast<const T*>(g.w0) + j * g.patches, dots, g.patches) +
+                    to_float(static_cast<const T*>(g.b0)[j]);
     if (first) g.pre[m * g.hidden + j] = x;
     if (first) activated[j] = activate(AG_GELU, x);
   }
   __syncthreads();
   for (int64_t l = warp; l < g.locals; l += kWarps) {
-    const float x = warp_dot<1>(static_cast<const T*>(g.w1) + l * g.hidden, activated, g.hidden) + to_float(static_cast<const T*>(g.b1)[l]);
+    const float x = warp_dot<1>(static_cast<const T*>(g.w1) + l * g.hidden, activated, g.hidden) +
+                    to_float(static_cast<const T*>(g.b1)[l]);
     if (first) g.logits[m * g.locals + l] = logits[l] = x;
   }
   __syncthreads();
@@ -157,15 +161,18 @@ template <class T>
 AgStatus project(AgCtx* ctx, const AgAlignMix* a, const Projected& f, bool vector) {
   const int64_t rows = image_rows(a);
   if (a->w) {
-    if (AgStatus s = launch(ctx, "align_mix", list_places, grid_for(rows, kThreads), kThreads, 0, f.c_rows, places_of(a), rows)) return s;
+    if (AgStatus s =
+            launch(ctx, "align_mix", list_places, grid_for(rows, kThreads), kThreads, 0, f.c_rows, places_of(a), rows))
+      return s;
     const AgGemm g = projection(a, f.c_rows);
-    return f.count ? gemm_with_dots(ctx, &g, {static_cast<const float*>(a->mean), a->patches, f.parts}) : call(ctx, f.used, gemm, g);
+    return f.count ? gemm_with_dots(ctx, &g, {static_cast<const float*>(a->mean), a->patches, f.parts})
+                   : call(ctx, f.used, gemm, g);
   }
   return with_copies<T>(vector && aligned16(a->x), [&](auto tag) {
     typedef typename decltype(tag)::type U;
     const int64_t units = a->hidden * int64_t(sizeof(T)) / int64_t(sizeof(U));
-    return launch(ctx, "align_mix", place_rows<U>, grid_for(rows * units, kThreads), kThreads, 0, static_cast<U*>(a->out),
-                  static_cast<const U*>(a->x), places_of(a), rows, units);
+    return launch(ctx, "align_mix", place_rows<U>, grid_for(rows * units, kThreads), kThreads, 0,
+                  static_cast<U*>(a->out), static_cast<const U*>(a->x), places_of(a), rows, units);
   });
 }
 
@@ -178,11 +185,21 @@ AgStatus gate_forward(AgCtx* ctx, const AgAlignMix* a, const Projected& f) {
   if (f.count)
     s = launch(ctx, "align_mix", add_parts, grid_for(rows, kThreads), kThreads, 0, dots, f.parts, f.count, rows);
   else
-    s = launch(ctx, "align_mix", row_dots<W, T>, dim3(unsigned(div_up(rows, kWarps))), kThreads, 0, dots, out, mean, places_of(a), rows,
-               a->hidden);
+    s = launch(ctx, "align_mix", row_dots<W, T>, dim3(unsigned(div_up(rows, kWarps))), kThreads, 0, dots, out, mean,
+               places_of(a), rows, a->hidden);
   if (s != AG_OK) return s;
-  const Gate g{a->gw0, a->gb0, a->gw1, a->gb1, dots, static_cast<float*>(a->gate_pre), static_cast<float*>(a->logits),
-               static_cast<float*>(a->coef), a->gate_hidden, a->patches, a->levels - 1, float(a->global)};
+  const Gate g{a->gw0,
+               a->gb0,
+               a->gw1,
+               a->gb1,
+               dots,
+               static_cast<float*>(a->gate_pre),
+               static_cast<float*>(a->logits),
+               static_cast<float*>(a->coef),
+               a->gate_hidden,
+               a->patches,
+               a->levels - 1,
+               float(a->global)};
   const size_t bytes = size_t(a->patches + a->gate_hidden + a->levels) * sizeof(float);
   return launch(ctx, "align_mix", gate_kernel<T>, dim3(unsigned(a->images)), kThreads, bytes, g);
 }
@@ -195,18 +212,23 @@ AgStatus forward(AgCtx* ctx, const AgAlignMix* a) {
   const dim3 grid = columns(a->hidden, W, a->images);
   const Projected f(ctx->workspace, a);
   AgStatus s = AG_OK;
-  if (is_gate(a)) s = launch(ctx, "align_mix", text_means<W, T>, grid, kThreads, 0, mean, embed, a->gate_ids, a->gate_offsets, a->hidden);
+  if (is_gate(a))
+    s = launch(ctx, "align_mix", text_means<W, T>, grid, kThreads, 0, mean, embed, a->gate_ids, a->gate_offsets,
+               a->hidden);
   if (s == AG_OK) s = project<T>(ctx, a, f, W > 1);
   if (s == AG_OK && is_gate(a)) s = gate_forward<T, W>(ctx, a, f);
   if (s == AG_OK && a->mode == AG_MIX_LEVEL)
-    s = launch(ctx, "align_mix", one_hot, grid_for(a->images * a->levels, kThreads), kThreads, 0, coef, a->level, a->images, a->levels);
-  if (s == AG_OK) s = launch(ctx, "align_mix", mix_rows<W, T>, grid, kThreads, 0, out, coef, table, a->align_row, a->levels, a->hidden);
+    s = launch(ctx, "align_mix", one_hot, grid_for(a->images * a->levels, kThreads), kThreads, 0, coef, a->level,
+               a->images, a->levels);
+  if (s == AG_OK)
+    s = launch(ctx, "align_mix", mix_rows<W, T>, grid, kThreads, 0, out, coef, table, a->align_row, a->levels,
+               a->hidden);
   if (s != AG_OK) return s;
   return with_copies<T>(W > 1, [&](auto tag) {
     typedef typename decltype(tag)::type U;
     const int64_t units = a->hidden * int64_t(sizeof(T)) / int64_t(sizeof(U));
-    return launch(ctx, "align_mix", token_rows<U>, grid_for(a->tokens * units, kThreads), kThreads, 0, static_cast<U*>(a->out),
-                  static_cast<const U*>(a->embed), a->token, a->tokens, units);
+    return launch(ctx, "align_mix", token_rows<U>, grid_for(a->tokens * units, kThreads), kThreads, 0,
+                  static_cast<U*>(a->out), static_cast<const U*>(a->embed), a->token, a->tokens, units);
   });
 }
 

@@ -33,7 +33,9 @@ AgStatus call(AgCtx* ctx, int64_t used, AgStatus (*op)(AgCtx*, const Args*), con
 }
 
 // A grid of a column for each thread, W of them, and `rows` in y.
-inline dim3 columns(int64_t cols, int width, int64_t rows) { return dim3(unsigned(div_up(cols, kThreads * width)), unsigned(rows)); }
+inline dim3 columns(int64_t cols, int width, int64_t rows) {
+  return dim3(unsigned(div_up(cols, kThreads * width)), unsigned(rows));
+}
 template <int W>
 __device__ __forceinline__ int64_t column() {
   return (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W;
@@ -70,7 +72,7 @@ inline int64_t image_rows(const AgAlignMix* a) { return a->images * a->patches; 
 // Rows are whole packs at every place.
 inline bool vectors(const AgAlignMix* a) {
   bool all = a->hidden % 8 == 0;
-  for (const void* p : {a->embed, a->table, static_cast<const void*>(a->out), static_cast<const void*>(a->mean), a->d_out})
+  for (const void* p : {a->embed, a->table, static_cast<const void*>(a->out), static_cast<const void*>(a->mean)})
     all = all && aligned16(p);
   return all;
 }

@@ -1,4 +1,4 @@
-// The gradient of alignMix (AgAlignMix in backend.h; names follow it).
+// The gradient of alignMix (AgAlignMixGrad in arguments.h; names follow it).
 #include "activation.h"
 #include "align.h"
 #include "rows.h"
@@ -28,11 +28,13 @@ __global__ void __launch_bounds__(kThreads) gate_grad(GateGrad g) {
   __syncthreads();
   float inner = 0;
   for (int64_t l = 0; l < g.locals; l++) inner += d_coef[l] * coef[l];
-  for (int64_t l = threadIdx.x; l < g.locals; l += kThreads) g.d_logits[m * g.locals + l] = d_logits[l] = coef[l] * (d_coef[l] - inner);
+  for (int64_t l = threadIdx.x; l < g.locals; l += kThreads)
+    g.d_logits[m * g.locals + l] = d_logits[l] = coef[l] * (d_coef[l] - inner);
   __syncthreads();
   for (int64_t j = threadIdx.x; j < g.gate_hidden; j += kThreads) {
     float sum = 0;
-    for (int64_t l = 0; l < g.locals; l++) sum += d_logits[l] * to_float(static_cast<const T*>(g.w1)[l * g.gate_hidden + j]);
+    for (int64_t l = 0; l < g.locals; l++)
+      sum += d_logits[l] * to_float(static_cast<const T*>(g.w1)[l * g.gate_hidden + j]);
     const float x = g.pre[m * g.gate_hidden + j];
     g.d_pre[m * g.gate_hidden + j] = d_pre[j] = sum * gelu_slope(x);
     g.activated[m * g.gate_hidden + j] = activate(AG_GELU, x);
@@ -40,15 +42,16 @@ __global__ void __launch_bounds__(kThreads) gate_grad(GateGrad g) {
   __syncthreads();
   for (int64_t p = threadIdx.x; p < g.patches; p += kThreads) {
     float sum = 0;
-    for (int64_t j = 0; j < g.gate_hidden; j++) sum += d_pre[j] * to_float(static_cast<const T*>(g.w0)[j * g.patches + p]);
+    for (int64_t j = 0; j < g.gate_hidden; j++)
+      sum += d_pre[j] * to_float(static_cast<const T*>(g.w0)[j * g.patches + p]);
     g.d_dots[m * g.patches + p] = sum;
   }
 }
 
 // d_rows = d_out rows + d_dots (outer) mean; without a gate the first alone
 template <int W, class T>
-__global__ void __launch_bounds__(kThreads)
-    rows_grad(T* d_rows, const T* d_out, const float* d_dots, const float* mean, Places places, int64_t rows, int64_t hidden) {
+__global__ void __launch_bounds__(kThreads) rows_grad(T* d_rows, const T* d_out, const float* d_dots, const float* mean,
+                                                      Places places, int64_t rows, int64_t hidden) {
   const int64_t units = hidden / W;
   for (int64_t i = grid_thread(); i < rows * units; i += grid_threads()) {
     const Split at = split(i, units);
@@ -118,7 +121,8 @@ AgStatus sum_outer(AgCtx* ctx, const AgGrad& to, Outer<R> o) {
 // What adds to the embedding table: the tokens of the sequence, then the text tokens of the means.
 __global__ void __launch_bounds__(kThreads)
     list_entries(int32_t* index, const int32_t* token, int64_t tokens, const int32_t* gate_ids, int64_t entries) {
-  for (int64_t i = grid_thread(); i < tokens + entries; i += grid_threads()) index[i] = i < tokens ? token[i] : gate_ids[i - tokens];
+  for (int64_t i = grid_thread(); i < tokens + entries; i += grid_threads())
+    index[i] = i < tokens ? token[i] : gate_ids[i - tokens];
 }
 struct Entries {
   const uint64_t* keys;
@@ -135,7 +139,8 @@ struct Entries {
     return low;
   }
 };
-// One block for each sorted entry and tile of columns; the first of a table's row sums them all, in order, and rounds once.
+// One block for each sorted entry and tile of columns; the first of a table's row sums them all, in order, and rounds
+// once.
 template <int W, class T, class D>
 __global__ void __launch_bounds__(kThreads)
     embed_grad(D* to, const T* d_out, const float* d_mean, Entries e, int64_t hidden, bool accumulate) {
@@ -159,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
   store_lanes<W>(to + row * hidden + c, sum);
 }
 
-bool wants_rows(const AgAlignMix* a) { return a->w && (a->dw.p || a->db.p || a->dx); }
+bool wants_rows(const AgAlignMixGrad* grad) { return grad->forward.w && (grad->dw.p || grad->db.p || grad->dx); }
 int64_t entries(const AgAlignMix* a) { return a->tokens + (is_gate(a) ? a->gate_entries : 0); }
 
 struct Scratch {
@@ -167,111 +172,133 @@ struct Scratch {
   char* d_rows;
   int32_t* index;
   int64_t used;
-  Scratch(void* base, const AgAlignMix* a) {
+  Scratch(void* base, const AgAlignMixGrad* grad) {
+    const AgAlignMix* a = &grad->forward;
     Arena arena{static_cast<char*>(base)};
     const int64_t gate = is_gate(a) ? a->images : 0;
     d_logits = arena.take<float>(gate * a->levels);
     d_pre = arena.take<float>(gate * a->gate_hidden);
     activated = arena.take<float>(gate * a->gate_hidden);
     d_dots = arena.take<float>(gate * a->patches);
-    d_mean = arena.take<float>(a->d_embed.p ? gate * a->hidden : 0);
-    d_rows = arena.take<char>(wants_rows(a) ? image_rows(a) * a->hidden * (a->dt == AG_BF16 ? 2 : 4) : 0);
-    index = arena.take<int32_t>(a->d_embed.p ? entries(a) : 0);
+    d_mean = arena.take<float>(grad->d_embed.p ? gate * a->hidden : 0);
+    d_rows = arena.take<char>(wants_rows(grad) ? image_rows(a) * a->hidden * (a->dt == AG_BF16 ? 2 : 4) : 0);
+    index = arena.take<int32_t>(grad->d_embed.p ? entries(a) : 0);
     used = arena.used;
   }
 };
 
 template <class T>
-AgStatus small_grads(AgCtx* ctx, const AgAlignMix* a, const Scratch& f) {
+AgStatus small_grads(AgCtx* ctx, const AgAlignMixGrad* grad, const Scratch& f) {
+  const AgAlignMix* a = &grad->forward;
   const int64_t G = a->gate_hidden, L = a->levels - 1, P = a->patches, M = a->images;
   const float *coef = static_cast<const float*>(a->coef), *dots = static_cast<const float*>(a->dots);
-  const Outer<T> table{{}, coef, a->levels, static_cast<const T*>(a->d_out), a->hidden, a->align_row, M, a->levels, a->hidden};
-  AgStatus s = sum_outer(ctx, a->d_table, table);
+  const Outer<T> table{{}, coef,      a->levels, static_cast<const T*>(grad->d_out), a->hidden, a->align_row,
+                       M,  a->levels, a->hidden};
+  AgStatus s = sum_outer(ctx, grad->d_table, table);
   if (!is_gate(a)) return s;
-  if (s == AG_OK) s = sum_outer(ctx, a->d_gw0, Outer<float>{{}, f.d_pre, G, dots, P, nullptr, M, G, P});
-  if (s == AG_OK) s = sum_outer(ctx, a->d_gb0, Outer<float>{{}, f.d_pre, G, nullptr, 0, nullptr, M, G, 1});
-  if (s == AG_OK) s = sum_outer(ctx, a->d_gw1, Outer<float>{{}, f.d_logits, L, f.activated, G, nullptr, M, L, G});
-  if (s == AG_OK) s = sum_outer(ctx, a->d_gb1, Outer<float>{{}, f.d_logits, L, nullptr, 0, nullptr, M, L, 1});
+  if (s == AG_OK) s = sum_outer(ctx, grad->d_gw0, Outer<float>{{}, f.d_pre, G, dots, P, nullptr, M, G, P});
+  if (s == AG_OK) s = sum_outer(ctx, grad->d_gb0, Outer<float>{{}, f.d_pre, G, nullptr, 0, nullptr, M, G, 1});
+  if (s == AG_OK) s = sum_outer(ctx, grad->d_gw1, Outer<float>{{}, f.d_logits, L, f.activated, G, nullptr, M, L, G});
+  if (s == AG_OK) s = sum_outer(ctx, grad->d_gb1, Outer<float>{{}, f.d_logits, L, nullptr, 0, nullptr, M, L, 1});
   return s;
 }
 
 template <class T, int W>
-AgStatus table_of_tokens(AgCtx* ctx, const AgAlignMix* a, const Scratch& f) {
+AgStatus table_of_tokens(AgCtx* ctx, const AgAlignMixGrad* grad, const Scratch& f) {
+  const AgAlignMix* a = &grad->forward;
   const int64_t n = entries(a);
-  if (!a->d_embed.accumulate) {
-    const AgFill zero{a->d_embed.p, a->d_embed.dt, a->vocab * a->hidden, 0.0};
+  if (!grad->d_embed.accumulate) {
+    const AgFill zero{grad->d_embed.p, grad->d_embed.dt, a->vocab * a->hidden, 0.0};
     if (AgStatus s = fill(ctx, &zero)) return s;
   }
   if (n == 0) return AG_OK;
-  AgStatus s = launch(ctx, "align_mix_grad", list_entries, grid_for(n, kThreads), kThreads, 0, f.index, a->token, a->tokens, a->gate_ids,
-                      n - a->tokens);
+  AgStatus s = launch(ctx, "align_mix_grad", list_entries, grid_for(n, kThreads), kThreads, 0, f.index, a->token,
+                      a->tokens, a->gate_ids, n - a->tokens);
   AgCtx inner = behind(ctx, f.used);
   const uint64_t* keys = nullptr;
   if (s == AG_OK) s = sort_rows(&inner, "align_mix_grad", f.index, n, &keys);
   if (s != AG_OK) return memcpy(ctx->error, inner.error, sizeof ctx->error), s;
   const Entries e{keys, n, a->tokens, a->gate_offsets, a->images};
   const dim3 grid(unsigned(n), unsigned(div_up(a->hidden, kThreads * W)));
-  return with_float(ctx, "align_mix_grad", a->d_embed.dt, [&](auto tag) {
+  return with_float(ctx, "align_mix_grad", grad->d_embed.dt, [&](auto tag) {
     typedef typename decltype(tag)::type D;
-    return launch(ctx, "align_mix_grad", embed_grad<W, T, D>, grid, kThreads, 0, static_cast<D*>(a->d_embed.p),
-                  static_cast<const T*>(a->d_out), f.d_mean, e, a->hidden, a->d_embed.accumulate != 0);
+    return launch(ctx, "align_mix_grad", embed_grad<W, T, D>, grid, kThreads, 0, static_cast<D*>(grad->d_embed.p),
+                  static_cast<const T*>(grad->d_out), f.d_mean, e, a->hidden, grad->d_embed.accumulate != 0);
   });
 }
 
 // The projector's gradients are products with d_rows.
-AgGemm weight_grad(const AgAlignMix* a, const void* d_rows) {
+AgGemm weight_grad(const AgAlignMixGrad* grad, const void* d_rows) {
+  const AgAlignMix* a = &grad->forward;
   AgGemm g{};
   g.m = a->hidden, g.n = a->features, g.k = image_rows(a);
   g.a = d_rows, g.lda = a->hidden, g.trans_a = 1;
   g.b = a->x, g.ldb = a->features;
-  g.c = a->dw.p, g.ldc = a->features, g.accumulate = a->dw.accumulate;
-  g.dt = a->dt, g.dt_c = a->dw.dt;
+  g.c = grad->dw.p, g.ldc = a->features, g.accumulate = grad->dw.accumulate;
+  g.dt = a->dt, g.dt_c = grad->dw.dt;
   return g;
 }
-AgGemm input_grad(const AgAlignMix* a, const void* d_rows) {
+AgGemm input_grad(const AgAlignMixGrad* grad, const void* d_rows) {
+  const AgAlignMix* a = &grad->forward;
   AgGemm g{};
   g.m = image_rows(a), g.n = a->features, g.k = a->hidden;
   g.a = d_rows, g.lda = a->hidden;
   g.b = a->w, g.ldb = a->features;
-  g.c = a->dx, g.ldc = a->features;
+  g.c = grad->dx, g.ldc = a->features;
   g.dt = g.dt_c = a->dt;
   return g;
 }
-AgColSum bias_grad(const AgAlignMix* a, const void* d_rows) {
-  return AgColSum{a->db, d_rows, image_rows(a), a->hidden, a->hidden, a->dt, 1.0, nullptr};
+AgColSum bias_grad(const AgAlignMixGrad* grad, const void* d_rows) {
+  const AgAlignMix* a = &grad->forward;
+  return AgColSum{grad->db, d_rows, image_rows(a), a->hidden, a->hidden, a->dt, 1.0, nullptr};
 }
 
 template <class T, int W>
-AgStatus rows_and_projector(AgCtx* ctx, const AgAlignMix* a, const Scratch& f) {
-  T* d_rows = a->w ? reinterpret_cast<T*>(f.d_rows) : static_cast<T*>(a->dx);
+AgStatus rows_and_projector(AgCtx* ctx, const AgAlignMixGrad* grad, const Scratch& f) {
+  const AgAlignMix* a = &grad->forward;
+  T* d_rows = a->w ? reinterpret_cast<T*>(f.d_rows) : static_cast<T*>(grad->dx);
   const int64_t rows = image_rows(a);
-  AgStatus s = launch(ctx, "align_mix_grad", rows_grad<W, T>, grid_for(rows * a->hidden / W, kThreads), kThreads, 0, d_rows,
-                      static_cast<const T*>(a->d_out), is_gate(a) ? f.d_dots : nullptr, static_cast<const float*>(a->mean), places_of(a), rows,
-                      a->hidden);
+  AgStatus s = launch(ctx, "align_mix_grad", rows_grad<W, T>, grid_for(rows * a->hidden / W, kThreads), kThreads, 0,
+                      d_rows, static_cast<const T*>(grad->d_out), is_gate(a) ? f.d_dots : nullptr,
+                      static_cast<const float*>(a->mean), places_of(a), rows, a->hidden);
   if (!a->w) return s;
-  if (s == AG_OK && a->dw.p) s = call(ctx, f.used, gemm, weight_grad(a, d_rows));
-  if (s == AG_OK && a->db.p) s = call(ctx, f.used, col_sum, bias_grad(a, d_rows));
-  if (s == AG_OK && a->dx) s = call(ctx, f.used, gemm, input_grad(a, d_rows));
+  if (s == AG_OK && grad->dw.p) s = call(ctx, f.used, gemm, weight_grad(grad, d_rows));
+  if (s == AG_OK && grad->db.p) s = call(ctx, f.used, col_sum, bias_grad(grad, d_rows));
+  if (s == AG_OK && grad->dx) s = call(ctx, f.used, gemm, input_grad(grad, d_rows));
   return s;
 }
 
 template <class T, int W>
-AgStatus backward(AgCtx* ctx, const AgAlignMix* a) {
-  const Scratch f(ctx->workspace, a);
+AgStatus backward(AgCtx* ctx, const AgAlignMixGrad* grad) {
+  const AgAlignMix* a = &grad->forward;
+  const Scratch f(ctx->workspace, grad);
   AgStatus s = AG_OK;
   if (is_gate(a)) {
-    const GateGrad g{a->d_out, a->table, a->gw0, a->gw1, static_cast<const float*>(a->coef), static_cast<const float*>(a->gate_pre),
-                     f.d_logits, f.d_pre, f.activated, f.d_dots, a->align_row, a->hidden, a->gate_hidden, a->patches, a->levels - 1};
+    const GateGrad g{grad->d_out,
+                     a->table,
+                     a->gw0,
+                     a->gw1,
+                     static_cast<const float*>(a->coef),
+                     static_cast<const float*>(a->gate_pre),
+                     f.d_logits,
+                     f.d_pre,
+                     f.activated,
+                     f.d_dots,
+                     a->align_row,
+                     a->hidden,
+                     a->gate_hidden,
+                     a->patches,
+                     a->levels - 1};
     const size_t bytes = size_t(2 * a->levels + a->gate_hidden) * sizeof(float);
     s = launch(ctx, "align_mix_grad", gate_grad<T, W>, dim3(unsigned(a->images)), kThreads, bytes, g);
     constexpr int V = W > 1 ? 2 : 1;  // narrow: the pictures of a batch are few, and threads are wanted
-    if (s == AG_OK && a->d_embed.p)
-      s = launch(ctx, "align_mix_grad", mean_grad<V, T>, columns(a->hidden, V, a->images), kThreads, 0, f.d_mean, f.d_dots,
-                 static_cast<const T*>(a->out), places_of(a), a->gate_offsets, a->hidden);
+    if (s == AG_OK && grad->d_embed.p)
+      s = launch(ctx, "align_mix_grad", mean_grad<V, T>, columns(a->hidden, V, a->images), kThreads, 0, f.d_mean,
+                 f.d_dots, static_cast<const T*>(a->out), places_of(a), a->gate_offsets, a->hidden);
   }
-  if (s == AG_OK) s = small_grads<T>(ctx, a, f);
-  if (s == AG_OK && a->d_embed.p) s = table_of_tokens<T, W>(ctx, a, f);
-  if (s == AG_OK && (wants_rows(a) || (!a->w && a->dx))) s = rows_and_projector<T, W>(ctx, a, f);
+  if (s == AG_OK) s = small_grads<T>(ctx, grad, f);
+  if (s == AG_OK && grad->d_embed.p) s = table_of_tokens<T, W>(ctx, grad, f);
+  if (s == AG_OK && (wants_rows(grad) || (!a->w && grad->dx))) s = rows_and_projector<T, W>(ctx, grad, f);
   return s;
 }
 
@@ -279,20 +306,22 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace
 
-int64_t align_mix_grad_workspace(const AgAlignMix* a) {
-  int64_t inner = a->d_embed.p ? sort_workspace(entries(a)) : 0;
-  const AgGemm w = weight_grad(a, nullptr), x = input_grad(a, nullptr);
-  const AgColSum b = bias_grad(a, nullptr);
-  if (a->w && a->dw.p) inner = most(inner, gemm_workspace(&w));
-  if (a->w && a->dx) inner = most(inner, gemm_workspace(&x));
-  if (a->w && a->db.p) inner = most(inner, col_sum_workspace(&b));
-  return Scratch(nullptr, a).used + inner;
+int64_t align_mix_grad_workspace(const AgAlignMixGrad* grad) {
+  const AgAlignMix* a = &grad->forward;
+  int64_t inner = grad->d_embed.p ? sort_workspace(entries(a)) : 0;
+  const AgGemm w = weight_grad(grad, nullptr), x = input_grad(grad, nullptr);
+  const AgColSum b = bias_grad(grad, nullptr);
+  if (a->w && grad->dw.p) inner = most(inner, gemm_workspace(&w));
+  if (a->w && grad->dx) inner = most(inner, gemm_workspace(&x));
+  if (a->w && grad->db.p) inner = most(inner, col_sum_workspace(&b));
+  return Scratch(nullptr, grad).used + inner;
 }
-AgStatus align_mix_grad(AgCtx* ctx, const AgAlignMix* a) {
+AgStatus align_mix_grad(AgCtx* ctx, const AgAlignMixGrad* grad) {
+  const AgAlignMix* a = &grad->forward;
   return with_float(ctx, "align_mix_grad", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
-    const bool vector = vectors(a) && aligned16(a->dx) && aligned16(a->d_embed.p);
-    return with_width<T>(vector, [&](auto width) { return backward<T, decltype(width)::value>(ctx, a); });
+    const bool vector = vectors(a) && aligned16(grad->d_out) && aligned16(grad->dx) && aligned16(grad->d_embed.p);
+    return with_width<T>(vector, [&](auto width) { return backward<T, decltype(width)::value>(ctx, grad); });
   });
 }
 

@@ -1,6 +1,7 @@
 // Attention over packed sequences in bf16 on the tensor cores, without a matrix of scores. f32: attention_f32.cu.
 //
-// A block owns 64 queries, 16 for each of its 4 warps, and walks over the keys in tiles that cp.async brings in two stages.
+// A block owns 64 queries, 16 for each of its 4 warps, and walks over the keys in tiles that cp.async brings in two
+// stages.
 #include "flash.h"
 
 namespace gpu {
@@ -91,7 +92,7 @@ AgStatus attention(AgCtx* ctx, const AgAttention* a) {
   return with_dim(a->dim, [&](auto width) {
     constexpr int kDim = decltype(width)::value;
     return launch(ctx, "attention", flash_forward<kDim>, tile_grid(a->q_tokens, a->batch, a->heads), kThreads,
-                  size_t(Tile<kDim>::bytes(kOwn + 4 * 64)), flash_of(a, nullptr));
+                  size_t(Tile<kDim>::bytes(kOwn + 4 * 64)), flash_of(a));
   });
 }
 int64_t attention_workspace(const AgAttention*) { return 0; }

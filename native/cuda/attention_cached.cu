@@ -1,18 +1,23 @@
-// Attention against the paged cache. bf16 runs here on the tensor cores, f32 in attention_f32.cu; the keys of a sequence are shared out
-// to as many blocks as fill the device, and what they find is put together in the order of the keys.
+// Attention against the paged cache. bf16 runs here on the tensor cores, f32 in attention_f32.cu; the keys of a
+// sequence are shared out to as many blocks as fill the device, and what they find is put together in the order of the
+// keys.
 #include "flash.h"
 
 namespace gpu {
 namespace {
 
-// Row r of a sequence and key head is query r / group, head kv * group + r % group, so that a group reads its keys once.
+// Row r of a sequence and key head is query r / group, head kv * group + r % group, so that a group reads its keys
+// once.
 //
-// kSplit of the block's 4 warps share 16 rows, each with its part of every tile of keys: 4 where a sequence has a few rows, as in
-// decoding, else 1. With one row fifteen sixteenths of a product are wasted; the keys still arrive no faster than they are used.
+// kSplit of the block's 4 warps share 16 rows, each with its part of every tile of keys: 4 where a sequence has a few
+// rows, as in decoding, else 1. With one row fifteen sixteenths of a product are wasted; the keys still arrive no
+// faster than they are used.
 template <int kDim, int kSplit>
 struct Cached {
-  static constexpr int kRows = kOwn / kSplit, kMine = int(kKeyTile) / kSplit, kTile = int(kKeyTile) * Tile<kDim>::kPitch;
-  static constexpr int kSumPitch = kDim + 8;  // of the warps' sums, which take the place of the tiles: rows in different banks
+  static constexpr int kRows = kOwn / kSplit, kMine = int(kKeyTile) / kSplit,
+                       kTile = int(kKeyTile) * Tile<kDim>::kPitch;
+  static constexpr int kSumPitch =
+      kDim + 8;  // of the warps' sums, which take the place of the tiles: rows in different banks
   static constexpr int kBytes = Tile<kDim>::bytes(kRows + 4 * int(kKeyTile)) + kOwn * 2 * int(sizeof(float));
 
   struct Row {
@@ -30,14 +35,15 @@ struct Cached {
     });
   }
   // Keys first..to of K or V; pages behind `to` are not looked up.
-  __device__ static void load_keys(bf16* tile, const void* cache, int64_t ld, const Scan& a, int64_t s, int64_t first, int64_t to) {
+  __device__ static void load_keys(bf16* tile, const void* cache, int64_t ld, const Scan& a, int64_t s, int64_t first,
+                                   int64_t to) {
     const bf16* base = static_cast<const bf16*>(cache) + int64_t(blockIdx.y) * a.dim;
-    Tile<kDim>::template load_rows<int(kKeyTile)>(tile, static_cast<const bf16*>(cache), int(a.dim), a.vector, [&](int r) -> const bf16* {
-      return first + r < to ? base + cache_row(a, s, first + r) * ld : nullptr;
-    });
+    Tile<kDim>::template load_rows<int(kKeyTile)>(
+        tile, static_cast<const bf16*>(cache), int(a.dim), a.vector,
+        [&](int r) -> const bf16* { return first + r < to ? base + cache_row(a, s, first + r) * ld : nullptr; });
   }
-  // The warps' sums o of a block's rows lie in `sums` [kSplit][kRows], with two numbers of each in `stats`: together they are the
-  // result, or the chunk's part of it.
+  // The warps' sums o of a block's rows lie in `sums` [kSplit][kRows], with two numbers of each in `stats`: together
+  // they are the result, or the chunk's part of it.
   __device__ static void finish(const Scan& a, const Span& span, const float* sums, const float* stats) {
     for (int i = int(threadIdx.x); i < kRows * (kDim / 8); i += kThreads) {
       const int r = i / (kDim / 8), c = i % (kDim / 8) * 8, n = min(int(a.dim) - c, 8);
@@ -85,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, kSplit > 1 || kDim <= 96 ? 3 : 2) ca
   if (span.first >= span.n) return;
   const int64_t nk = a.kv_len[span.s], shift = nk - span.n / group;
   const int64_t size = chunk_size(nk, a.chunks), from = int64_t(blockIdx.z) * size;
-  const int64_t last_query = (min(span.first + C::kRows, span.n) - 1) / group, to = min(min(nk, from + size), last_query + shift + 1);
+  const int64_t last_query = (min(span.first + C::kRows, span.n) - 1) / group,
+                to = min(min(nk, from + size), last_query + shift + 1);
   const int tiles = to > from ? int(div_up(to - from, kKeyTile)) : 0;
   const int warp = int(threadIdx.x) / 32, row0 = warp / kSplit * 16, mine = warp % kSplit * C::kMine;
   auto load = [&](int t) {
@@ -128,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, kSplit > 1 || kDim <= 96 ? 3 : 2) ca
     const float total = softmax.sum(half);
     if (threadIdx.x % 4 == 0) stats[row * 2] = softmax.top[half] * a.scale_log2, stats[row * 2 + 1] = total;
 #pragma unroll
-    for (int j = 0; j < kDim / 8; j++) store_lanes<2>(sums + row * C::kSumPitch + col_of(j, 0), {o[j][half * 2], o[j][half * 2 + 1]});
+    for (int j = 0; j < kDim / 8; j++)
+      store_lanes<2>(sums + row * C::kSumPitch + col_of(j, 0), {o[j][half * 2], o[j][half * 2 + 1]});
   }
   __syncthreads();
   C::finish(a, span, sums, stats);
@@ -137,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, kSplit > 1 || kDim <= 96 ? 3 : 2) ca
 // Puts the chunks of a token and head together; a warp for each.
 template <class T>
 __global__ void __launch_bounds__(kThreads) cached_combine(Scan a) {
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, rows = a.q_tokens * a.heads;
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32,
+                rows = a.q_tokens * a.heads;
   if (row >= rows) return;
   const float* stats = a.part + a.chunks * rows * a.dim;
   float top = -INFINITY, total = 0, o[kMaxHeadDim / 32] = {};
@@ -161,8 +170,8 @@ __global__ void __launch_bounds__(kThreads) cached_combine(Scan a) {
 // ---- the host's side --------------------------------------------------------------------------------
 bool few_rows(const AgAttentionCached* a) { return a->q_tokens * (a->heads / a->kv_heads) <= 16 * a->batch; }
 
-// Chunks of the keys, by the shape alone: at most three blocks for each processor, so that all run at once where three fit, and at
-// least one tile each when the cache is full.
+// Chunks of the keys, by the shape alone: at most three blocks for each processor, so that all run at once where three
+// fit, and at least one tile each when the cache is full.
 int64_t chunk_count(const AgAttentionCached* a) {
   const int64_t slots = few_rows(a) ? a->batch : tile_slots(a->q_tokens * (a->heads / a->kv_heads), a->batch, kOwn);
   const int64_t wanted = 3 * int64_t(device().processors) / (a->kv_heads * (slots > 0 ? slots : 1));
@@ -187,7 +196,8 @@ Scan scan_of(AgCtx* ctx, const AgAttentionCached* a) {
   s.batch = a->batch, s.q_tokens = a->q_tokens, s.heads = a->heads, s.kv_heads = a->kv_heads, s.dim = a->dim;
   s.chunks = chunk_count(a), s.part = static_cast<float*>(ctx->workspace);
   s.scale_log2 = float(a->scale) * kLog2e, s.causal = 1;
-  s.vector = (a->dim | a->ldq | a->ldo) % 8 == 0 && aligned16(a->q) && aligned16(a->k_cache) && aligned16(a->v_cache) && aligned16(a->o);
+  s.vector = (a->dim | a->ldq | a->ldo) % 8 == 0 && aligned16(a->q) && aligned16(a->k_cache) && aligned16(a->v_cache) &&
+             aligned16(a->o);
   return s;
 }
 

@@ -1,22 +1,24 @@
-// Attention in f32, without tensor cores: over packed sequences or the paged cache, and the gradient over packed sequences, which has
-// the plan of attention_grad.cu with 32 rows a block and 4 threads a row.
+// Attention in f32, without tensor cores: over packed sequences or the paged cache, and the gradient over packed
+// sequences, which has the plan of attention_grad.cu with 32 rows a block and 4 threads a row.
 #include "attention.h"
 
 namespace gpu {
 namespace {
 
-constexpr int kThreads = 128, kRows = 32, kLanes = kThreads / kRows, kPitch = int(kMaxHeadDim) + 1, kEach = kRows / kLanes, kKeys = 32;
+constexpr int kThreads = 128, kRows = 32, kLanes = kThreads / kRows, kPitch = int(kMaxHeadDim) + 1,
+              kEach = kRows / kLanes, kKeys = 32;
 constexpr int kCols = int(kMaxHeadDim) / kLanes, kTile = kRows * kPitch, kWeights = kRows * (kRows + 1);
 
 // ---- forward ----------------------------------------------------------------------------------------
 // Row `key` of K or V of one sequence and key head.
-__device__ __forceinline__ const float* key_row(const Scan& a, const void* base, int64_t ld, int64_t s, int64_t begin, int64_t kv, int64_t key) {
+__device__ __forceinline__ const float* key_row(const Scan& a, const void* base, int64_t ld, int64_t s, int64_t begin,
+                                                int64_t kv, int64_t key) {
   const int64_t row = a.block_table ? cache_row(a, s, key) : begin + key;
   return static_cast<const float*>(base) + row * ld + kv * a.dim;
 }
 
-// Row r of a sequence and key head is query r / group, head kv * group + r % group, so that a group reads its keys once.
-// kRows rows a block, kThreads / kRows threads a row.
+// Row r of a sequence and key head is query r / group, head kv * group + r % group, so that a group reads its keys
+// once. kRows rows a block, kThreads / kRows threads a row.
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) scan_kernel(Scan a) {
   constexpr int kLanes = kThreads / kRows, kEach = kKeys / kLanes, kCols = int(kMaxHeadDim) / kLanes;
@@ -35,13 +37,15 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Scan a) {
   const int64_t size = chunk_size(nk, a.chunks), from = int64_t(blockIdx.z) * size;
   const int64_t to = min(min(nk, from + size), a.causal ? last_query + nk - nq + 1 : nk);
   for (int i = c; i < dim; i += kLanes)
-    q[r * kPitch + i] = row < span.n ? static_cast<const float*>(a.q)[token * a.ldq + head * dim + i] * a.scale_log2 : 0;
+    q[r * kPitch + i] =
+        row < span.n ? static_cast<const float*>(a.q)[token * a.ldq + head * dim + i] * a.scale_log2 : 0;
   float top = -INFINITY, total = 0, o[kCols] = {};
   for (int64_t first = from; first < to; first += kKeys) {
     const int n = int(min(to - first, int64_t(kKeys)));
     __syncthreads();  // the tile before is done with
     for (int j = int(threadIdx.x) / 32; j < n; j += kThreads / 32) {
-      const float *kr = key_row(a, a.k, a.ldk, span.s, k_begin, kv, first + j), *vr = key_row(a, a.v, a.ldv, span.s, k_begin, kv, first + j);
+      const float *kr = key_row(a, a.k, a.ldk, span.s, k_begin, kv, first + j),
+                  *vr = key_row(a, a.v, a.ldv, span.s, k_begin, kv, first + j);
       for (int i = int(threadIdx.x) % 32; i < dim; i += 32) k[j * kPitch + i] = kr[i], v[j * kPitch + i] = vr[i];
     }
     __syncthreads();
@@ -100,7 +104,8 @@ template <int kRows>
 AgStatus scan_rows(AgCtx* ctx, const char* op, const Scan& a) {
   const size_t shared = sizeof(float) * (kRows * (kPitch + kKeys + 1) + 2 * kKeys * kPitch);
   const int64_t slots = tile_slots(a.q_tokens * (a.heads / a.kv_heads), a.batch, kRows);
-  return launch(ctx, op, scan_kernel<kRows>, dim3(unsigned(slots), unsigned(a.kv_heads), unsigned(a.chunks)), kThreads, shared, a);
+  return launch(ctx, op, scan_kernel<kRows>, dim3(unsigned(slots), unsigned(a.kv_heads), unsigned(a.chunks)), kThreads,
+                shared, a);
 }
 
 // ---- gradient ---------------------------------------------------------------------------------------
@@ -116,7 +121,8 @@ struct Grad {
 
 __device__ void load_rows(float* to, const float* from, int64_t ld, int64_t first, int64_t n, int dim) {
   for (int r = int(threadIdx.x) / 32; r < kRows; r += kThreads / 32)
-    for (int i = int(threadIdx.x) % 32; i < dim; i += 32) to[r * kPitch + i] = first + r < n ? from[(first + r) * ld + i] : 0;
+    for (int i = int(threadIdx.x) % 32; i < dim; i += 32)
+      to[r * kPitch + i] = first + r < n ? from[(first + r) * ld + i] : 0;
 }
 __device__ float dot(const float* x, const float* y, int dim) {
   float sum = 0;
@@ -140,11 +146,13 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Grad a) {
   if (span.first >= span.n) return;
   const int r = int(threadIdx.x) / kLanes, c = int(threadIdx.x) % kLanes, dim = int(a.dim);
   const int64_t group = a.heads / a.kv_heads, kv = own_keys ? blockIdx.y : blockIdx.y / group;
-  const int64_t q0 = a.q_offsets[span.s], k0 = a.k_offsets[span.s], nq = a.q_offsets[span.s + 1] - q0, nk = a.k_offsets[span.s + 1] - k0;
+  const int64_t q0 = a.q_offsets[span.s], k0 = a.k_offsets[span.s], nq = a.q_offsets[span.s + 1] - q0,
+                nk = a.k_offsets[span.s + 1] - k0;
   const float *k = a.k + k0 * a.ldk + kv * dim, *v = a.v + k0 * a.ldv + kv * dim;
   const int64_t others = own_keys ? nq : nk, own = span.first + r;
   float sum_first[kCols] = {}, sum_second[kCols] = {};
-  for (int64_t head = own_keys ? kv * group : blockIdx.y, end = own_keys ? head + group : head + 1; head < end; head++) {
+  for (int64_t head = own_keys ? kv * group : blockIdx.y, end = own_keys ? head + group : head + 1; head < end;
+       head++) {
     const float *q = a.q + q0 * a.ldq + head * dim, *d_o = a.d_o + q0 * a.ldo + head * dim;
     for (int64_t at = 0; at < others; at += kRows) {
       __syncthreads();  // the tile before is done with
@@ -194,17 +202,19 @@ AgStatus scan_f32(AgCtx* ctx, const char* op, const Scan& a) {
   return few ? scan_rows<4>(ctx, op, a) : scan_rows<32>(ctx, op, a);
 }
 
-AgStatus attention_grad_f32(AgCtx* ctx, const AgAttention* a, const float* delta) {
+AgStatus attention_grad_f32(AgCtx* ctx, const AgAttentionGrad* grad, const float* delta) {
+  const AgAttention* a = &grad->forward;
   auto in = [](const void* p) { return static_cast<const float*>(p); };
   auto out = [](void* p) { return static_cast<float*>(p); };
-  const Grad g{in(a->q), in(a->k), in(a->v), in(a->d_o), in(a->lse), delta, out(a->dq), out(a->dk), out(a->dv),
-               a->ldq, a->ldk, a->ldv, a->ldo, a->q_offsets, a->k_offsets, a->batch, a->heads, a->kv_heads, a->dim,
-               float(a->scale), a->causal};
+  const Grad g{in(a->q),      in(a->k),      in(a->v), in(grad->d_o), in(a->lse), delta,           out(grad->dq),
+               out(grad->dk), out(grad->dv), a->ldq,   a->ldk,        a->ldv,     a->ldo,          a->q_offsets,
+               a->k_offsets,  a->batch,      a->heads, a->kv_heads,   a->dim,     float(a->scale), a->causal};
   const size_t shared = sizeof(float) * (4 * kTile + 2 * kWeights);
   auto grid = [&](int64_t rows, int64_t heads) {
     return rows ? dim3(unsigned(tile_slots(rows, a->batch, kRows)), unsigned(heads)) : dim3(0);
   };
-  const AgStatus status = launch(ctx, "attention", grad_kernel<false>, grid(a->q_tokens, a->heads), kThreads, shared, g);
+  const AgStatus status =
+      launch(ctx, "attention", grad_kernel<false>, grid(a->q_tokens, a->heads), kThreads, shared, g);
   if (status != AG_OK) return status;
   return launch(ctx, "attention", grad_kernel<true>, grid(a->k_tokens, a->kv_heads), kThreads, shared, g);
 }

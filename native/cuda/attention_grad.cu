@@ -1,8 +1,8 @@
 // Gradient of attention over packed sequences in bf16 on the tensor cores. f32: attention_f32.cu.
 //
-// dQ owns queries, dK and dV own keys, then with transposed scores: nothing is ever added by two blocks. Blocks and tiles are those of
-// attention.cu. When the sums need not be deterministic, the blocks that own keys add their share of dQ with atomics, which spares two of
-// seven products.
+// dQ owns queries, dK and dV own keys, then with transposed scores: nothing is ever added by two blocks. Blocks and
+// tiles are those of attention.cu. When the sums need not be deterministic, the blocks that own keys add their share of
+// dQ with atomics, which spares two of seven products.
 #include "flash.h"
 
 namespace gpu {
@@ -10,8 +10,8 @@ namespace {
 
 // delta = rowsum(dO * O), a warp for each token and head.
 template <class T>
-__global__ void __launch_bounds__(kThreads) delta_kernel(float* delta, const T* o, const T* d_o, int64_t ld, int64_t rows, int64_t heads,
-                                                         int64_t dim) {
+__global__ void __launch_bounds__(kThreads)
+    delta_kernel(float* delta, const T* o, const T* d_o, int64_t ld, int64_t rows, int64_t heads, int64_t dim) {
   const int64_t row = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const int64_t at = row / heads * ld + row % heads * dim;
@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(float* delta, const T* 
   if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
-// s: scores, dp: dO V^T. They become weights and gradients of the scores without the scale, which the sum receives at the end.
+// s: scores, dp: dO V^T. They become weights and gradients of the scores without the scale, which the sum receives at
+// the end.
 __device__ __forceinline__ void weigh(float& s, float& dp, bool visible, float scale_log2, float lse, float delta) {
   s = visible ? fast_exp2(s * scale_log2 - lse * kLog2e) : 0;
   dp = visible ? s * (dp - delta) : 0;
@@ -46,11 +47,14 @@ __global__ void __launch_bounds__(kThreads, 2) flash_dq(Flash a) {
   const int64_t seen = a.causal ? min(nk, span.first + kOwn + shift) : nk;
   const int tiles = seen > 0 ? int(div_up(seen, kOther)) : 0, dim = int(a.dim);
   auto load = [&](int t) {
-    Tile<kDim>::template load<kOther>(k + t % 2 * kTile, a.k + k_begin * a.ldk + kv * dim, a.ldk, t * kOther, nk, dim, a.vector);
-    Tile<kDim>::template load<kOther>(v + t % 2 * kTile, a.v + k_begin * a.ldv + kv * dim, a.ldv, t * kOther, nk, dim, a.vector);
+    Tile<kDim>::template load<kOther>(k + t % 2 * kTile, a.k + k_begin * a.ldk + kv * dim, a.ldk, t * kOther, nk, dim,
+                                      a.vector);
+    Tile<kDim>::template load<kOther>(v + t % 2 * kTile, a.v + k_begin * a.ldv + kv * dim, a.ldv, t * kOther, nk, dim,
+                                      a.vector);
   };
   Tile<kDim>::template load<kOwn>(q, a.q + span.begin * a.ldq + head * dim, a.ldq, span.first, span.n, dim, a.vector);
-  Tile<kDim>::template load<kOwn>(d_o, a.d_o + span.begin * a.ldo + head * dim, a.ldo, span.first, span.n, dim, a.vector);
+  Tile<kDim>::template load<kOwn>(d_o, a.d_o + span.begin * a.ldo + head * dim, a.ldo, span.first, span.n, dim,
+                                  a.vector);
   if (tiles) load(0);
   cp_commit();
   float lse[2], delta[2], sum[kDim / 8][4] = {};
@@ -90,10 +94,11 @@ __device__ __forceinline__ void put_tile(bf16* tile, const float (&x)[kCols / 8]
   for (int j = 0; j < kCols / 8; j++)
 #pragma unroll
     for (int i = 0; i < 4; i += 2)
-      *reinterpret_cast<uint32_t*>(tile + row_of(i) * Tile<kCols>::kPitch + col_of(j, i)) = pack_bf16(x[j][i], x[j][i + 1]);
+      *reinterpret_cast<uint32_t*>(tile + row_of(i) * Tile<kCols>::kPitch + col_of(j, i)) =
+          pack_bf16(x[j][i], x[j][i + 1]);
 }
-// dq[kOther][kDim] += d^T k over the block's keys, d [keys][kOther] and k being tiles. dq is in device memory, the first `rows` of its
-// rows `ld` apart; the warps share the blocks of 16 x 16.
+// dq[kOther][kDim] += d^T k over the block's keys, d [keys][kOther] and k being tiles. dq is in device memory, the
+// first `rows` of its rows `ld` apart; the warps share the blocks of 16 x 16.
 template <int kDim, int kOther>
 __device__ __forceinline__ void add_dq(float* dq, int ld, int rows, int dim, const bf16* d, const bf16* k) {
   constexpr int kBlocks = kOther / 16, kWarps = kThreads / 32;
@@ -119,14 +124,16 @@ __device__ __forceinline__ void add_dq(float* dq, int ld, int rows, int dim, con
     }
   }
 }
-__global__ void __launch_bounds__(kThreads) finish_dq(bf16* dq, const float* sum, int64_t tokens, int64_t width, int64_t ld, float scale) {
+__global__ void __launch_bounds__(kThreads)
+    finish_dq(bf16* dq, const float* sum, int64_t tokens, int64_t width, int64_t ld, float scale) {
   for (int64_t i = grid_thread(); i < tokens * width; i += grid_threads()) {
     const Split at = split(i, width);
     dq[at.quotient * ld + at.rest] = from_float<bf16>(sum[i] * scale);
   }
 }
 
-// dK and dV: owns keys, walks over the queries of every head of the group. kAddsQ: and adds to dq_sum [q_tokens, heads, dim].
+// dK and dV: owns keys, walks over the queries of every head of the group. kAddsQ: and adds to dq_sum [q_tokens, heads,
+// dim].
 template <int kDim, bool kAddsQ>
 __device__ __forceinline__ void own_keys(const Flash& a, float* dq_sum) {
   constexpr int kOther = kQueryRows<kDim>, kTile = kOther * Tile<kDim>::kPitch;
@@ -138,9 +145,11 @@ __device__ __forceinline__ void own_keys(const Flash& a, float* dq_sum) {
   const Span span = find_tile(a.k_offsets, a.batch, blockIdx.x, kOwn, 1);
   if (span.first >= span.n) return;
   const int64_t q_begin = a.q_offsets[span.s];
-  const int kv = int(blockIdx.y), group = int(a.heads / a.kv_heads), dim = int(a.dim), own = int(span.first), nk = int(span.n);
-  const int nq = int(a.q_offsets[span.s + 1] - q_begin), shift = nk - nq;  // 64 bits would take registers that are needed
-  const int from = a.causal ? max(own - shift, 0) / kOther : 0;            // the first tile that sees a key of the block
+  const int kv = int(blockIdx.y), group = int(a.heads / a.kv_heads), dim = int(a.dim), own = int(span.first),
+            nk = int(span.n);
+  const int nq = int(a.q_offsets[span.s + 1] - q_begin),
+            shift = nk - nq;                                     // 64 bits would take registers that are needed
+  const int from = a.causal ? max(own - shift, 0) / kOther : 0;  // the first tile that sees a key of the block
   const int tiles = max((nq + kOther - 1) / kOther - from, 0), turns = tiles * group;
   auto load = [&](int t) {
     const int head = kv * group + t / tiles, first = (from + t % tiles) * kOther;
@@ -183,7 +192,8 @@ __device__ __forceinline__ void own_keys(const Flash& a, float* dq_sum) {
     if constexpr (kAddsQ) {
       __syncthreads();
       const int first = (from + t % tiles) * kOther, head = kv * group + t / tiles;
-      add_dq<kDim, kOther>(dq_sum + ((q_begin + first) * a.heads + head) * dim, int(a.heads) * dim, nq - first, dim, ds, k);
+      add_dq<kDim, kOther>(dq_sum + ((q_begin + first) * a.heads + head) * dim, int(a.heads) * dim, nq - first, dim, ds,
+                           k);
     }
     __syncthreads();
   }
@@ -237,12 +247,14 @@ AgStatus grad_with_atomics(AgCtx* ctx, const AgAttention* a, const Flash& f) {
   if (status != AG_OK) return status;
   status = with_dim(a->dim, [&](auto columns) { return run_dkv<decltype(columns)::value, true>(ctx, a, f, sum); });
   if (status != AG_OK) return status;
-  return launch(ctx, "attention", finish_dq, grid_for(n, kThreads), kThreads, 0, f.dq, sum, a->q_tokens, width, a->ldq, f.scale);
+  return launch(ctx, "attention", finish_dq, grid_for(n, kThreads), kThreads, 0, f.dq, sum, a->q_tokens, width, a->ldq,
+                f.scale);
 }
 
 }  // namespace
 
-AgStatus attention_grad(AgCtx* ctx, const AgAttention* a) {
+AgStatus attention_grad(AgCtx* ctx, const AgAttentionGrad* grad) {
+  const AgAttention* a = &grad->forward;
   AgStatus status = check_arguments(ctx, "attention", a->dim, a->scale);
   if (status != AG_OK) return status;
   float* delta = static_cast<float*>(ctx->workspace);
@@ -250,14 +262,15 @@ AgStatus attention_grad(AgCtx* ctx, const AgAttention* a) {
     typedef typename decltype(tag)::type T;
     const int64_t rows = a->q_tokens * a->heads;
     return launch(ctx, "attention", delta_kernel<T>, dim3(unsigned(div_up(rows, kThreads / 32))), kThreads, 0, delta,
-                  static_cast<const T*>(a->o), static_cast<const T*>(a->d_o), a->ldo, rows, a->heads, a->dim);
+                  static_cast<const T*>(a->o), static_cast<const T*>(grad->d_o), a->ldo, rows, a->heads, a->dim);
   });
   if (status != AG_OK) return status;
-  if (a->dt == AG_F32) return attention_grad_f32(ctx, a, delta);
-  const Flash f = flash_of(a, delta);
+  if (a->dt == AG_F32) return attention_grad_f32(ctx, grad, delta);
+  const Flash f = flash_of(grad, delta);
   return adds_dq(a) ? grad_with_atomics(ctx, a, f) : grad_in_order(ctx, a, f);
 }
-int64_t attention_grad_workspace(const AgAttention* a) {
+int64_t attention_grad_workspace(const AgAttentionGrad* grad) {
+  const AgAttention* a = &grad->forward;
   return delta_bytes(a) + (adds_dq(a) ? a->q_tokens * a->heads * a->dim * int64_t(sizeof(float)) : 0);
 }
 

@@ -1,13 +1,15 @@
-// Attention forward for compute capability 9.0: warpgroup products (wgmma) from tiles that the tensor memory accelerator (TMA) brings.
-// Compiled for sm_90a only, and off unless ALIGNGPT_ATTENTION=wgmma: no GPU has run it yet. The numbers are those of attention.cu.
+// Attention forward for compute capability 9.0: warpgroup products (wgmma) from tiles that the tensor memory
+// accelerator (TMA) brings. Compiled for sm_90a only, and off unless ALIGNGPT_ATTENTION=wgmma: no GPU has run it yet.
+// The numbers are those of attention.cu.
 //
-// A block owns 128 queries, 64 for each of two warpgroups that compute; one thread of a third one loads keys and values in two stages
-// each. The product of scores of a tile runs while the one of weights and values of the tile before does, and the softmax beside that.
-// The plan is FlashAttention-3's (arXiv 2407.08608, algorithm 2) without its barriers between the warpgroups.
+// A block owns 128 queries, 64 for each of two warpgroups that compute; one thread of a third one loads keys and values
+// in two stages each. The product of scores of a tile runs while the one of weights and values of the tile before does,
+// and the softmax beside that. The plan is FlashAttention-3's (arXiv 2407.08608, algorithm 2) without its barriers
+// between the warpgroups.
 //
-// TMA and not cp.async: one thread gives the addresses, so that the loads take neither registers nor instructions from the softmax. It
-// does not see where a sequence ends: rows behind the end are the next sequence's, which the mask gives a weight of exactly 0, or zeros
-// behind the tensor. A number that is not finite there would reach this sequence too.
+// TMA and not cp.async: one thread gives the addresses, so that the loads take neither registers nor instructions from
+// the softmax. It does not see where a sequence ends: rows behind the end are the next sequence's, which the mask gives
+// a weight of exactly 0, or zeros behind the tensor. A number that is not finite there would reach this sequence too.
 #include <cstdlib>
 #include <cstring>
 
@@ -23,7 +25,8 @@ template <int kDim, int kRows>
 __device__ __forceinline__ void load_tile(char* to, const CUtensorMap* map, uint64_t* barrier, int head, int row) {
   barrier_expect(barrier, kRows * kDim * 2);
 #pragma unroll
-  for (int col = 0; col < kDim; col += kPanel) tma_load(to + col / kPanel * kRows * kPanelRow, map, barrier, col, head, row);
+  for (int col = 0; col < kDim; col += kPanel)
+    tma_load(to + col / kPanel * kRows * kPanelRow, map, barrier, col, head, row);
 }
 
 // ---- the kernel -------------------------------------------------------------------------------------
@@ -75,18 +78,21 @@ __device__ __forceinline__ void start_scores(float (&s)[kKeys / 8][4], Shared<kD
 #pragma unroll
   for (int c = 0; c < kDim; c += 16) {
     const int panel = c / kPanel, byte = c % kPanel * 2;
-    wgmma_scores(s, matrix(q + panel * kQueries * kPanelRow + byte, 16), matrix(k + panel * kKeys * kPanelRow + byte, 16), c > 0);
+    wgmma_scores(s, matrix(q + panel * kQueries * kPanelRow + byte, 16),
+                 matrix(k + panel * kKeys * kPanelRow + byte, 16), c > 0);
   }
   wgmma_commit();
 }
 template <int kDim>
-__device__ __forceinline__ void start_values(float (&o)[kDim / 8][4], uint32_t (&p)[kKeys / 16][4], Shared<kDim>& shared, int t) {
+__device__ __forceinline__ void start_values(float (&o)[kDim / 8][4], uint32_t (&p)[kKeys / 16][4],
+                                             Shared<kDim>& shared, int t) {
   barrier_wait(&shared.v_full[t % kStages], t / kStages % 2);
   hold(o);
   hold(p);
   wgmma_begin();
 #pragma unroll
-  for (int j = 0; j < kKeys / 16; j++) wgmma_values(o, p[j], matrix(shared.v[t % kStages] + j * 16 * kPanelRow, kKeys * kPanelRow));
+  for (int j = 0; j < kKeys / 16; j++)
+    wgmma_values(o, p[j], matrix(shared.v[t % kStages] + j * 16 * kPanelRow, kKeys * kPanelRow));
   wgmma_commit();
 }
 // This warp does not read the stage any more.
@@ -95,7 +101,8 @@ __device__ __forceinline__ void give_back(uint64_t* free) {
 }
 
 // Scores of tile t become weights, and the left operand of the product with the values.
-__device__ __forceinline__ void weigh_tile(float (&s)[kKeys / 8][4], Softmax<kKeys>& softmax, float (&keep)[2], const Flash& a, const Work& w, int t) {
+__device__ __forceinline__ void weigh_tile(float (&s)[kKeys / 8][4], Softmax<kKeys>& softmax, float (&keep)[2],
+                                           const Flash& a, const Work& w, int t) {
   const int key0 = t * kKeys;
   if (key0 + kKeys > w.nk || (a.causal && key0 + kKeys > w.first + w.shift + 1)) {
 #pragma unroll
@@ -115,11 +122,14 @@ __device__ __forceinline__ void pack_weights(uint32_t (&p)[kKeys / 16][4], const
     for (int i = 0; i < 4; i++) p[j][i] = pack_bf16(s[2 * j + i / 2][i % 2 * 2], s[2 * j + i / 2][i % 2 * 2 + 1]);
 }
 
-// Sums and log-sum-exps to device memory; the numbers pass through the rows of the queries, which the warpgroup has done with.
+// Sums and log-sum-exps to device memory; the numbers pass through the rows of the queries, which the warpgroup has
+// done with.
 template <int kDim>
-__device__ __forceinline__ void finish(const Flash& a, const Work& w, Shared<kDim>& shared, const float (&o)[kDim / 8][4], const Softmax<kKeys>& softmax) {
+__device__ __forceinline__ void finish(const Flash& a, const Work& w, Shared<kDim>& shared,
+                                       const float (&o)[kDim / 8][4], const Softmax<kKeys>& softmax) {
   auto place = [&](int row, int col) {  // swizzled, so that rows lie in different banks
-    return shared.q + col / kPanel * kQueries * kPanelRow + row * kPanelRow + (col % kPanel / 8 ^ row % 8) * 16 + col % 8 * 2;
+    return shared.q + col / kPanel * kQueries * kPanelRow + row * kPanelRow + (col % kPanel / 8 ^ row % 8) * 16 +
+           col % 8 * 2;
   };
   uint64_t* q_free = &shared.q_free[threadIdx.x / 128];
   give_back(q_free);
@@ -129,16 +139,19 @@ __device__ __forceinline__ void finish(const Flash& a, const Work& w, Shared<kDi
     const int row = row_of(half * 2);
     const float total = softmax.sum(half), inverse = total == 0 ? 0 : 1 / total;
     if (a.lse && threadIdx.x % 4 == 0 && w.first + row < w.nq)
-      a.lse[int64_t(w.q_row + row) * a.heads + w.head] = total == 0 ? -INFINITY : (softmax.top[half] * a.scale_log2 + log2f(total)) * kLn2;
+      a.lse[int64_t(w.q_row + row) * a.heads + w.head] =
+          total == 0 ? -INFINITY : (softmax.top[half] * a.scale_log2 + log2f(total)) * kLn2;
 #pragma unroll
     for (int j = 0; j < kDim / 8; j++)
-      *reinterpret_cast<uint32_t*>(place(row, col_of(j, 0))) = pack_bf16(o[j][half * 2] * inverse, o[j][half * 2 + 1] * inverse);
+      *reinterpret_cast<uint32_t*>(place(row, col_of(j, 0))) =
+          pack_bf16(o[j][half * 2] * inverse, o[j][half * 2 + 1] * inverse);
   }
   __syncwarp();
   for (int i = int(threadIdx.x) % 32; i < 16 * (kDim / 8); i += 32) {
     const int row = int(threadIdx.x) / 32 * 16 + i / (kDim / 8), col = i % (kDim / 8) * 8;
     if (w.first + row < w.nq)
-      store_pack(a.o + int64_t(w.q_row + row) * a.ldo + w.head * kDim + col, load_pack(reinterpret_cast<const bf16*>(place(row, col))));
+      store_pack(a.o + int64_t(w.q_row + row) * a.ldo + w.head * kDim + col,
+                 load_pack(reinterpret_cast<const bf16*>(place(row, col))));
   }
 }
 
@@ -211,8 +224,8 @@ __global__ void __launch_bounds__(kBlock, 1) wgmma_forward(Flash a, const __grid
 bool attention_sm90_takes(const AgAttention* a) {
   static const char* const value = std::getenv("ALIGNGPT_ATTENTION");
   static const bool wanted = value && !std::strcmp(value, "wgmma");
-  return wanted && device().architecture == 90 && a->dt == AG_BF16 && (a->dim == 64 || a->dim == 128) && a->q_tokens && a->k_tokens &&
-         flash_of(a, nullptr).vector;
+  return wanted && device().architecture == 90 && a->dt == AG_BF16 && (a->dim == 64 || a->dim == 128) && a->q_tokens &&
+         a->k_tokens && flash_of(a).vector;
 }
 
 AgStatus attention_sm90(AgCtx* ctx, const AgAttention* a) {
@@ -220,9 +233,10 @@ AgStatus attention_sm90(AgCtx* ctx, const AgAttention* a) {
   if (!encode(&maps.q, a->q, a->q_tokens, a->heads, a->dim, a->ldq, kQueries) ||
       !encode(&maps.k, a->k, a->k_tokens, a->kv_heads, a->dim, a->ldk, kKeys) ||
       !encode(&maps.v, a->v, a->k_tokens, a->kv_heads, a->dim, a->ldv, kKeys))
-    return fail(ctx, AG_DEVICE_ERROR, "[attention] cuTensorMapEncodeTiled: expected tensor maps of q, k and v, the driver gave none");
+    return fail(ctx, AG_DEVICE_ERROR,
+                "[attention] cuTensorMapEncodeTiled: expected tensor maps of q, k and v, the driver gave none");
   const dim3 grid(unsigned(tile_slots(a->q_tokens, a->batch, kQueries)), unsigned(a->heads));
-  const Flash f = flash_of(a, nullptr);
+  const Flash f = flash_of(a);
   if (a->dim == 64) return launch(ctx, "attention", wgmma_forward<64>, grid, kBlock, sizeof(Shared<64>), f, maps);
   return launch(ctx, "attention", wgmma_forward<128>, grid, kBlock, sizeof(Shared<128>), f, maps);
 }

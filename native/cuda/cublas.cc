@@ -80,7 +80,8 @@ std::string load(const std::string& file, Functions* call) {
   if (!missing.empty()) return file + ": has no " + missing;
   const size_t version = call->get_version();  // 130101 for 13.1.1
   if (version / 10000 == 12 || version / 10000 == 13) return "";
-  return file + ": expected version 12 or 13, got " + std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100);
+  return file + ": expected version 12 or 13, got " + std::to_string(version / 10000) + "." +
+         std::to_string(version / 100 % 100);
 }
 
 }  // namespace lt
@@ -154,8 +155,8 @@ std::string open_all(const AgBackend& services, State& s) {
 }
 
 // ---- one product ------------------------------------------------------------------------------------
-// What cublasLt computes of an AgGemm: d = a b (+ d) (+ bias), in row-major terms. Activations follow in a kernel of our own: its
-// GELU is the tanh one.
+// What cublasLt computes of an AgGemm: d = a b (+ d) (+ bias), in row-major terms. Activations follow in a kernel of
+// our own: its GELU is the tanh one.
 struct Product {
   const AgGemm& g;
   void* d;
@@ -167,7 +168,8 @@ bool expressible(const State& s, const AgCtx* ctx, const AgGemm* g) {
   if (!s.handle || g->k == 0 || g->c_rows) return false;
   if (ctx->stream && ctx->stream != s.compute_stream) return false;  // the workspace belongs to the work of one stream
   if (g->bias && g->dt_c != g->dt) return false;                     // a bias is of the type of the result
-  if (reinterpret_cast<uintptr_t>(g->bias) % 16) return false;       // its alignment cannot be told, and is taken for granted
+  // its alignment cannot be told, and is taken for granted
+  if (reinterpret_cast<uintptr_t>(g->bias) % 16) return false;
   if (g->act > AG_SILU || (g->act != AG_NONE && g->ldc != g->n)) return false;
   if (g->pre && g->accumulate) return false;
   return g->lda >= (g->trans_a ? g->m : g->k) && g->ldb >= (g->trans_b ? g->k : g->n) && g->ldc >= g->n;
@@ -179,12 +181,15 @@ uint32_t alignment(const void* p) {
 }
 Key key_of(const Product& p) {
   const AgGemm& g = p.g;
+  // clang-format off
   return {g.m, g.n, g.k, g.lda, g.ldb, p.ldd, g.dt, g.dt_c, g.trans_a != 0, g.trans_b != 0, g.accumulate != 0,
           alignment(g.a), alignment(g.b), alignment(p.d), g.bias ? alignment(g.bias) : 0};
+  // clang-format on
 }
 
-// Descriptors of one call. A row-major matrix is the transpose of the column-major one in the same memory, so D^T = op(B)^T
-// op(A)^T: the operands change places and keep their transposition flags, and the bias, one number for each row of D^T, is ours.
+// Descriptors of one call. A row-major matrix is the transpose of the column-major one in the same memory, so D^T =
+// op(B)^T op(A)^T: the operands change places and keep their transposition flags, and the bias, one number for each row
+// of D^T, is ours.
 class Descriptors {
  public:
   Descriptors(const lt::Functions& call, const Product& p) : call_(call) {
@@ -235,7 +240,8 @@ class Descriptors {
   }
   template <class T>
   void prefer(int attribute, T value) {
-    if (!status) did(call_.preference_set(preference, attribute, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
+    if (!status)
+      did(call_.preference_set(preference, attribute, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
   }
   void layout(void** out, int type, int64_t rows, int64_t cols, int64_t ld) {
     if (!status) did(call_.layout_create(out, type, uint64_t(rows), uint64_t(cols), ld), "cublasLtMatrixLayoutCreate");
@@ -254,7 +260,8 @@ Plan plan_for(State& s, const Key& key, const Product& p, Descriptors& d) {
   int found = 0;
   d.prefer(p);
   if (d.status) return {};
-  const int status = s.call.heuristic(s.handle, d.desc, d.left, d.right, d.result, d.result, d.preference, 1, &best, &found);
+  const int status =
+      s.call.heuristic(s.handle, d.desc, d.left, d.right, d.result, d.result, d.preference, 1, &best, &found);
   const bool refused = is_refusal(status) || (status == 0 && (found < 1 || is_refusal(best.status)));
   if (!refused && !d.did(status ? status : best.status, "cublasLtMatmulAlgoGetHeuristic")) return {};
   if (s.plans.size() >= kMostPlans) s.plans.clear();
@@ -295,14 +302,15 @@ bool cublaslt_open(const AgBackend& services, char* message, int64_t message_byt
   const std::string why = choice == "own" ? "ALIGNGPT_GEMM=own" : open_all(services, s);
   if (why.empty()) {
     const size_t v = s.call.get_version();
-    const std::string version = std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
+    const std::string version =
+        std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
     s.line = "cublasLt " + version + " from " + file_of(s.call);
     return true;
   }
   s.line = "own kernels: " + why;
   if (choice != "cublaslt") return true;
-  std::snprintf(message, size_t(message_bytes), "[cuda] ALIGNGPT_GEMM: expected cublasLt for the products, got none: %s",
-                why.c_str());
+  std::snprintf(message, size_t(message_bytes),
+                "[cuda] ALIGNGPT_GEMM: expected cublasLt for the products, got none: %s", why.c_str());
   return false;
 }
 
@@ -316,8 +324,8 @@ AgStatus cublaslt_gemm(AgCtx* ctx, const AgGemm* g) {
   const Plan plan = d.status ? Plan{} : plan_for(s, key, p, d);
   const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
   if (!d.status && !plan.refused) {
-    const int status = s.call.matmul(s.handle, d.desc, &one, g->b, d.left, g->a, d.right, &beta, p.d, d.result, p.d, d.result,
-                                     &plan.algo, s.workspace, size_t(kCublasWorkspace), stream);
+    const int status = s.call.matmul(s.handle, d.desc, &one, g->b, d.left, g->a, d.right, &beta, p.d, d.result, p.d,
+                                     d.result, &plan.algo, s.workspace, size_t(kCublasWorkspace), stream);
     if (is_refusal(status))
       forget(s, key);
     else if (d.did(status, "cublasLtMatmul"))

@@ -1,5 +1,5 @@
-// Part (a) of the table on a GPU: the driver, memory, copies through pinned memory, three streams, events, graphs. Every error is
-// taken off the runtime where it is reported: none comes back from a later call.
+// Part (a) of the table on a GPU: the driver, memory, copies through pinned memory, three streams, events, graphs.
+// Every error is taken off the runtime where it is reported: none comes back from a later call.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
@@ -21,7 +21,8 @@ cudaStream_t streams[3];
 AgStatus answer(AgCtx* ctx, const char* what, cudaError_t error) {
   if (error == cudaSuccess) return AG_OK;
   cudaGetLastError();
-  return fail(ctx, error == cudaErrorMemoryAllocation ? AG_OUT_OF_MEMORY : AG_DEVICE_ERROR, "[%s] %s", what, cudaGetErrorString(error));
+  return fail(ctx, error == cudaErrorMemoryAllocation ? AG_OUT_OF_MEMORY : AG_DEVICE_ERROR, "[%s] %s", what,
+              cudaGetErrorString(error));
 }
 cudaStream_t own_stream(const AgCtx* ctx) { return static_cast<cudaStream_t>(stream_of(ctx)); }
 
@@ -62,8 +63,8 @@ void capabilities(AgCapabilities* c) {
 }
 
 // ---- memory -----------------------------------------------------------------------------------------
-// Uncached: the caching allocator is native/tensor.cc's. It hands blocks on in the order of the compute stream; cudaFree waits for
-// the device, so a block may be given back while a kernel still uses it.
+// Uncached: the caching allocator is native/tensor.cc's. It hands blocks on in the order of the compute stream;
+// cudaFree waits for the device, so a block may be given back while a kernel still uses it.
 AgStatus alloc(void*, int64_t bytes, void** out) {
   const cudaError_t error = cudaMalloc(out, bytes > 0 ? size_t(bytes) : 1);
   if (error == cudaSuccess) return AG_OK;
@@ -83,9 +84,9 @@ void free_host(void* p) {
 }
 
 // ---- copies -----------------------------------------------------------------------------------------
-// Ordinary host memory goes through pinned memory: the source may change once `copy` has returned, and nothing promises that the runtime has read
-// it by then. Large copies take two pieces, one of which is filled while the other is on its way; for small ones there are so many places
-// that nobody waits for the one before.
+// Ordinary host memory goes through pinned memory: the source may change once `copy` has returned, and nothing promises
+// that the runtime has read it by then. Large copies take two pieces, one of which is filled while the other is on its
+// way; for small ones there are so many places that nobody waits for the one before.
 constexpr size_t kStage = size_t(8) << 20, kSmall = size_t(64) << 10;
 constexpr int kStages = 2, kPlaces = 64;
 struct Place {
@@ -131,7 +132,8 @@ cudaError_t upload(char* dst, const char* src, size_t bytes, cudaStream_t stream
   }
   cudaError_t error = s.open();
   for (size_t at = 0; at < bytes && !error; at += kStage)
-    error = s.stage[s.next_stage++ % kStages].send(dst + at, src + at, bytes - at < kStage ? bytes - at : kStage, stream);
+    error =
+        s.stage[s.next_stage++ % kStages].send(dst + at, src + at, bytes - at < kStage ? bytes - at : kStage, stream);
   return error;
 }
 
@@ -223,7 +225,8 @@ void graph_destroy(void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec
 
 const DeviceInfo& device() { return info; }
 void* stream_of(const AgCtx* ctx) {
-  static thread_local const cudaError_t bound = cudaSetDevice(0);  // cublasLt takes the context of its thread and does not ask for one
+  static thread_local const cudaError_t bound =
+      cudaSetDevice(0);  // cublasLt takes the context of its thread and does not ask for one
   (void)bound;
   return ctx->stream ? ctx->stream : streams[AG_STREAM_COMPUTE];
 }

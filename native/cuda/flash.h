@@ -1,5 +1,5 @@
-// What the bf16 attention kernels share: tiles of rows in shared memory, their products on the tensor cores, the online softmax.
-// A warp has 16 rows of its own, as the left operand; the other side's rows are the right one.
+// What the bf16 attention kernels share: tiles of rows in shared memory, their products on the tensor cores, the online
+// softmax. A warp has 16 rows of its own, as the left operand; the other side's rows are the right one.
 #pragma once
 #include "attention.h"
 
@@ -19,12 +19,14 @@ struct Flash {
   int32_t causal, vector;  // vector: every row begins at a multiple of 16 bytes
 };
 
-// A tile in shared memory: rows of kDim numbers and 16 bytes more, so that the 8 rows of an ldmatrix lie in different banks.
+// A tile in shared memory: rows of kDim numbers and 16 bytes more, so that the 8 rows of an ldmatrix lie in different
+// banks.
 template <int kDim>
 struct Tile {
   static constexpr int kPitch = kDim + 8;
   static constexpr int bytes(int rows) { return rows * kPitch * 2; }
-  // Rows of `dim` numbers, zeros behind them; row(r) is where row r begins, NULL for zeros. `any`: an address when nothing is read.
+  // Rows of `dim` numbers, zeros behind them; row(r) is where row r begins, NULL for zeros. `any`: an address when
+  // nothing is read.
   template <int kRows, class Row>
   __device__ static void load_rows(bf16* to, const bf16* any, int dim, bool vector, const Row& row) {
     for (int i = int(threadIdx.x); i < kRows * (kDim / 8); i += kThreads) {
@@ -106,11 +108,14 @@ __device__ __forceinline__ void add_rows(float (&sum)[kDim / 8][4], const float 
 }
 
 // Row of the accumulator's element i in the block, and its column in block j of 8.
-__device__ __forceinline__ int row_of(int i) { return int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4 + i / 2 * 8; }
+__device__ __forceinline__ int row_of(int i) {
+  return int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4 + i / 2 * 8;
+}
 __device__ __forceinline__ int col_of(int j, int i) { return j * 8 + int(threadIdx.x) % 4 * 2 + i % 2; }
 
-// The block's rows times `factor` to rows first.. of a matrix of n rows. Through `stage`, a tile of the block's rows that only the warp
-// of a row still uses, they leave 16 bytes at a time; without one (NULL) 4, which takes fewer registers.
+// The block's rows times `factor` to rows first.. of a matrix of n rows. Through `stage`, a tile of the block's rows
+// that only the warp of a row still uses, they leave 16 bytes at a time; without one (NULL) 4, which takes fewer
+// registers.
 template <int kDim>
 __device__ __forceinline__ void store_rows(bf16* to, int64_t ld, int64_t first, int64_t n, int dim, bool vector,
                                            const float (&x)[kDim / 8][4], const float (&factor)[2], bf16* stage) {
@@ -185,20 +190,26 @@ AgStatus with_dim(int64_t dim, const F& f) {
 }
 
 // ---- the host's side --------------------------------------------------------------------------------
-inline Flash flash_of(const AgAttention* a, float* delta) {
+inline Flash flash_of(const AgAttention* a) {
   Flash f{};
   auto in = [](const void* p) { return static_cast<const bf16*>(p); };
   auto out = [](void* p) { return static_cast<bf16*>(p); };
-  f.q = in(a->q), f.k = in(a->k), f.v = in(a->v), f.d_o = in(a->d_o);
-  f.o = out(a->o), f.dq = out(a->dq), f.dk = out(a->dk), f.dv = out(a->dv);
-  f.lse = static_cast<float*>(a->lse), f.delta = delta;
+  f.q = in(a->q), f.k = in(a->k), f.v = in(a->v), f.o = out(a->o), f.lse = static_cast<float*>(a->lse);
   f.ldq = a->ldq, f.ldk = a->ldk, f.ldv = a->ldv, f.ldo = a->ldo;
   f.q_offsets = a->q_offsets, f.k_offsets = a->k_offsets;
   f.batch = a->batch, f.heads = a->heads, f.kv_heads = a->kv_heads, f.dim = a->dim;
   f.scale = float(a->scale), f.scale_log2 = float(a->scale) * kLog2e, f.causal = a->causal;
   f.vector = (a->dim | a->ldq | a->ldk | a->ldv | a->ldo) % 8 == 0;
-  for (const void* p : {a->q, a->k, a->v, a->d_o, static_cast<const void*>(a->o), static_cast<const void*>(a->dq),
-                        static_cast<const void*>(a->dk), static_cast<const void*>(a->dv)})
+  for (const void* p : {a->q, a->k, a->v, static_cast<const void*>(a->o)}) f.vector = f.vector && aligned16(p);
+  return f;
+}
+inline Flash flash_of(const AgAttentionGrad* grad, float* delta) {
+  Flash f = flash_of(&grad->forward);
+  auto out = [](void* p) { return static_cast<bf16*>(p); };
+  f.d_o = static_cast<const bf16*>(grad->d_o), f.delta = delta;
+  f.dq = out(grad->dq), f.dk = out(grad->dk), f.dv = out(grad->dv);
+  for (const void* p : {grad->d_o, static_cast<const void*>(grad->dq), static_cast<const void*>(grad->dk),
+                        static_cast<const void*>(grad->dv)})
     f.vector = f.vector && aligned16(p);
   return f;
 }

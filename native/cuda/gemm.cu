@@ -1,7 +1,7 @@
-// Matrix product. By cublasLt where it is (cublas.h), else by three kernels of our own: tiles on the tensor cores (bf16), tiles with f32
-// arithmetic (f32), and a few rows against a Linear's weight, which is as fast as the weight can be read and never goes to cublasLt. Where
-// tiles would not fill the device the sum over k is cut into parts, whose number depends on the shape and the device; they are added
-// in order.
+// Matrix product. By cublasLt where it is (cublas.h), else by three kernels of our own: tiles on the tensor cores
+// (bf16), tiles with f32 arithmetic (f32), and a few rows against a Linear's weight, which is as fast as the weight can
+// be read and never goes to cublasLt. Where tiles would not fill the device the sum over k is cut into parts, whose
+// number depends on the shape and the device; they are added in order.
 #include "activation.h"
 #include "cublas.h"
 
@@ -43,7 +43,9 @@ __device__ __forceinline__ void finish(const Product& p, int64_t row, int64_t co
   const int64_t left = p.n - col, at = row * p.n + col;
 #pragma unroll
   for (int j = 0; j < W; j++)
-    if (p.bias && j < left) x[j] += p.bf16_in ? to_float(static_cast<const bf16*>(p.bias)[col + j]) : static_cast<const float*>(p.bias)[col + j];
+    if (p.bias && j < left)
+      x[j] +=
+          p.bf16_in ? to_float(static_cast<const bf16*>(p.bias)[col + j]) : static_cast<const float*>(p.bias)[col + j];
   if (p.pre && p.bf16_out) {
     store<W>(static_cast<bf16*>(p.pre) + at, x, left, p.pairs);
 #pragma unroll
@@ -79,13 +81,14 @@ __global__ void __launch_bounds__(256) finish_parts(Product p, int64_t parts) {
 // ---- bf16: 128 x 128 of the result for each block, 64 x 32 for each of its 8 warps --------------------
 constexpr int kThreads = 256, kTileM = 128, kTileN = 128, kTileK = 32, kStages = 3;
 
-// A tile in shared memory as it is stored: kRows rows of kCols numbers and 16 bytes more, so that the 8 rows of an ldmatrix
-// lie in different banks.
+// A tile in shared memory as it is stored: kRows rows of kCols numbers and 16 bytes more, so that the 8 rows of an
+// ldmatrix lie in different banks.
 template <int kRows, int kCols>
 struct Stage {
   static constexpr int kPitch = kCols + 8, kSize = kRows * kPitch;
   // Rows row.. and columns col.. of a matrix of rows x cols; zeros outside.
-  __device__ static void load(bf16* to, const bf16* from, int64_t ld, int64_t row, int64_t col, int64_t rows, int64_t cols, bool vector) {
+  __device__ static void load(bf16* to, const bf16* from, int64_t ld, int64_t row, int64_t col, int64_t rows,
+                              int64_t cols, bool vector) {
     for (int i = int(threadIdx.x); i < kRows * (kCols / 8); i += kThreads) {
       const int r = i / (kCols / 8), c = i % (kCols / 8) * 8;
       const bool inside = row + r < rows && col + c < cols;
@@ -129,10 +132,10 @@ struct Tiles {
   __device__ void load(int64_t t) const {
     const int64_t k = first + t * kTileK;
     const int stage = int(t % kStages);
-    A::load(a + stage * A::kSize, static_cast<const bf16*>(p.a), p.lda, kTransA ? k : row, kTransA ? row : k, kTransA ? p.k : p.m,
-            kTransA ? p.m : p.k, p.vector);
-    B::load(b + stage * B::kSize, static_cast<const bf16*>(p.b), p.ldb, kTransB ? col : k, kTransB ? k : col, kTransB ? p.n : p.k,
-            kTransB ? p.k : p.n, p.vector);
+    A::load(a + stage * A::kSize, static_cast<const bf16*>(p.a), p.lda, kTransA ? k : row, kTransA ? row : k,
+            kTransA ? p.k : p.m, kTransA ? p.m : p.k, p.vector);
+    B::load(b + stage * B::kSize, static_cast<const bf16*>(p.b), p.ldb, kTransB ? col : k, kTransB ? k : col,
+            kTransB ? p.n : p.k, kTransB ? p.k : p.n, p.vector);
   }
   __device__ void multiply(float (&c)[4][4][4], int64_t t, int warp_row, int warp_col) const {
     const bf16 *ta = a + t % kStages * A::kSize, *tb = b + t % kStages * B::kSize;
@@ -151,10 +154,11 @@ struct Tiles {
   }
 };
 
-// Finishes a warp's share of the tile and multiplies the rows as they were stored with their vectors, over the tile's columns:
-// each thread its own ones, then the four lanes that share a row, then the four warps. `shared` holds 4 * kTileM numbers.
-__device__ __forceinline__ void finish_with_dots(const Product& p, const float (&c)[4][4][4], int64_t row0, int64_t col0,
-                                                 int warp_row, int warp_col, float* shared) {
+// Finishes a warp's share of the tile and multiplies the rows as they were stored with their vectors, over the tile's
+// columns: each thread its own ones, then the four lanes that share a row, then the four warps. `shared` holds 4 *
+// kTileM numbers.
+__device__ __forceinline__ void finish_with_dots(const Product& p, const float (&c)[4][4][4], int64_t row0,
+                                                 int64_t col0, int warp_row, int warp_col, float* shared) {
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int i = 0; i < 8; i++) {  // the thread's rows
@@ -188,9 +192,15 @@ __global__ void __launch_bounds__(kThreads) tensor_product(Product p) {
   SMEM(raw);
   typedef Tiles<kTransA, kTransB> T;
   bf16* memory = reinterpret_cast<bf16*>(raw);
-  const T tiles{memory, memory + kStages * T::A::kSize, p, int64_t(blockIdx.y) * kTileM, int64_t(blockIdx.x) * kTileN, int64_t(blockIdx.z) * p.part};
+  const T tiles{memory,
+                memory + kStages * T::A::kSize,
+                p,
+                int64_t(blockIdx.y) * kTileM,
+                int64_t(blockIdx.x) * kTileN,
+                int64_t(blockIdx.z) * p.part};
   const int64_t left_over = p.k - tiles.first, turns = div_up(left_over < p.part ? left_over : p.part, kTileK);
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warp_row = warp / 4 * 64, warp_col = warp % 4 * 32;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warp_row = warp / 4 * 64,
+            warp_col = warp % 4 * 32;
   float c[4][4][4] = {};
 #pragma unroll
   for (int t = 0; t < kStages - 1; t++) {
@@ -225,7 +235,8 @@ __global__ void __launch_bounds__(kThreads) tensor_product(Product p) {
 constexpr int kSide = 64, kDepth = 16, kPitch32 = kSide + 4;
 
 // to[k][i] = element (i, k) of a matrix stored [.., k], or [k, ..] when `across`; neighbouring threads read neighbours.
-__device__ __forceinline__ void load_depth(float* to, const float* from, int64_t ld, bool across, int64_t at, int64_t k, int64_t most, int64_t k_most) {
+__device__ __forceinline__ void load_depth(float* to, const float* from, int64_t ld, bool across, int64_t at, int64_t k,
+                                           int64_t most, int64_t k_most) {
   for (int i = int(threadIdx.x); i < kSide * kDepth; i += kThreads) {
     const int line = across ? i % kSide : i / kDepth, d = across ? i / kSide : i % kDepth;
     const bool inside = at + line < most && k + d < k_most;
@@ -236,7 +247,8 @@ __device__ __forceinline__ void load_depth(float* to, const float* from, int64_t
 __global__ void __launch_bounds__(kThreads, 2) f32_product(Product p, int32_t trans_a, int32_t trans_b) {
   SMEM(raw);
   float *a = reinterpret_cast<float*>(raw), *b = a + kDepth * kPitch32;
-  const int64_t row = int64_t(blockIdx.y) * kSide, col = int64_t(blockIdx.x) * kSide, first = int64_t(blockIdx.z) * p.part;
+  const int64_t row = int64_t(blockIdx.y) * kSide, col = int64_t(blockIdx.x) * kSide,
+                first = int64_t(blockIdx.z) * p.part;
   const int64_t last = first + p.part < p.k ? first + p.part : p.k;
   const int r = int(threadIdx.x) / 16 * 4, q = int(threadIdx.x) % 16 * 4;
   float c[4][4] = {};
@@ -303,7 +315,8 @@ int64_t parts_of(const AgGemm* g) {
 bool vectors(const AgGemm* g) {
   const int64_t pack = 16 / (g->dt == AG_BF16 ? 2 : 4);
   const int64_t a_cols = g->trans_a ? g->m : g->k, b_cols = g->trans_b ? g->k : g->n;
-  return aligned16(g->a) && aligned16(g->b) && g->lda % pack == 0 && g->ldb % pack == 0 && a_cols % pack == 0 && b_cols % pack == 0;
+  return aligned16(g->a) && aligned16(g->b) && g->lda % pack == 0 && g->ldb % pack == 0 && a_cols % pack == 0 &&
+         b_cols % pack == 0;
 }
 
 bool pairs(const AgGemm* g) {
@@ -312,7 +325,9 @@ bool pairs(const AgGemm* g) {
 }
 
 AgStatus tensor(AgCtx* ctx, const AgGemm* g, const Product& p, dim3 grid) {
-  const auto start = [&](auto kernel, size_t bytes) { return launch(ctx, "gemm", kernel, grid, dim3(kThreads), bytes, p); };
+  const auto start = [&](auto kernel, size_t bytes) {
+    return launch(ctx, "gemm", kernel, grid, dim3(kThreads), bytes, p);
+  };
   if (p.dots.with) return start(tensor_product<false, true, true>, Tiles<false, true>::kBytes);
   if (g->trans_a && g->trans_b) return start(tensor_product<true, true, false>, Tiles<true, true>::kBytes);
   if (g->trans_a) return start(tensor_product<true, false, false>, Tiles<true, false>::kBytes);
@@ -338,14 +353,17 @@ int64_t gemm_workspace(const AgGemm* g) {
 }
 
 int64_t gemm_dot_parts(const AgGemm* g) {
-  const bool tiles = g->dt == AG_BF16 && g->dt_c == AG_BF16 && !g->trans_a && g->trans_b && !is_few(g) && parts_of(g) == 1;
+  const bool tiles =
+      g->dt == AG_BF16 && g->dt_c == AG_BF16 && !g->trans_a && g->trans_b && !is_few(g) && parts_of(g) == 1;
   return tiles ? div_up(g->n, kTileN) : 0;
 }
 
 AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
   if (g->dt > AG_BF16) return bad_dtype(ctx, "gemm", g->dt);
   if (g->dt_c > AG_BF16 || (g->dt == AG_F32 && g->dt_c == AG_BF16)) return bad_dtype(ctx, "gemm", g->dt_c);
-  if (!g->b) return fail(ctx, AG_INVALID, "[gemm] b: expected the matrix itself, got a packed one, which this backend does not make");
+  if (!g->b)
+    return fail(ctx, AG_INVALID,
+                "[gemm] b: expected the matrix itself, got a packed one, which this backend does not make");
   if (g->m == 0 || g->n == 0) return AG_OK;
   const AgStatus elsewhere = is_few(g) ? AG_UNSUPPORTED : cublaslt_gemm(ctx, g);
   return elsewhere == AG_UNSUPPORTED ? gemm_with_dots(ctx, g, {}) : elsewhere;
@@ -353,8 +371,8 @@ AgStatus gemm(AgCtx* ctx, const AgGemm* g) {
 AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
   const int64_t parts = parts_of(g);
   const int32_t in = g->dt == AG_BF16, out = g->dt_c == AG_BF16;
-  Product p{g->a, g->b, g->bias, g->lda, g->ldb, g->ldc, g->m, g->n, g->k, {g->c, out, g->accumulate}, g->pre, g->c_rows, g->act, in, out,
-            vectors(g), pairs(g), nullptr, g->k, dots};
+  Product p{g->a,   g->b,      g->bias, g->lda, g->ldb, g->ldc,     g->m,     g->n,    g->k, {g->c, out, g->accumulate},
+            g->pre, g->c_rows, g->act,  in,     out,    vectors(g), pairs(g), nullptr, g->k, dots};
   if (is_few(g)) return few(ctx, g, p);
   if (parts > 1) {
     p.parts = static_cast<float*>(ctx->workspace);
@@ -364,7 +382,8 @@ AgStatus gemm_with_dots(AgCtx* ctx, const AgGemm* g, const RowDots& dots) {
   const int64_t used = parts > 1 ? div_up(g->k, p.part) : 1;  // the last ones may have nothing left
   const dim3 grid(unsigned(div_up(g->n, side)), unsigned(div_up(g->m, side)), unsigned(used));
   const size_t bytes = 2 * kDepth * kPitch32 * sizeof(float);
-  const AgStatus status = in ? tensor(ctx, g, p, grid) : launch(ctx, "gemm", f32_product, grid, dim3(kThreads), bytes, p, g->trans_a, g->trans_b);
+  const AgStatus status = in ? tensor(ctx, g, p, grid)
+                             : launch(ctx, "gemm", f32_product, grid, dim3(kThreads), bytes, p, g->trans_a, g->trans_b);
   if (status != AG_OK || parts <= 1) return status;
   return launch(ctx, "gemm", finish_parts, grid_for(g->m * g->n, 256), dim3(256), 0, p, used);
 }

@@ -1,9 +1,9 @@
-// What every kernel source of this folder begins with: the words of the device in which the kernels are written, for nvcc or for
-// the emulation on the host (shim.h), launching, and the small pieces all kernels share.
+// What every kernel source of this folder begins with: the words of the device in which the kernels are written, for
+// nvcc or for the emulation on the host (shim.h), launching, and the small pieces all kernels share.
 //
-// Rules for kernels: shared memory is the dynamic one (SMEM); a collective is reached by whole warps and __syncthreads by whole
-// blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics, but for those of
-// attention_grad.cu that are asked for (deterministic()).
+// Rules for kernels: shared memory is the dynamic one (SMEM); a collective is reached by whole warps and __syncthreads
+// by whole blocks, so no thread returns early; sums run in an order that depends on the shape only; no float atomics,
+// but for those of attention_grad.cu that are asked for (deterministic()).
 #pragma once
 #include "kernels.h"
 
@@ -25,9 +25,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 16 bytes from global to shared memory, both aligned to 16; zeros when not `wanted` (`from` must be an address all the same).
+// 16 bytes from global to shared memory, both aligned to 16; zeros when not `wanted` (`from` must be an address all the
+// same).
 __device__ __forceinline__ void cp_async16(void* to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(wanted ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(wanted ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -56,7 +58,7 @@ __device__ __forceinline__ void mma_bf16_16816(float* c, const uint32_t* a, cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #else
-#include "shim.h"
+#include "emulator/shim.h"
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -67,7 +69,8 @@ namespace gpu {
 // Enqueues the kernel; an empty grid is nothing to do. Read what it needs from `args`: they are copied at this moment.
 #if defined(__CUDACC__)
 template <class... P, class... A>
-AgStatus launch(AgCtx* ctx, const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
+AgStatus launch(AgCtx* ctx, const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                A... args) {
   if (!grid.x || !grid.y || !grid.z) return AG_OK;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 << 10)
@@ -82,7 +85,8 @@ AgStatus launch(AgCtx* ctx, const char* op, void (*kernel)(P...), dim3 grid, dim
   }
   if (error == cudaSuccess) return AG_OK;
   cudaGetLastError();  // this one is reported here and must not come back from the next call
-  return fail(ctx, AG_DEVICE_ERROR, "[%s] launch of %u x %u x %u blocks: %s", op, grid.x, grid.y, grid.z, cudaGetErrorString(error));
+  return fail(ctx, AG_DEVICE_ERROR, "[%s] launch of %u x %u x %u blocks: %s", op, grid.x, grid.y, grid.z,
+              cudaGetErrorString(error));
 }
 #else
 template <class... P, class... A>
@@ -122,7 +126,8 @@ template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<Pack<T>*>(p) = x;
 }
-// W numbers as f32: one access of W * sizeof(T) bytes (at most 16 at a time), which the address is aligned to. W = 1 is plain.
+// W numbers as f32: one access of W * sizeof(T) bytes (at most 16 at a time), which the address is aligned to. W = 1 is
+// plain.
 template <class T, int W>
 struct alignas(W * sizeof(T) > 16 ? 16 : W * sizeof(T)) Group {
   T v[W];

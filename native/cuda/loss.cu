@@ -7,7 +7,8 @@ namespace {
 // ---- cross entropy: a block for each row ------------------------------------------------------------
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 
-// The maximum of what was seen and the sum of exp(x - maximum), both in one reading. The maximum passes over a NaN; the sum does not.
+// The maximum of what was seen and the sum of exp(x - maximum), both in one reading. The maximum passes over a NaN; the
+// sum does not.
 struct Online {
   float top = -INFINITY, sum = 0;
   template <int W>
@@ -24,8 +25,8 @@ struct Online {
 };
 
 template <int W, class T, class D>
-__global__ void __launch_bounds__(kThreads)
-    cross_entropy_kernel(const T* logits, int64_t cols, const int32_t* target, float* nll, D* dlogits, float scale, const float* by) {
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const T* logits, int64_t cols, const int32_t* target,
+                                                                 float* nll, D* dlogits, float scale, const float* by) {
   SMEM(raw);
   float* scratch = reinterpret_cast<float*>(raw);
   const int64_t r = blockIdx.x;
@@ -61,16 +62,18 @@ AgStatus cross_entropy_of(AgCtx* ctx, const AgCrossEntropy* a) {
   const bool vector = aligned16(a->logits) && (!a->dlogits || aligned16(a->dlogits)) && a->cols % 8 == 0;
   auto run = [&](auto width) {
     constexpr int W = decltype(width)::value;
-    return launch(ctx, "cross_entropy", cross_entropy_kernel<W, T, D>, dim3(unsigned(a->rows)), kThreads, 2 * kWarps * sizeof(float),
-                  static_cast<const T*>(a->logits), a->cols, a->target, static_cast<float*>(a->nll), static_cast<D*>(a->dlogits),
-                  float(a->grad_scale), static_cast<const float*>(a->scale));
+    return launch(ctx, "cross_entropy", cross_entropy_kernel<W, T, D>, dim3(unsigned(a->rows)), kThreads,
+                  2 * kWarps * sizeof(float), static_cast<const T*>(a->logits), a->cols, a->target,
+                  static_cast<float*>(a->nll), static_cast<D*>(a->dlogits), float(a->grad_scale),
+                  static_cast<const float*>(a->scale));
   };
   return vector ? run(Width<8>()) : run(Width<1>());
 }
 
 // ---- sampling: a block for each row -----------------------------------------------------------------
-// Nothing is sorted. Numbers in falling order begin with those whose key is at least some K, so every question about the order
-// (the k-th, the smallest set with a given mass, the draw) is the search for the largest K that holds enough, in 32 steps.
+// Nothing is sorted. Numbers in falling order begin with those whose key is at least some K, so every question about
+// the order (the k-th, the smallest set with a given mass, the draw) is the search for the largest K that holds enough,
+// in 32 steps.
 constexpr int kSampler = 1024;
 
 // Unsigned integers in the order of the floats; -0 counts as 0.
@@ -150,7 +153,8 @@ struct Sampler {
   }
 };
 
-// How many numbers of weight w it takes from `before` until the sum passes `goal` (reaches it when `reach`), at most `most`.
+// How many numbers of weight w it takes from `before` until the sum passes `goal` (reaches it when `reach`), at most
+// `most`.
 __device__ int64_t ties_until(double before, double w, double goal, bool reach, int64_t most) {
   int64_t taken = 1;
   for (double sum = before + w; taken < most && !(reach ? sum >= goal : sum > goal); taken++) sum += w;
@@ -159,7 +163,8 @@ __device__ int64_t ties_until(double before, double w, double goal, bool reach, 
 
 __device__ int32_t draw(const Sampler& s, double u, double top_p, int64_t top_k) {
   uint32_t edge = 0;  // numbers below it are cut off
-  if (top_k > 0 && top_k < s.cols) edge = s.largest(0, [&](uint32_t key) { return s.count_from(key) >= double(top_k); });
+  if (top_k > 0 && top_k < s.cols)
+    edge = s.largest(0, [&](uint32_t key) { return s.count_from(key) >= double(top_k); });
   double total = s.mass_from(edge);
   int64_t at_edge = s.cols;  // how many of those at the edge stay
   if (top_p < 1) {
@@ -174,12 +179,14 @@ __device__ int32_t draw(const Sampler& s, double u, double top_p, int64_t top_k)
   const uint32_t lowest = s.lowest_possible();
   const uint32_t key = s.largest(edge > lowest ? edge : lowest, [&](uint32_t k) { return s.mass_from(k) > goal; });
   const double above = s.mass_from(key + 1), weight = s.weight[s.tie(key, 0)];
-  const int64_t ties = int64_t(s.count_from(key) - s.count_from(key + 1)), most = key == edge && at_edge < ties ? at_edge : ties;
+  const int64_t ties = int64_t(s.count_from(key) - s.count_from(key + 1)),
+                most = key == edge && at_edge < ties ? at_edge : ties;
   return s.tie(key, ties_until(above, weight, goal, false, most) - 1);
 }
 
-__global__ void __launch_bounds__(kSampler) sample_kernel(const float* logits, int64_t cols, double temperature, double top_p, int64_t top_k,
-                                                          const double* u, int32_t* out, double* weights) {
+__global__ void __launch_bounds__(kSampler)
+    sample_kernel(const float* logits, int64_t cols, double temperature, double top_p, int64_t top_k, const double* u,
+                  int32_t* out, double* weights) {
   SMEM(raw);
   const int64_t r = blockIdx.x;
   Sampler s{logits + r * cols, weights ? weights + r * cols : nullptr, cols, reinterpret_cast<double*>(raw)};
@@ -192,7 +199,8 @@ __global__ void __launch_bounds__(kSampler) sample_kernel(const float* logits, i
     if (temperature == 0 || top - top != 0) {  // also when the best is infinite
       drawn = s.tie(order_key(top), 0);
     } else {
-      for (int64_t i = threadIdx.x; i < cols; i += kSampler) weights[r * cols + i] = exp((double(s.x[i]) - double(top)) / temperature);
+      for (int64_t i = threadIdx.x; i < cols; i += kSampler)
+        weights[r * cols + i] = exp((double(s.x[i]) - double(top)) / temperature);
       __syncthreads();
       drawn = draw(s, u[r], top_p, top_k);
     }
@@ -212,10 +220,13 @@ AgStatus cross_entropy(AgCtx* ctx, const AgCrossEntropy* a) {
   });
 }
 
-int64_t sample_workspace(const AgSample* a) { return a->temperature == 0 ? 0 : a->rows * a->cols * int64_t(sizeof(double)); }
+int64_t sample_workspace(const AgSample* a) {
+  return a->temperature == 0 ? 0 : a->rows * a->cols * int64_t(sizeof(double));
+}
 AgStatus sample(AgCtx* ctx, const AgSample* a) {
-  return launch(ctx, "sample", sample_kernel, dim3(unsigned(a->rows)), kSampler, kSampler / 32 * sizeof(double), a->logits, a->cols,
-                a->temperature, a->top_p, a->top_k, a->u, a->out, a->temperature == 0 ? nullptr : static_cast<double*>(ctx->workspace));
+  return launch(ctx, "sample", sample_kernel, dim3(unsigned(a->rows)), kSampler, kSampler / 32 * sizeof(double),
+                a->logits, a->cols, a->temperature, a->top_p, a->top_k, a->u, a->out,
+                a->temperature == 0 ? nullptr : static_cast<double*>(ctx->workspace));
 }
 
 }  // namespace gpu

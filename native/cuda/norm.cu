@@ -1,5 +1,5 @@
-// LayerNorm, RMSNorm, softmax, L2 normalisation: rows. A row belongs to a warp when it is short, else to a block; its second and
-// third reading find it in L1.
+// LayerNorm, RMSNorm, softmax, L2 normalisation: rows. A row belongs to a warp when it is short, else to a block; its
+// second and third reading find it in L1.
 #include "gpu.h"
 
 namespace gpu {
@@ -63,8 +63,8 @@ dim3 row_grid(int64_t rows, int group) { return dim3(unsigned(div_up(rows, kThre
 
 // ---- LayerNorm, RMSNorm -----------------------------------------------------------------------------
 template <int W, int G, bool layer, class T>
-__global__ void __launch_bounds__(kThreads)
-    norm_kernel(T* y, const T* x, const T* w, const T* b, float* mean, float* rstd, int64_t rows, int64_t cols, float eps) {
+__global__ void __launch_bounds__(kThreads) norm_kernel(T* y, const T* x, const T* w, const T* b, float* mean,
+                                                        float* rstd, int64_t rows, int64_t cols, float eps) {
   SMEM(raw);
   float* scratch = reinterpret_cast<float*>(raw);
   const Row<G> row(rows);
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads)
   x += row.r * cols;
   float m = 0;
   if (layer) m = row_sum<W, G>(x, cols, row.lane, scratch, [](float v) { return v; }) / float(cols);
-  const float var = row_sum<W, G>(x, cols, row.lane, scratch + kWarps, [=](float v) { return (v - m) * (v - m); }) / float(cols);
+  const float var =
+      row_sum<W, G>(x, cols, row.lane, scratch + kWarps, [=](float v) { return (v - m) * (v - m); }) / float(cols);
   const float r = 1 / sqrtf(var + eps);
   each<W, G>(cols, row.lane, [&](int64_t i) {
     float v[W], scale[W], shift[W] = {};
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int W, int G, bool layer, class T>
-__global__ void __launch_bounds__(kThreads) norm_dx_kernel(T* dx, const T* dy, const T* x, const T* w, const float* mean,
-                                                           const float* rstd, int64_t rows, int64_t cols) {
+__global__ void __launch_bounds__(kThreads)
+    norm_dx_kernel(T* dx, const T* dy, const T* x, const T* w, const float* mean, const float* rstd, int64_t rows,
+                   int64_t cols) {
   SMEM(raw);
   float* scratch = reinterpret_cast<float*>(raw);
   const Row<G> row(rows);
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) norm_dx_kernel(T* dx, const T* dy, c
 
 // A block sums dy hat (and dy) of a tile of 32 * W columns over its share of the rows; then the blocks in order.
 template <int W, bool layer, class T>
-__global__ void __launch_bounds__(kThreads) norm_dw_kernel(float* partial, const T* dy, const T* x, const float* mean, const float* rstd,
-                                                           int64_t rows, int64_t cols, int64_t per) {
+__global__ void __launch_bounds__(kThreads) norm_dw_kernel(float* partial, const T* dy, const T* x, const float* mean,
+                                                           const float* rstd, int64_t rows, int64_t cols, int64_t per) {
   SMEM(raw);
   float* shared = reinterpret_cast<float*>(raw);  // [2][kWarps][32 * W]
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -182,22 +184,25 @@ AgStatus norm_dw(AgCtx* ctx, const AgNormGrad* a) {
   const AgStatus status = with_width<T>(vector, [&](auto width) {
     constexpr int W = decltype(width)::value;
     const dim3 grid(unsigned(div_up(a->cols, 32 * W)), unsigned(blocks));
-    return launch(ctx, "norm_grad", norm_dw_kernel<W, layer, T>, grid, kThreads, 2 * kThreads * W * sizeof(float), partial,
-                  static_cast<const T*>(a->dy), static_cast<const T*>(a->x), static_cast<const float*>(a->mean),
-                  static_cast<const float*>(a->rstd), a->rows, a->cols, div_up(a->rows, blocks));
+    return launch(ctx, "norm_grad", norm_dw_kernel<W, layer, T>, grid, kThreads, 2 * kThreads * W * sizeof(float),
+                  partial, static_cast<const T*>(a->dy), static_cast<const T*>(a->x),
+                  static_cast<const float*>(a->mean), static_cast<const float*>(a->rstd), a->rows, a->cols,
+                  div_up(a->rows, blocks));
   });
   if (status) return status;
-  return launch(ctx, "norm_grad", norm_dw_finish, grid_for(2 * a->cols, kThreads), kThreads, 0, grad_target(a->dw), grad_target(a->db),
-                partial, blocks, a->cols);
+  return launch(ctx, "norm_grad", norm_dw_finish, grid_for(2 * a->cols, kThreads), kThreads, 0, grad_target(a->dw),
+                grad_target(a->db), partial, blocks, a->cols);
 }
 template <bool layer, class T>
 AgStatus norm_dx(AgCtx* ctx, const AgNormGrad* a) {
-  return with_row<T>(aligned16(a->dx) && aligned16(a->dy) && aligned16(a->x) && aligned16(a->w), a->cols, [&](auto width, auto group) {
-    constexpr int W = decltype(width)::value, G = decltype(group)::value;
-    return launch(ctx, "norm_grad", norm_dx_kernel<W, G, layer, T>, row_grid(a->rows, G), kThreads, 2 * kWarps * sizeof(float),
-                  static_cast<T*>(a->dx), static_cast<const T*>(a->dy), static_cast<const T*>(a->x), static_cast<const T*>(a->w),
-                  static_cast<const float*>(a->mean), static_cast<const float*>(a->rstd), a->rows, a->cols);
-  });
+  return with_row<T>(
+      aligned16(a->dx) && aligned16(a->dy) && aligned16(a->x) && aligned16(a->w), a->cols, [&](auto width, auto group) {
+        constexpr int W = decltype(width)::value, G = decltype(group)::value;
+        return launch(ctx, "norm_grad", norm_dx_kernel<W, G, layer, T>, row_grid(a->rows, G), kThreads,
+                      2 * kWarps * sizeof(float), static_cast<T*>(a->dx), static_cast<const T*>(a->dy),
+                      static_cast<const T*>(a->x), static_cast<const T*>(a->w), static_cast<const float*>(a->mean),
+                      static_cast<const float*>(a->rstd), a->rows, a->cols);
+      });
 }
 template <bool layer, class T>
 AgStatus norm_grad_of(AgCtx* ctx, const AgNormGrad* a) {
@@ -212,8 +217,9 @@ AgStatus norm_of(AgCtx* ctx, const AgNorm* a) {
   return with_row<T>(aligned, a->cols, [&](auto width, auto group) {
     constexpr int W = decltype(width)::value, G = decltype(group)::value;
     return launch(ctx, "norm", norm_kernel<W, G, layer, T>, row_grid(a->rows, G), kThreads, 2 * kWarps * sizeof(float),
-                  static_cast<T*>(a->y), static_cast<const T*>(a->x), static_cast<const T*>(a->w), static_cast<const T*>(a->b),
-                  static_cast<float*>(a->mean), static_cast<float*>(a->rstd), a->rows, a->cols, float(a->eps));
+                  static_cast<T*>(a->y), static_cast<const T*>(a->x), static_cast<const T*>(a->w),
+                  static_cast<const T*>(a->b), static_cast<float*>(a->mean), static_cast<float*>(a->rstd), a->rows,
+                  a->cols, float(a->eps));
   });
 }
 
@@ -258,7 +264,8 @@ __global__ void __launch_bounds__(kThreads)
   if (!row.inside) return;
   dy += row.r * cols;
   y += row.r * cols;
-  const float dot = row_dot<W, G>(dy, y, cols, row.lane, reinterpret_cast<float*>(raw)), length = norm ? norm[row.r] : 1;
+  const float dot = row_dot<W, G>(dy, y, cols, row.lane, reinterpret_cast<float*>(raw)),
+              length = norm ? norm[row.r] : 1;
   each<W, G>(cols, row.lane, [&](int64_t i) {
     float d[W], v[W];
     load_lanes<W>(d, dy + i);
@@ -269,14 +276,15 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 template <class F>
-AgStatus row_grad(AgCtx* ctx, const char* op, void* dx, const void* dy, const void* y, const void* norm, int64_t rows, int64_t cols,
-                  AgDtype dt, const F& f) {
+AgStatus row_grad(AgCtx* ctx, const char* op, void* dx, const void* dy, const void* y, const void* norm, int64_t rows,
+                  int64_t cols, AgDtype dt, const F& f) {
   return with_float(ctx, op, dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
     return with_row<T>(aligned16(dx) && aligned16(dy) && aligned16(y), cols, [&](auto width, auto group) {
       constexpr int W = decltype(width)::value, G = decltype(group)::value;
-      return launch(ctx, op, row_grad_kernel<W, G, T, F>, row_grid(rows, G), kThreads, kWarps * sizeof(float), static_cast<T*>(dx),
-                    static_cast<const T*>(dy), static_cast<const T*>(y), static_cast<const float*>(norm), rows, cols, f);
+      return launch(ctx, op, row_grad_kernel<W, G, T, F>, row_grid(rows, G), kThreads, kWarps * sizeof(float),
+                    static_cast<T*>(dx), static_cast<const T*>(dy), static_cast<const T*>(y),
+                    static_cast<const float*>(norm), rows, cols, f);
     });
   });
 }
@@ -288,7 +296,8 @@ __global__ void __launch_bounds__(kThreads) l2norm_kernel(T* y, const T* x, floa
   const Row<G> row(rows);
   if (!row.inside) return;
   x += row.r * cols;
-  const float length = sqrtf(row_sum<W, G>(x, cols, row.lane, reinterpret_cast<float*>(raw), [](float v) { return v * v; }));
+  const float length =
+      sqrtf(row_sum<W, G>(x, cols, row.lane, reinterpret_cast<float*>(raw), [](float v) { return v * v; }));
   const float inverse = 1 / length;
   each<W, G>(cols, row.lane, [&](int64_t i) {
     float v[W];

@@ -66,7 +66,8 @@ __device__ Factors factors_of(const Update& u, const TensorEntry& t) {
 template <int N, class P, class G>
 __device__ __forceinline__ void full_step(const TensorEntry& t, const Factors& f, int64_t i) {
   P* p = static_cast<P*>(t.p) + i;
-  float *ms = static_cast<float*>(t.m) + i, *vs = static_cast<float*>(t.v) + i, *master = static_cast<float*>(t.master) + i;
+  float *ms = static_cast<float*>(t.m) + i, *vs = static_cast<float*>(t.v) + i,
+        *master = static_cast<float*>(t.master) + i;
   float w[N], m[N], v[N], g[N];
   if constexpr (sizeof(P) == 2)
     load_lanes<N>(w, master);
@@ -91,7 +92,7 @@ __device__ __forceinline__ void full_step(const TensorEntry& t, const Factors& f
 // For rounding by adding: a GPU's NaN, 0x7fffffff, would become -0.
 __device__ __forceinline__ uint32_t bits_of(float x) { return x == x ? __float_as_uint(x) : 0x7fc00000u; }
 
-// 10 bytes a parameter with its gradient (backend.h). The halves are moved as bits, not as numbers.
+// 10 bytes a parameter with its gradient (AgAdamWTensor). The halves are moved as bits, not as numbers.
 template <int N, class G>
 __device__ __forceinline__ void compact_step(const TensorEntry& t, const Factors& f, int64_t i) {
   typedef Group<uint16_t, N> Half;
@@ -104,8 +105,9 @@ __device__ __forceinline__ void compact_step(const TensorEntry& t, const Factors
 #pragma unroll
   for (int j = 0; j < N; j++) {
     const uint32_t bits = (uint32_t(hp.v[j]) << 16) + uint32_t(int32_t(int16_t(hr.v[j])));
-    const State s = next({__uint_as_float(bits), __uint_as_float(uint32_t(hm.v[j]) << 16), __uint_as_float(uint32_t(hv.v[j]) << 16)},
-                         g[j] * f.scale, f);
+    const State s = next(
+        {__uint_as_float(bits), __uint_as_float(uint32_t(hm.v[j]) << 16), __uint_as_float(uint32_t(hv.v[j]) << 16)},
+        g[j] * f.scale, f);
     const uint32_t after = bits_of(s.w), rounded = (after + 0x8000u) & 0xffff0000u;
     const uint64_t number = uint64_t(t.first + i + j);
     const uint32_t random = mix(uint32_t(number) ^ mix(uint32_t(number >> 32) ^ f.key));
@@ -167,10 +169,20 @@ AgStatus refuse(AgCtx* ctx, const AgAdamWTensor& t) {
 
 TensorEntry entry(const AgAdamWTensor& t, int64_t first_piece) {
   const bool aligned = aligned16(t.p) && aligned16(t.g) && aligned16(t.master) && aligned16(t.m) && aligned16(t.v);
-  return {t.p,        t.master, t.m,           t.v,
-          t.g,        t.n,      t.first,       first_piece,
-          t.lr_scale, t.weight_decay, t.dt_p == AG_BF16, t.dt_g == AG_BF16,
-          t.state == AG_STATE_COMPACT, aligned};
+  return {t.p,
+          t.master,
+          t.m,
+          t.v,
+          t.g,
+          t.n,
+          t.first,
+          first_piece,
+          t.lr_scale,
+          t.weight_decay,
+          t.dt_p == AG_BF16,
+          t.dt_g == AG_BF16,
+          t.state == AG_STATE_COMPACT,
+          aligned};
 }
 
 }  // namespace
@@ -192,7 +204,8 @@ AgStatus adamw(AgCtx* ctx, const AgAdamW* a) {
       u.at[u.count++] = entry(a->tensors[i], pieces);
       pieces += div_up(a->tensors[i].n, kPiece);
     }
-    if (AgStatus status = launch(ctx, "adamw", adamw_kernel, dim3(unsigned(pieces)), kThreads, sizeof(Factors), u)) return status;
+    if (AgStatus status = launch(ctx, "adamw", adamw_kernel, dim3(unsigned(pieces)), kThreads, sizeof(Factors), u))
+      return status;
   }
   return AG_OK;
 }

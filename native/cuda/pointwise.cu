@@ -130,7 +130,8 @@ AgStatus binary_of(AgCtx* ctx, const AgBinary* g, const F& f) {
   const bool vector = aligned16(y) && aligned16(a) && aligned16(b) && g->nb % Pack<T>::n == 0;
   return with_width<T>(vector, [&](auto width) {
     constexpr int W = decltype(width)::value;
-    return launch(ctx, "binary", binary_repeat<W, T, F>, grid_for(g->n / W, kThreads), kThreads, 0, y, a, b, g->n, g->nb, f);
+    return launch(ctx, "binary", binary_repeat<W, T, F>, grid_for(g->n / W, kThreads), kThreads, 0, y, a, b, g->n,
+                  g->nb, f);
   });
 }
 
@@ -174,8 +175,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class U>
 AgStatus copy2d_by(AgCtx* ctx, const AgCopy2d* a) {
   const int64_t units = a->row_bytes / int64_t(sizeof(U));
-  return launch(ctx, "copy2d", copy2d_kernel<U>, grid_for(a->rows * units, kThreads), kThreads, 0, static_cast<char*>(a->dst),
-                a->dst_stride, static_cast<const char*>(a->src), a->src_stride, a->rows, units);
+  return launch(ctx, "copy2d", copy2d_kernel<U>, grid_for(a->rows * units, kThreads), kThreads, 0,
+                static_cast<char*>(a->dst), a->dst_stride, static_cast<const char*>(a->src), a->src_stride, a->rows,
+                units);
 }
 
 template <class D, class S>
@@ -194,7 +196,8 @@ template <class D, class S>
 __global__ void __launch_bounds__(kThreads) cast_kernel(D* d, const S* s, int64_t n) {
   typedef Group<D, 4> DG;
   typedef Group<S, 4> SG;
-  const bool aligned = reinterpret_cast<uintptr_t>(d) % alignof(DG) == 0 && reinterpret_cast<uintptr_t>(s) % alignof(SG) == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(d) % alignof(DG) == 0 && reinterpret_cast<uintptr_t>(s) % alignof(SG) == 0;
   const int64_t groups = aligned ? n / 4 : 0;
   for (int64_t i = grid_thread(); i < groups; i += grid_threads()) {
     const SG x = reinterpret_cast<const SG*>(s)[i];
@@ -287,7 +290,8 @@ __global__ void __launch_bounds__(kThreads)
 // A thread turns W pairs of one head. With a cache there are threads for the values too, which only copy.
 template <int W, class T>
 __global__ void __launch_bounds__(kThreads) rope_kernel(AgRope a) {
-  const int64_t half = a.dim / 2, groups = half / W, rotated = a.heads + a.kv_heads, ld = (rotated + a.kv_heads) * a.dim;
+  const int64_t half = a.dim / 2, groups = half / W, rotated = a.heads + a.kv_heads,
+                ld = (rotated + a.kv_heads) * a.dim;
   const int64_t heads = rotated + (a.k_cache ? a.kv_heads : 0);
   for (int64_t k = grid_thread(); k < a.tokens * heads * groups; k += grid_threads()) {
     const Split of_head = split(k, groups), of_token = split(of_head.quotient, heads);
@@ -320,7 +324,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(AgRope a) {
 
 // ---- patches ----------------------------------------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(kThreads) patchify_kernel(T* out, const T* pixels, int64_t n, int channels, int height, int width, int patch) {
+__global__ void __launch_bounds__(kThreads)
+    patchify_kernel(T* out, const T* pixels, int64_t n, int channels, int height, int width, int patch) {
   const int across = width / patch, down = height / patch, depth = channels * patch * patch;
   for (int64_t i = grid_thread(); i < n; i += grid_threads()) {
     const Split row = split(i, depth);
@@ -346,8 +351,8 @@ AgStatus fill(AgCtx* ctx, const AgFill* a) {
 }
 
 AgStatus copy2d(AgCtx* ctx, const AgCopy2d* a) {
-  const uintptr_t all = reinterpret_cast<uintptr_t>(a->dst) | reinterpret_cast<uintptr_t>(a->src) | uintptr_t(a->dst_stride) |
-                        uintptr_t(a->src_stride) | uintptr_t(a->row_bytes);
+  const uintptr_t all = reinterpret_cast<uintptr_t>(a->dst) | reinterpret_cast<uintptr_t>(a->src) |
+                        uintptr_t(a->dst_stride) | uintptr_t(a->src_stride) | uintptr_t(a->row_bytes);
   if (all % 16 == 0) return copy2d_by<uint4>(ctx, a);
   if (all % 4 == 0) return copy2d_by<uint32_t>(ctx, a);
   if (all % 2 == 0) return copy2d_by<uint16_t>(ctx, a);
@@ -359,8 +364,8 @@ AgStatus cast(AgCtx* ctx, const AgCast* a) {
     return with_any(ctx, "cast", a->dt_dst, [&](auto dst) {
       typedef typename decltype(src)::type S;
       typedef typename decltype(dst)::type D;
-      return launch(ctx, "cast", cast_kernel<D, S>, grid_for(div_up(a->n, 4), kThreads), kThreads, 0, static_cast<D*>(a->dst),
-                    static_cast<const S*>(a->src), a->n);
+      return launch(ctx, "cast", cast_kernel<D, S>, grid_for(div_up(a->n, 4), kThreads), kThreads, 0,
+                    static_cast<D*>(a->dst), static_cast<const S*>(a->src), a->n);
     });
   });
 }
@@ -368,8 +373,8 @@ AgStatus cast(AgCtx* ctx, const AgCast* a) {
 AgStatus random(AgCtx* ctx, const AgRandom* a) {
   return with_float(ctx, "random", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
-    return launch(ctx, "random", random_kernel<T>, grid_for(div_up(a->n, 4), kThreads), kThreads, 0, static_cast<T*>(a->dst), a->n,
-                  a->kind == AG_NORMAL, a->a, a->b, a->seed, a->offset);
+    return launch(ctx, "random", random_kernel<T>, grid_for(div_up(a->n, 4), kThreads), kThreads, 0,
+                  static_cast<T*>(a->dst), a->n, a->kind == AG_NORMAL, a->a, a->b, a->seed, a->offset);
   });
 }
 
@@ -377,8 +382,9 @@ AgStatus unary(AgCtx* ctx, const AgUnary* a) {
   return with_float(ctx, "unary", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
     const Arrays<T, 1, 1> arrays{{static_cast<const T*>(a->x)}, {static_cast<T*>(a->y)}};
-    return with_op(ctx, "unary", a->op,
-                   [&](auto op) { return map(ctx, "unary", arrays, a->n, Activation<decltype(op)::value>{float(a->alpha)}); });
+    return with_op(ctx, "unary", a->op, [&](auto op) {
+      return map(ctx, "unary", arrays, a->n, Activation<decltype(op)::value>{float(a->alpha)});
+    });
   });
 }
 
@@ -407,7 +413,8 @@ AgStatus binary(AgCtx* ctx, const AgBinary* a) {
 AgStatus silu_mul(AgCtx* ctx, const AgSiluMul* a) {
   return with_float(ctx, "silu_mul", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
-    const Arrays<T, 2, 1> arrays{{static_cast<const T*>(a->gate), static_cast<const T*>(a->up)}, {static_cast<T*>(a->y)}};
+    const Arrays<T, 2, 1> arrays{{static_cast<const T*>(a->gate), static_cast<const T*>(a->up)},
+                                 {static_cast<T*>(a->y)}};
     return map(ctx, "silu_mul", arrays, a->n, SiluMul());
   });
 }
@@ -415,8 +422,9 @@ AgStatus silu_mul(AgCtx* ctx, const AgSiluMul* a) {
 AgStatus silu_mul_grad(AgCtx* ctx, const AgSiluMulGrad* a) {
   return with_float(ctx, "silu_mul_grad", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
-    const Arrays<T, 3, 2> arrays{{static_cast<const T*>(a->dy), static_cast<const T*>(a->gate), static_cast<const T*>(a->up)},
-                                 {static_cast<T*>(a->dgate), static_cast<T*>(a->dup)}};
+    const Arrays<T, 3, 2> arrays{
+        {static_cast<const T*>(a->dy), static_cast<const T*>(a->gate), static_cast<const T*>(a->up)},
+        {static_cast<T*>(a->dgate), static_cast<T*>(a->dup)}};
     return map(ctx, "silu_mul_grad", arrays, a->n, SiluMulGrad());
   });
 }
@@ -425,8 +433,8 @@ AgStatus rope(AgCtx* ctx, const AgRope* a) {
   return with_float(ctx, "rope", a->dt, [&](auto tag) {
     typedef typename decltype(tag)::type T;
     const int64_t half = a->dim / 2, pairs = a->tokens * (a->heads + (a->k_cache ? 2 : 1) * a->kv_heads) * half;
-    const bool vector = aligned16(a->x) && aligned16(a->cos) && aligned16(a->sin) && aligned16(a->k_cache) && aligned16(a->v_cache) &&
-                        half % Pack<T>::n == 0;
+    const bool vector = aligned16(a->x) && aligned16(a->cos) && aligned16(a->sin) && aligned16(a->k_cache) &&
+                        aligned16(a->v_cache) && half % Pack<T>::n == 0;
     return with_width<T>(vector, [&](auto width) {
       constexpr int W = decltype(width)::value;
       return launch(ctx, "rope", rope_kernel<W, T>, grid_for(pairs / W, kThreads), kThreads, 0, *a);

@@ -5,10 +5,10 @@
 namespace gpu {
 
 struct Probe {
-  bool driver = false;       // libcuda.so.1 could be opened
-  int driver_version = 0;    // as cuDriverGetVersion has it: 13000 for CUDA 13.0
-  int runtime_version = 0;   // that this library was built with
-  int init_error = 0;        // of cuInit
+  bool driver = false;      // libcuda.so.1 could be opened
+  int driver_version = 0;   // as cuDriverGetVersion has it: 13000 for CUDA 13.0
+  int runtime_version = 0;  // that this library was built with
+  int init_error = 0;       // of cuInit
   int devices = 0;
   int major = 0, minor = 0;  // compute capability of the device that would be used
   char name[256] = "";

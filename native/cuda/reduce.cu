@@ -36,7 +36,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) sum_pieces(double* partial, const T* x, int64_t n) {
   SMEM(raw);
   const int64_t from = int64_t(blockIdx.x) * kPiece;
-  const double sum = block_reduce<Add, kThreads>(piece_sum(x + from, min(kPiece, n - from), Itself()), reinterpret_cast<double*>(raw));
+  const double sum =
+      block_reduce<Add, kThreads>(piece_sum(x + from, min(kPiece, n - from), Itself()), reinterpret_cast<double*>(raw));
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) square_pieces(double* partial, const
     const int mid = (low + high) / 2;
     (spans.at[mid].first_piece <= int64_t(blockIdx.x) ? low : high) = mid;
   }
-  const int64_t from = (int64_t(blockIdx.x) - spans.at[low].first_piece) * kPiece, n = min(kPiece, spans.at[low].n - from);
+  const int64_t from = (int64_t(blockIdx.x) - spans.at[low].first_piece) * kPiece,
+                n = min(kPiece, spans.at[low].n - from);
   const double own = spans.at[low].is_bf16 ? piece_sum(static_cast<const bf16*>(spans.at[low].p) + from, n, Square())
                                            : piece_sum(static_cast<const float*>(spans.at[low].p) + from, n, Square());
   const double sum = block_reduce<Add, kThreads>(own, reinterpret_cast<double*>(raw));
@@ -84,11 +86,13 @@ AgStatus finish_sum(AgCtx* ctx, const char* op, T* y, int64_t pieces, double sca
 }
 
 // ---- sums of columns --------------------------------------------------------------------------------
-// A block sums a tile of 32 * W columns over its share of the rows: each warp takes every eighth row, then the warps in order.
+// A block sums a tile of 32 * W columns over its share of the rows: each warp takes every eighth row, then the warps in
+// order.
 int64_t row_blocks(int64_t rows) { return rows < 64 ? 1 : rows / 64 < 64 ? rows / 64 : 64; }
 
 template <int W, class T>
-__global__ void __launch_bounds__(kThreads) col_sum_kernel(float* partial, const T* x, int64_t rows, int64_t cols, int64_t ld, int64_t per) {
+__global__ void __launch_bounds__(kThreads)
+    col_sum_kernel(float* partial, const T* x, int64_t rows, int64_t cols, int64_t ld, int64_t per) {
   SMEM(raw);
   float* shared = reinterpret_cast<float*>(raw);  // [kWarps][32 * W]
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -124,14 +128,16 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- rows by index ----------------------------------------------------------------------------------
 template <class U>
-__global__ void __launch_bounds__(kThreads) gather_kernel(U* dst, const U* src, const int32_t* index, int64_t n, int64_t units) {
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(U* dst, const U* src, const int32_t* index, int64_t n, int64_t units) {
   for (int64_t i = grid_thread(); i < n * units; i += grid_threads()) {
     const Split at = split(i, units);
     dst[i] = src[index[at.quotient] * units + at.rest];
   }
 }
 
-// Where key i goes when its run of sorted keys is merged with the run beside it; runs are `run` long, the last ones shorter.
+// Where key i goes when its run of sorted keys is merged with the run beside it; runs are `run` long, the last ones
+// shorter.
 __device__ __forceinline__ int64_t merged_place(const uint64_t* keys, int64_t i, int64_t run, int64_t n) {
   const int64_t both = i / (2 * run) * (2 * run);
   const bool second = i - both >= run;
@@ -152,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) sort_runs(uint64_t* keys, const int3
   SMEM(raw);
   uint64_t *from = reinterpret_cast<uint64_t*>(raw), *to = from + kRun;
   const int64_t begin = int64_t(blockIdx.x) * kRun, count = min(kRun, n - begin);
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) from[i] = uint64_t(uint32_t(index[begin + i])) << 32 | uint64_t(begin + i);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads)
+    from[i] = uint64_t(uint32_t(index[begin + i])) << 32 | uint64_t(begin + i);
   __syncthreads();
   for (int64_t run = 1; run < count; run *= 2) {
     for (int64_t i = threadIdx.x; i < count; i += kThreads) to[merged_place(from, i, run, count)] = from[i];
@@ -172,7 +179,8 @@ __global__ void __launch_bounds__(kThreads) merge_runs(uint64_t* to, const uint6
 int64_t sort_workspace(int64_t n) { return 2 * n * int64_t(sizeof(uint64_t)); }
 AgStatus sort_rows(AgCtx* ctx, const char* op, const int32_t* index, int64_t n, const uint64_t** keys) {
   uint64_t *from = static_cast<uint64_t*>(ctx->workspace), *to = from + n;
-  AgStatus status = launch(ctx, op, sort_runs, dim3(unsigned(div_up(n, kRun))), kThreads, 2 * kRun * sizeof(uint64_t), from, index, n);
+  AgStatus status = launch(ctx, op, sort_runs, dim3(unsigned(div_up(n, kRun))), kThreads, 2 * kRun * sizeof(uint64_t),
+                           from, index, n);
   for (int64_t run = kRun; status == AG_OK && run < n; run *= 2) {
     status = launch(ctx, op, merge_runs, grid_for(n, kThreads), kThreads, 0, to, from, run, n);
     std::swap(from, to);
@@ -193,11 +201,12 @@ AgStatus with_unit(const void* dst, const void* src, int64_t bytes, const F& f) 
 }
 int64_t size_of(AgDtype dt) { return dt == AG_BF16 ? 2 : dt == AG_F64 || dt == AG_I64 ? 8 : 4; }
 
-// One block for each sorted row and tile of columns. The first of equal indices sums them all, in order, kAhead rows in flight.
+// One block for each sorted row and tile of columns. The first of equal indices sums them all, in order, kAhead rows in
+// flight.
 constexpr int kAddThreads = 128, kAhead = 4;
 template <int W, class S, class D>
-__global__ void __launch_bounds__(kAddThreads)
-    scatter_add_kernel(D* dst, const S* src, const uint64_t* keys, int64_t n, int64_t cols, float scale, bool accumulate) {
+__global__ void __launch_bounds__(kAddThreads) scatter_add_kernel(D* dst, const S* src, const uint64_t* keys, int64_t n,
+                                                                  int64_t cols, float scale, bool accumulate) {
   const int64_t at = blockIdx.x, row = key_row(keys[at]), c = (int64_t(blockIdx.y) * kAddThreads + threadIdx.x) * W;
   if (row < 0 || c >= cols || (at && key_row(keys[at - 1]) == row)) return;
   float sum[W] = {};
@@ -269,8 +278,8 @@ AgStatus sum_squares(AgCtx* ctx, const AgSumSquares* a) {
       spans.at[spans.count++] = {s.p, s.n, pieces, s.dt == AG_BF16};
       pieces += div_up(s.n, kPiece);
     }
-    const AgStatus status = launch(ctx, "sum_squares", square_pieces, dim3(unsigned(pieces)), kThreads, kWarps * sizeof(double),
-                                   partial + total, spans);
+    const AgStatus status = launch(ctx, "sum_squares", square_pieces, dim3(unsigned(pieces)), kThreads,
+                                   kWarps * sizeof(double), partial + total, spans);
     if (status) return status;
     total += pieces;
   }
@@ -293,8 +302,8 @@ AgStatus col_sum(AgCtx* ctx, const AgColSum* a) {
                     static_cast<const T*>(a->x), a->rows, a->cols, a->ld, div_up(a->rows, blocks));
     });
     if (status) return status;
-    return launch(ctx, "col_sum", col_sum_finish, grid_for(a->cols, kThreads), kThreads, 0, grad_target(a->y), partial, blocks, a->cols,
-                  float(a->scale), static_cast<const float*>(a->by));
+    return launch(ctx, "col_sum", col_sum_finish, grid_for(a->cols, kThreads), kThreads, 0, grad_target(a->y), partial,
+                  blocks, a->cols, float(a->scale), static_cast<const float*>(a->by));
   });
 }
 
@@ -303,8 +312,8 @@ AgStatus gather_rows(AgCtx* ctx, const AgGatherRows* a) {
   return with_unit(a->dst, a->src, bytes, [&](auto tag) {
     typedef typename decltype(tag)::type U;
     const int64_t units = bytes / int64_t(sizeof(U));
-    return launch(ctx, "gather_rows", gather_kernel<U>, grid_for(a->n * units, kThreads), kThreads, 0, static_cast<U*>(a->dst),
-                  static_cast<const U*>(a->src), a->index, a->n, units);
+    return launch(ctx, "gather_rows", gather_kernel<U>, grid_for(a->n * units, kThreads), kThreads, 0,
+                  static_cast<U*>(a->dst), static_cast<const U*>(a->src), a->index, a->n, units);
   });
 }
 

@@ -4,8 +4,8 @@
 
 namespace gpu {
 
-// Row i's place among all by (index, i), as one number: numbers are all different, so their order is that of i for equal indices.
-// A negative index comes last.
+// Row i's place among all by (index, i), as one number: numbers are all different, so their order is that of i for
+// equal indices. A negative index comes last.
 __device__ __forceinline__ int32_t key_row(uint64_t key) { return int32_t(key >> 32); }
 __device__ __forceinline__ int64_t key_source(uint64_t key) { return int64_t(uint32_t(key)); }
 

@@ -1,6 +1,6 @@
-// The words of compute capability 9.0 that gpu.h does not have: barriers in shared memory, the tensor memory accelerator (TMA),
-// products of a warpgroup (wgmma). In PTX, for sm_90a, or for the emulation: there a load or product is done when it is asked for, so
-// a missing wait for a product is not found, one for a barrier is.
+// The words of compute capability 9.0 that gpu.h does not have: barriers in shared memory, the tensor memory
+// accelerator (TMA), products of a warpgroup (wgmma). In PTX, for sm_90a, or for the emulation: there a load or product
+// is done when it is asked for, so a missing wait for a product is not found, one for a barrier is.
 #pragma once
 #include "gpu.h"
 
@@ -23,7 +23,8 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
 __device__ __forceinline__ void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // One arrival, and so many bytes that are yet to come.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -43,17 +44,20 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
 
 // ---- loading ----------------------------------------------------------------------------------------
 // A box of kPanel columns from `col` of a head and of rows from `row` on, which arrives at `barrier`.
-__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int col, int head, int row) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-                   shared_address(to)),
-               "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(head), "r"(row)
-               : "memory");
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int col, int head,
+                                         int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(head), "r"(row)
+      : "memory");
 }
 // ---- products ---------------------------------------------------------------------------------------
-// A matrix in swizzled panels. `leading`: bytes between panels where the columns are those of the product (else unused). Eight rows
-// are 1024 bytes.
+// A matrix in swizzled panels. `leading`: bytes between panels where the columns are those of the product (else
+// unused). Eight rows are 1024 bytes.
 __device__ __forceinline__ uint64_t matrix(const char* start, int leading) {
-  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -78,17 +82,19 @@ __device__ __forceinline__ void hold(uint32_t (&x)[kBlocks][4]) {
 }
 
 #define AG_NAMES_8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define AG_NAMES_32                                                                                      \
-  AG_NAMES_8(0, 1, 2, 3, 4, 5, 6, 7)                                                                     \
+#define AG_NAMES_32                                                                                           \
+  AG_NAMES_8(0, 1, 2, 3, 4, 5, 6, 7)                                                                          \
   "," AG_NAMES_8(8, 9, 10, 11, 12, 13, 14, 15) "," AG_NAMES_8(16, 17, 18, 19, 20, 21, 22, 23) "," AG_NAMES_8( \
       24, 25, 26, 27, 28, 29, 30, 31)
-#define AG_NAMES_64                                                                                           \
-  AG_NAMES_32 "," AG_NAMES_8(32, 33, 34, 35, 36, 37, 38, 39) "," AG_NAMES_8(40, 41, 42, 43, 44, 45, 46, 47) "," AG_NAMES_8( \
-      48, 49, 50, 51, 52, 53, 54, 55) "," AG_NAMES_8(56, 57, 58, 59, 60, 61, 62, 63)
+#define AG_NAMES_64                                                                                                 \
+  AG_NAMES_32                                                                                                       \
+      "," AG_NAMES_8(32, 33, 34, 35, 36, 37, 38, 39) "," AG_NAMES_8(40, 41, 42, 43, 44, 45, 46, 47) "," AG_NAMES_8( \
+          48, 49, 50, 51, 52, 53, 54, 55) "," AG_NAMES_8(56, 57, 58, 59, 60, 61, 62, 63)
 #define AG_SUMS_4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define AG_SUMS_16(c, j) AG_SUMS_4(c, j), AG_SUMS_4(c, j + 1), AG_SUMS_4(c, j + 2), AG_SUMS_4(c, j + 3)
 
-// c[64][128] = a[64][16] b[128][16]^T, both in shared memory, or += with `add`. The warpgroup's accumulators lie like those of mma.m16n8k16.
+// c[64][128] = a[64][16] b[128][16]^T, both in shared memory, or += with `add`. The warpgroup's accumulators lie like
+// those of mma.m16n8k16.
 __device__ __forceinline__ void wgmma_scores(float (&c)[16][4], uint64_t a, uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -126,7 +132,9 @@ __device__ __forceinline__ void take_registers() {
 inline PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess) cudaGetLastError();
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) !=
+      cudaSuccess)
+    cudaGetLastError();
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
 
@@ -134,10 +142,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
 inline bool encode(CUtensorMap* map, const void* p, int64_t rows, int64_t heads, int64_t dim, int64_t ld, int box) {
   static const PFN_cuTensorMapEncodeTiled_v12000 entry = find_encode();
   if (!entry) return false;
-  const cuuint64_t sizes[] = {cuuint64_t(dim), cuuint64_t(heads), cuuint64_t(rows)}, strides[] = {cuuint64_t(dim) * 2, cuuint64_t(ld) * 2};
+  const cuuint64_t sizes[] = {cuuint64_t(dim), cuuint64_t(heads), cuuint64_t(rows)},
+                   strides[] = {cuuint64_t(dim) * 2, cuuint64_t(ld) * 2};
   const cuuint32_t boxes[] = {kPanel, 1, cuuint32_t(box)}, steps[] = {1, 1, 1};
-  return entry(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return entry(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), sizes, strides, boxes, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 #else
@@ -170,7 +180,9 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int co
 }
 
 // Fields as in the descriptor: where it begins, bytes between panels.
-inline uint64_t matrix(const char* start, int leading) { return uint64_t(start - shim::here.shared) | uint64_t(leading) << 32; }
+inline uint64_t matrix(const char* start, int leading) {
+  return uint64_t(start - shim::here.shared) | uint64_t(leading) << 32;
+}
 inline float element(uint64_t m, int64_t byte) {
   uint64_t at = uint32_t(m) + uint64_t(byte);
   at ^= (at >> 7 & 7) << 4;
@@ -179,7 +191,9 @@ inline float element(uint64_t m, int64_t byte) {
   return shim::widen(bits);
 }
 inline float by_rows(uint64_t m, int row, int k) { return element(m, row * kPanelRow + k * 2); }
-inline float by_columns(uint64_t m, int k, int col) { return element(m, col / kPanel * int64_t(m >> 32) + k * kPanelRow + col % kPanel * 2); }
+inline float by_columns(uint64_t m, int k, int col) {
+  return element(m, col / kPanel * int64_t(m >> 32) + k * kPanelRow + col % kPanel * 2);
+}
 template <int kBlocks, class A, class B>
 void multiply(float (&c)[kBlocks][4], const A& a, const B& b) {
   const int lane = int(threadIdx.x) % 32;
@@ -198,13 +212,15 @@ void hold(T&) {}
 inline void wgmma_scores(float (&c)[16][4], uint64_t a, uint64_t b, int add) {
   if (!add) memset(c, 0, sizeof c);
   const int row0 = int(threadIdx.x) / 32 % 4 * 16;
-  multiply(c, [=](int row, int k) { return by_rows(a, row0 + row, k); }, [=](int k, int col) { return by_rows(b, col, k); });
+  multiply(
+      c, [=](int row, int k) { return by_rows(a, row0 + row, k); }, [=](int k, int col) { return by_rows(b, col, k); });
 }
 template <int kBlocks>
 void wgmma_values(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
   uint32_t rows[4][4];  // register i of lane t of the quad
   for (int i = 0; i < 4; i++)
-    for (int t = 0; t < 4; t++) rows[i][t] = shim::shuffle("wgmma", ~0u, a[i], [t](int lane) { return (lane & ~3) | t; });
+    for (int t = 0; t < 4; t++)
+      rows[i][t] = shim::shuffle("wgmma", ~0u, a[i], [t](int lane) { return (lane & ~3) | t; });
   auto left = [&](int row, int k) {
     const uint32_t pair = rows[(row >= 8) + k / 8 * 2][k % 8 / 2];
     return shim::widen(uint16_t(pair >> (k % 2 * 16)));

@@ -1,5 +1,5 @@
 // alignMix: the last projector layer, the mix of the alignment levels and the splice into the packed sequence as one
-// op (arXiv 2405.14129, section 3). What is computed is spelled out at AgAlignMix in backend.h.
+// op (arXiv 2405.14129, section 3). What is computed is spelled out at AgAlignMix in arguments.h.
 #include "ops.h"
 
 namespace ag::ops {
@@ -18,7 +18,8 @@ static const Tensor& given(const char* what, const Opt& t) {
   return *t;
 }
 
-// Every row the op writes must be written once: tokens by id, the image rows by the projector, the align rows by the mix.
+// Every row the op writes must be written once: tokens by id, the image rows by the projector, the align rows by the
+// mix.
 static void check_layout(const AlignMixIn& in, int64_t tokens, int64_t images) {
   want_index(op, "tokens", in.tokens, AG_IMAGE_TOKEN, in.embed.shape[0]);
   want_index(op, "imageRows", in.image_rows, 0, tokens);
@@ -29,23 +30,26 @@ static void check_layout(const AlignMixIn& in, int64_t tokens, int64_t images) {
     image_rows += t[i] == AG_IMAGE_TOKEN;
     align_rows += t[i] == AG_ALIGN_TOKEN;
   }
-  check(image_rows == images * in.patches, "ERR_SHAPE", "[alignMix] tokens: expected ", images * in.patches, " image rows, got ", image_rows);
+  check(image_rows == images * in.patches, "ERR_SHAPE", "[alignMix] tokens: expected ", images * in.patches,
+        " image rows, got ", image_rows);
   check(align_rows == images, "ERR_SHAPE", "[alignMix] tokens: expected ", images, " alignment rows, got ", align_rows);
   int64_t after = 0;
   for (int64_t m = 0; m < images; m++) {
     int64_t first = host_i32(in.image_rows)[m], align = host_i32(in.align_rows)[m];
-    check(first >= after && first + in.patches <= tokens, "ERR_RANGE", "[alignMix] imageRows[", m, "]: expected ", after, "..",
-          tokens - in.patches, ", got ", first);
+    check(first >= after && first + in.patches <= tokens, "ERR_RANGE", "[alignMix] imageRows[", m, "]: expected ",
+          after, "..", tokens - in.patches, ", got ", first);
     for (int64_t p = 0; p < in.patches; p++)
-      check(t[first + p] == AG_IMAGE_TOKEN, "ERR_RANGE", "[alignMix] tokens[", first + p, "]: expected an image row, got ", t[first + p]);
-    check(t[align] == AG_ALIGN_TOKEN && (m == 0 || align > host_i32(in.align_rows)[m - 1]), "ERR_RANGE", "[alignMix] alignRows[", m,
-          "]: expected the next alignment row, got ", align);
+      check(t[first + p] == AG_IMAGE_TOKEN, "ERR_RANGE", "[alignMix] tokens[", first + p,
+            "]: expected an image row, got ", t[first + p]);
+    check(t[align] == AG_ALIGN_TOKEN && (m == 0 || align > host_i32(in.align_rows)[m - 1]), "ERR_RANGE",
+          "[alignMix] alignRows[", m, "]: expected the next alignment row, got ", align);
     after = first + in.patches;
   }
 }
 
 static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
-  check(in.gate.size() == 4, "ERR_ARGUMENT", "[alignMix] gate: expected [w0, b0, w1, b1], got ", in.gate.size(), " tensors");
+  check(in.gate.size() == 4, "ERR_ARGUMENT", "[alignMix] gate: expected [w0, b0, w1, b1], got ", in.gate.size(),
+        " tensors");
   check(a.levels >= 2, "ERR_SHAPE", "[alignMix] table: expected at least 2 levels for a gate, got ", a.levels);
   want_rank(op, "gate.w0", in.gate[0], 2);
   a.gate_hidden = in.gate[0].shape[0];
@@ -60,7 +64,8 @@ static void check_gate(const AlignMixIn& in, AgAlignMix& a) {
   const int32_t* id = host_i32(ids);
   int64_t entries = ids.numel();
   while (entries && id[entries - 1] < 0) entries--;
-  for (int64_t i = 0; i < entries; i++) check(id[i] >= 0, "ERR_RANGE", "[alignMix] gateIds[", i, "]: expected -1 at the end alone, got -1");
+  for (int64_t i = 0; i < entries; i++)
+    check(id[i] >= 0, "ERR_RANGE", "[alignMix] gateIds[", i, "]: expected -1 at the end alone, got -1");
   int64_t n = want_offsets(op, "gateOffsets", offsets, entries);
   check(n == a.images, "ERR_SHAPE", "[alignMix] gateOffsets: expected ", a.images + 1, " offsets, got ", n + 1);
   a.gw0 = in.gate[0].data();
@@ -110,7 +115,8 @@ static AgAlignMix check_args(const AlignMixIn& in) {
       a.b = in.bias->data();
     }
   } else {
-    check(a.features == a.hidden, "ERR_SHAPE", "[alignMix] x without a projector: expected width ", a.hidden, ", got ", a.features);
+    check(a.features == a.hidden, "ERR_SHAPE", "[alignMix] x without a projector: expected width ", a.hidden, ", got ",
+          a.features);
   }
   check_layout(in, a.tokens, a.images);
   if (a.mode == AG_MIX_GATE) check_gate(in, a);
@@ -132,21 +138,23 @@ static AgAlignMix check_args(const AlignMixIn& in) {
 enum Input { X, W, B, EMBED, TABLE, GW0, GB0, GW1, GB1 };
 
 // `kept` is everything `a` points to.
-static void backward_of(Grads& grads, AgAlignMix a, const std::vector<Saved>& kept, const Shape& shape_x) {
+static void backward_of(Grads& grads, const AgAlignMix& a, const std::vector<Saved>& kept, const Shape& shape_x) {
   for (const Saved& t : kept) t.get();
   const Tensor& d_out = grads.out();
-  a.d_out = d_out.data();
+  AgAlignMixGrad g{};
+  g.forward = a;
+  g.d_out = d_out.data();
   Tensor dx = grads.needs(X) ? empty(d_out.device(), shape_x, d_out.dt) : Tensor();
-  a.dx = dx.defined() ? dx.data() : nullptr;
-  a.dw = grads.slot(W);
-  a.db = grads.slot(B);
-  a.d_embed = grads.slot(EMBED);
-  a.d_table = grads.slot(TABLE);
-  a.d_gw0 = grads.slot(GW0);
-  a.d_gb0 = grads.slot(GB0);
-  a.d_gw1 = grads.slot(GW1);
-  a.d_gb1 = grads.slot(GB1);
-  run(op, d_out.device(), d_out.device()->backend->align_mix_grad, a, AG_K_ALIGN_MIX_GRAD);
+  g.dx = dx.defined() ? dx.data() : nullptr;
+  g.dw = grads.slot(W);
+  g.db = grads.slot(B);
+  g.d_embed = grads.slot(EMBED);
+  g.d_table = grads.slot(TABLE);
+  g.d_gw0 = grads.slot(GW0);
+  g.d_gb0 = grads.slot(GB0);
+  g.d_gw1 = grads.slot(GW1);
+  g.d_gb1 = grads.slot(GB1);
+  run(op, d_out.device(), &AgBackend::align_mix_grad, g);
   if (dx.defined()) grads.add(X, std::move(dx));
 }
 
@@ -174,7 +182,7 @@ std::vector<Tensor> align_mix(const AlignMixIn& in) {
   a.gate_pre = pre.data();
   a.logits = logits.data();
   a.coef = coef.data();
-  run(op, device, device->backend->align_mix, a, AG_K_ALIGN_MIX);
+  run(op, device, &AgBackend::align_mix, a);
 
   std::vector<Tensor> inputs = {in.x, in.weight.value_or(Tensor()), in.bias.value_or(Tensor()), in.embed, in.table};
   for (int i = 0; i < 4; i++) inputs.push_back(gate ? in.gate[i] : Tensor());

@@ -3,20 +3,6 @@
 
 namespace ag::ops {
 
-static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
-
-int64_t head_dim(const char* op, const char* what, const Tensor& x, int64_t heads) {
-  want_rank(op, what, x, 2);
-  check(heads > 0 && x.shape[1] % heads == 0 && x.shape[1] > 0, "ERR_SHAPE", "[", op, "] ", what, ": expected columns divisible by ",
-        heads, " heads, got ", x.shape);
-  return x.shape[1] / heads;
-}
-
-void check_heads(const char* op, int64_t heads, int64_t kv_heads) {
-  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "ERR_ARGUMENT", "[", op,
-        "] heads: expected a multiple of kvHeads, got ", heads, " and ", kv_heads);
-}
-
 // Queries, keys and values, or their gradients: three tensors, or one with all of them in each row.
 struct Operands {
   Tensor q, k, v;  // k and v undefined: their columns follow in q
@@ -25,7 +11,9 @@ struct Operands {
   void* keys() const { return packed() ? column(q, heads * dim) : k.data(); }
   void* values() const { return packed() ? column(q, (heads + kv_heads) * dim) : v.data(); }
   int64_t key_rows() const { return packed() ? q.shape[0] : k.shape[0]; }
-  Operands like() const { return {empty_like(q), packed() ? k : empty_like(k), packed() ? v : empty_like(v), heads, kv_heads, dim}; }
+  Operands like() const {
+    return {empty_like(q), packed() ? k : empty_like(k), packed() ? v : empty_like(v), heads, kv_heads, dim};
+  }
 };
 
 static Operands operands(const Tensor& q, const Opt& k, const Opt& v, int64_t heads, int64_t kv_heads) {
@@ -44,15 +32,16 @@ static Operands operands(const Tensor& q, const Opt& k, const Opt& v, int64_t he
   return {q.detached(), k->detached(), v->detached(), heads, kv_heads, dim};
 }
 
-Tensor attention(const Tensor& q, const Opt& k, const Opt& v, const Tensor& q_offsets, const Tensor& k_offsets, int64_t heads,
-                 int64_t kv_heads, bool causal, double scale) {
+Tensor attention(const Tensor& q, const Opt& k, const Opt& v, const Tensor& q_offsets, const Tensor& k_offsets,
+                 int64_t heads, int64_t kv_heads, bool causal, double scale) {
   const char* op = "attention";
   const Operands in = operands(q, k, v, heads, kv_heads);
   Device* device = q.device();
   int64_t batch = want_offsets(op, "qOffsets", q_offsets, q.shape[0]);
   int64_t batch_k = want_offsets(op, "kOffsets", k_offsets, in.key_rows());
   check(batch == batch_k, "ERR_SHAPE", "[attention] kOffsets: expected ", batch + 1, " offsets, got ", batch_k + 1);
-  Tensor o = empty(device, Shape{q.shape[0], heads * in.dim}, q.dt), lse = empty(device, Shape{q.shape[0], heads}, acc_dtype(q.dt));
+  Tensor o = empty(device, Shape{q.shape[0], heads * in.dim}, q.dt),
+         lse = empty(device, Shape{q.shape[0], heads}, acc_dtype(q.dt));
   AgAttention a{};
   a.q = q.data();
   a.k = in.keys();
@@ -73,7 +62,7 @@ Tensor attention(const Tensor& q, const Opt& k, const Opt& v, const Tensor& q_of
   a.scale = scale;
   a.causal = causal;
   a.dt = q.dt;
-  run(op, device, table(q).attention, a, AG_K_ATTENTION);
+  run(op, device, &AgBackend::attention, a);
   const std::vector<Tensor> inputs = k ? std::vector<Tensor>{q, *k, *v} : std::vector<Tensor>{q};
   if (!recording(inputs)) return o;
   const Saved kept_q(in.q), kept_k(in.k), kept_v(in.v), kept_o(o.detached()), oq(q_offsets), ok(k_offsets);
@@ -83,16 +72,17 @@ Tensor attention(const Tensor& q, const Opt& k, const Opt& v, const Tensor& q_of
     Operands kept = in;
     kept.q = kept_q.get(), kept.k = kept_k.get(), kept.v = kept_v.get();
     Operands d = kept.like();
-    AgAttention g = a;  // the saved tensors and `lse` keep its pointers alive
-    g.o = so.data();
-    g.lse = lse.data();
-    g.q_offsets = device_i32(oq.get(), d_o.device());
-    g.k_offsets = device_i32(ok.get(), d_o.device());
+    AgAttentionGrad g{};
+    g.forward = a;  // the saved tensors and `lse` keep its pointers alive
+    g.forward.o = so.data();
+    g.forward.lse = lse.data();
+    g.forward.q_offsets = device_i32(oq.get(), d_o.device());
+    g.forward.k_offsets = device_i32(ok.get(), d_o.device());
     g.d_o = d_o.data();
     g.dq = d.q.data();
     g.dk = d.keys();
     g.dv = d.values();
-    run("attention", d_o.device(), table(d_o).attention_grad, g, AG_K_ATTENTION_GRAD);
+    run("attention", d_o.device(), &AgBackend::attention_grad, g);
     grads.add(0, std::move(d.q));
     if (d.packed()) return;
     grads.add(1, std::move(d.k));

@@ -6,25 +6,24 @@
 
 namespace ag::ops {
 
-static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
-
 static Tensor scaled(const Tensor& x, const Tensor& by) {
   Tensor y = empty_like(x);
-  if (x.numel()) run("loss", x.device(), table(x).binary, AgBinary{AG_MUL, y.data(), x.data(), by.data(), x.numel(), 1, x.dt});
+  if (x.numel())
+    run("loss", x.device(), &AgBackend::binary, AgBinary{AG_MUL, y.data(), x.data(), by.data(), x.numel(), 1, x.dt});
   return y;
 }
 
 static Tensor as_dtype(const Tensor& x, AgDtype dt) {
   if (x.dt == dt) return x;
   Tensor y = empty(x.device(), x.shape, dt);
-  run("cast", x.device(), table(x).cast, AgCast{y.data(), dt, x.data(), x.dt, x.numel()});
+  run("cast", x.device(), &AgBackend::cast, AgCast{y.data(), dt, x.data(), x.dt, x.numel()});
   return y;
 }
 
 // [rows] acc -> [] of dtype acc, times scale
 static Tensor sum_rows(const Tensor& nll, double scale) {
   Tensor y = empty(nll.device(), Shape{}, nll.dt);
-  run("loss", nll.device(), table(nll).sum, AgSum{y.data(), nll.data(), nll.numel(), nll.dt, scale}, AG_K_SUM);
+  run("loss", nll.device(), &AgBackend::sum, AgSum{y.data(), nll.data(), nll.numel(), nll.dt, scale});
   return y;
 }
 
@@ -34,10 +33,9 @@ struct HeadGrads {
 };
 
 // One pass over the chunks: nll of every row and, when wanted, the gradients for a loss gradient of 1.
-static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32_t* targets, double grad_scale, const Opt& scale,
-                        int64_t chunk, Tensor& nll, HeadGrads& want) {
+static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32_t* targets, double grad_scale,
+                        const Opt& scale, int64_t chunk, Tensor& nll, HeadGrads& want) {
   Device* device = rows_RH.device();
-  const AgBackend& t = *device->backend;
   AgDtype dt = rows_RH.dt, acc = acc_dtype(dt);
   int64_t R = rows_RH.shape[0], H = rows_RH.shape[1], V = weight.shape[0], size = dtype_size(dt);
   bool grads = want.d_rows.defined() || want.d_weight.defined();
@@ -50,7 +48,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
     g.a = rows_RH.as<char>() + at * H * size, g.lda = H;
     g.b = weight.data(), g.ldb = H, g.trans_b = 1, g.b_packed = weight.packed(V, H, true);
     g.c = logits.data(), g.ldc = V, g.dt = dt, g.dt_c = acc;
-    run("lmHeadLoss", device, t.gemm, g, AG_K_GEMM);
+    run("lmHeadLoss", device, &AgBackend::gemm, g);
     AgCrossEntropy ce{};
     ce.logits = logits.data();
     ce.rows = n, ce.cols = V;
@@ -60,14 +58,14 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
     ce.grad_scale = grad_scale;
     ce.scale = scale ? scale->data() : nullptr;
     ce.dt = acc, ce.dt_d = dt;
-    run("lmHeadLoss", device, t.cross_entropy, ce, AG_K_CROSS_ENTROPY);
+    run("lmHeadLoss", device, &AgBackend::cross_entropy, ce);
     if (want.d_rows.defined()) {  // [n, V] x [V, H]
       AgGemm d{};
       d.m = n, d.n = H, d.k = V;
       d.a = d_logits.data(), d.lda = V;
       d.b = weight.data(), d.ldb = H, d.b_packed = weight.packed(V, H, false);
       d.c = want.d_rows.as<char>() + at * H * size, d.ldc = H, d.dt = d.dt_c = dt;
-      run("lmHeadLoss", device, t.gemm, d, AG_K_GEMM);
+      run("lmHeadLoss", device, &AgBackend::gemm, d);
     }
     if (want.d_weight.defined()) {  // [n, V]^T x [n, H]
       AgGemm d{};
@@ -75,7 +73,7 @@ static void head_chunks(const Tensor& rows_RH, const Tensor& weight, const int32
       d.a = d_logits.data(), d.lda = V, d.trans_a = 1;
       d.b = rows_RH.as<char>() + at * H * size, d.ldb = H;
       d.c = want.d_weight.data(), d.ldc = H, d.dt = dt, d.dt_c = acc, d.accumulate = at > 0;
-      run("lmHeadLoss", device, t.gemm, d, AG_K_GEMM);
+      run("lmHeadLoss", device, &AgBackend::gemm, d);
     }
   }
 }
@@ -104,11 +102,13 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
     want_same_device(op, {&hidden, &*scale});
   }
   Tensor rows_RH = empty(device, Shape{R, H}, dt), nll = empty(device, Shape{R}, acc);
-  run(op, device, table(hidden).gather_rows, AgGatherRows{rows_RH.data(), hidden.data(), device_i32(rows, device), R, H, T, dt});
+  run(op, device, &AgBackend::gather_rows,
+      AgGatherRows{rows_RH.data(), hidden.data(), device_i32(rows, device), R, H, T, dt});
   HeadGrads want;
   bool rec = recording({&hidden, &weight});
   if (rec && wants_grad(hidden)) want.d_rows = empty_like(rows_RH);
-  if (rec && wants_grad(weight)) want.d_weight = R ? empty(device, weight.shape, acc) : zeros(device, weight.shape, acc);
+  if (rec && wants_grad(weight))
+    want.d_weight = R ? empty(device, weight.shape, acc) : zeros(device, weight.shape, acc);
   if (R) head_chunks(rows_RH, weight, device_i32(targets, device), 1.0 / denominator, scale, chunk, nll, want);
   Tensor loss = sum_rows(nll, 1.0 / denominator);
   if (scale) loss = scaled(loss, *scale);
@@ -117,13 +117,13 @@ std::vector<Tensor> lm_head_loss(const Tensor& hidden, const Tensor& weight, con
     Tensor by = grads.out();
     if (grads.needs(0)) {
       Tensor d = scaled(want.d_rows, as_dtype(by, dt));
-      run("lmHeadLoss", device, table(d).scatter_add,
-          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows.get(), device), R, H, T, dt, 1.0}, AG_K_SCATTER_ADD);
+      run("lmHeadLoss", device, &AgBackend::scatter_add,
+          AgScatterAdd{grads.slot(0), d.data(), device_i32(saved_rows.get(), device), R, H, T, dt, 1.0});
     }
     if (grads.needs(1)) {  // through col_sum of one "row": scales and lands in the slot, whatever its dtype
       const Tensor& d = want.d_weight;
-      run("lmHeadLoss", device, table(d).col_sum,
-          AgColSum{grads.slot(1), d.data(), 1, V * H, V * H, acc, 1.0, by.data()}, AG_K_COL_SUM);
+      run("lmHeadLoss", device, &AgBackend::col_sum,
+          AgColSum{grads.slot(1), d.data(), 1, V * H, V * H, acc, 1.0, by.data()});
     }
   });
   return {loss, nll};
@@ -139,7 +139,7 @@ static void xent(const Tensor& logits, const int32_t* targets, Tensor& nll, Tens
   ce.dlogits = d_logits ? d_logits->data() : nullptr;
   ce.grad_scale = grad_scale;
   ce.dt = logits.dt, ce.dt_d = logits.dt;
-  run("crossEntropy", logits.device(), table(logits).cross_entropy, ce, AG_K_CROSS_ENTROPY);
+  run("crossEntropy", logits.device(), &AgBackend::cross_entropy, ce);
 }
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {

@@ -3,8 +3,6 @@
 
 namespace ag::ops {
 
-static const AgBackend& table(const Tensor& t) { return *t.device()->backend; }
-
 static Tensor norm(const char* op, const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
   bool layer = b.defined();
   want_float(op, "x", x);
@@ -35,7 +33,7 @@ static Tensor norm(const char* op, const Tensor& x, const Tensor& w, const Tenso
     a.cols = cols;
     a.eps = eps;
     a.dt = sx.dt;
-    run(op, sx.device(), table(sx).norm, a);
+    run(op, sx.device(), &AgBackend::norm, a);
     return y;
   };
   Tensor y = forward();
@@ -57,13 +55,15 @@ static Tensor norm(const char* op, const Tensor& x, const Tensor& w, const Tenso
     g.rows = rows;
     g.cols = cols;
     g.dt = dy.dt;
-    run(op, dy.device(), table(dy).norm_grad, g, AG_K_NORM_GRAD);
+    run(op, dy.device(), &AgBackend::norm_grad, g);
     if (dx.defined()) grads.add(0, std::move(dx));
   });
   return y;
 }
 
-Tensor layer_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps) { return norm("layerNorm", x, w, b, eps); }
+Tensor layer_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
+  return norm("layerNorm", x, w, b, eps);
+}
 Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) { return norm("rmsNorm", x, w, Tensor(), eps); }
 
 Tensor softmax(const Tensor& x) {
@@ -71,12 +71,13 @@ Tensor softmax(const Tensor& x) {
   check(x.shape.rank >= 1, "ERR_SHAPE", "[softmax] x: expected rank >= 1, got ", x.shape);
   int64_t rows = x.shape.rows(), cols = x.shape.cols();
   Tensor y = empty_like(x);
-  run("softmax", x.device(), table(x).softmax, AgSoftmax{y.data(), x.data(), rows, cols, x.dt});
+  run("softmax", x.device(), &AgBackend::softmax, AgSoftmax{y.data(), x.data(), rows, cols, x.dt});
   Saved saved(y);
   record("softmax", {&y}, {x}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     Tensor dx = empty_like(dy);
-    run("softmax", dy.device(), table(dy).softmax_grad, AgSoftmaxGrad{dx.data(), dy.data(), saved.get().data(), rows, cols, dy.dt});
+    run("softmax", dy.device(), &AgBackend::softmax_grad,
+        AgSoftmaxGrad{dx.data(), dy.data(), saved.get().data(), rows, cols, dy.dt});
     grads.add(0, std::move(dx));
   });
   return y;
@@ -87,12 +88,12 @@ Tensor l2_normalize(const Tensor& x) {
   check(x.shape.rank >= 1, "ERR_SHAPE", "[l2Normalize] x: expected rank >= 1, got ", x.shape);
   int64_t rows = x.shape.rows(), cols = x.shape.cols();
   Tensor y = empty_like(x), length = empty(x.device(), Shape{rows}, acc_dtype(x.dt));
-  run("l2Normalize", x.device(), table(x).l2norm, AgL2Norm{y.data(), x.data(), length.data(), rows, cols, x.dt});
+  run("l2Normalize", x.device(), &AgBackend::l2norm, AgL2Norm{y.data(), x.data(), length.data(), rows, cols, x.dt});
   Saved saved(y);
   record("l2Normalize", {&y}, {x}, [=](Grads& grads) {
     const Tensor& dy = grads.out();
     Tensor dx = empty_like(dy);
-    run("l2Normalize", dy.device(), table(dy).l2norm_grad,
+    run("l2Normalize", dy.device(), &AgBackend::l2norm_grad,
         AgL2NormGrad{dx.data(), dy.data(), saved.get().data(), length.data(), rows, cols, dy.dt});
     grads.add(0, std::move(dx));
   });

@@ -1,11 +1,11 @@
-// Opening the CUDA backend: what is said when there is none, and that what was opened stays usable. The first argument is a library with
-// the emulated backend.
+// Opening the CUDA backend: what is said when there is none, and that what was opened stays usable. The first argument
+// is a library with the emulated backend.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "core/tensor.h"
 #include "cuda/probe.h"
-#include "tensor.h"
 
 namespace {
 
@@ -28,7 +28,9 @@ void test_probe() {
       {{true, 12040, 13000, 0, 1, 9, 0, "H100"}, false, "expected one for CUDA 13.0 or newer, got one for CUDA 12.4"},
       {{true, 13000, 13000, 100, 0, 0, 0, ""}, false, "the driver shows none"},
       {{true, 13000, 13000, 0, 0, 0, 0, ""}, false, "the driver shows none"},
-      {{true, 13000, 13000, 0, 0, 0, 0, "", "system not yet initialized"}, false, "got an error: system not yet initialized"},
+      {{true, 13000, 13000, 0, 0, 0, 0, "", "system not yet initialized"},
+       false,
+       "got an error: system not yet initialized"},
       {{true, 13000, 13000, 999, 0, 0, 0, ""}, false, "cuInit failed with error 999"},
       {{true, 13000, 13000, 0, 1, 7, 5, "T4"}, false, "expected compute capability 8.0 or newer, got 7.5 (T4)"},
       {{true, 13000, 13010, 0, 1, 9, 0, "H100"}, true, "H100, compute capability 9.0, driver for CUDA 13.0"},
@@ -54,7 +56,8 @@ int main(int argc, char** argv) {
   setenv("ALIGNGPT_CUDA_LIBRARY", argv[1], 1);
   setenv("ALIGNGPT_CUBLASLT", "/nowhere/lt.so", 1);
   setenv("ALIGNGPT_GEMM", "cublaslt", 1);
-  want(!ag::cuda(&why) && contains(why, "ALIGNGPT_GEMM: expected cublasLt") && contains(why, "/nowhere/lt.so"), "cublasLt demanded", why);
+  want(!ag::cuda(&why) && contains(why, "ALIGNGPT_GEMM: expected cublasLt") && contains(why, "/nowhere/lt.so"),
+       "cublasLt demanded", why);
   unsetenv("ALIGNGPT_GEMM");
   ag::Device* device = ag::cuda(&why);
   want(device && device == ag::cuda(&why), "emulated library", why);
@@ -68,7 +71,7 @@ int main(int argc, char** argv) {
   ag::copy_bytes(device, host.data(), x.data(), x.bytes());
   ag::synchronize(device);
   want(host[0] == 0 && host[14] == 0, "a tensor on the device", ag::cat(host[0]));
-  device->fail_after(0);
+  device->memory.fail_after(0);
   try {
     ag::empty(device, ag::Shape{1}, AG_F32);
     want(false, "an allocation that fails", "nothing was thrown");
@@ -76,6 +79,7 @@ int main(int argc, char** argv) {
     want(!std::strcmp(e.code, "ERR_MEMORY"), "an allocation that fails", e.what());
   }
   want(ag::zeros(device, ag::Shape{7}, AG_BF16).defined(), "allocating after it", "works");
-  want(device->counters().in_use == 64 && ag::cpu().counters().in_use == 0, "counters of each device", ag::cat(device->counters().in_use));
+  want(device->memory.counters().in_use == 64 && ag::cpu().memory.counters().in_use == 0, "counters of each device",
+       ag::cat(device->memory.counters().in_use));
   return failed != 0;
 }

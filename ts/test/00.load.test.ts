@@ -1,6 +1,10 @@
 import { spawnSync } from 'node:child_process'
-import { expect, test } from 'vitest'
-import { native } from '../src/core/native.js'
+import fs from 'node:fs'
+import os from 'node:os'
+import path from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, expect, test } from 'vitest'
+import { native, nativeFile } from '../src/core/native.js'
 import { allLevels } from './cpu-levels.js'
 
 const root = new URL('../..', import.meta.url)
@@ -50,4 +54,43 @@ test('the process ends by itself after work on the pool', () => {
   )
   expect(r.stdout.trim()).toBe('done')
   expect(r.status).toBe(0)
+})
+
+const scratch = fs.realpathSync(fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt lädt ')))
+afterAll(() => fs.rmSync(scratch, { recursive: true }))
+const PREBUILT = `prebuilds/${process.platform}-${process.arch}`
+
+/** What the loader says in a package that has these files and nothing else: `file` of the native core, or its error. */
+function loadIn(name: string, files: Record<string, Buffer>): string {
+  const dir = path.join(scratch, name)
+  for (const source of ['src/core/native.ts', 'src/util/errors.ts', 'src/util/package.ts'])
+    fs.cpSync(fileURLToPath(new URL(`ts/${source}`, root)), path.join(dir, source))
+  fs.writeFileSync(path.join(dir, 'package.json'), '{ "name": "aligngpt", "type": "module" }')
+  fs.symlinkSync(fileURLToPath(new URL('node_modules', root)), path.join(dir, 'node_modules'))
+  for (const [file, bytes] of Object.entries(files)) {
+    fs.mkdirSync(path.dirname(path.join(dir, file)), { recursive: true })
+    fs.writeFileSync(path.join(dir, file), bytes)
+  }
+  const loader = JSON.stringify(path.join(dir, 'src/core/native.ts'))
+  const code = `import(${loader}).then((m) => m.nativeFile, (e) => `
+  return run(`${code} e.code + ' ' + e.message).then(console.log)`).stdout.trim().replaceAll(dir, 'DIR')
+}
+
+test('the loader takes what was built here, else what came with the package', () => {
+  const ours = fs.readFileSync(nativeFile)
+  const prebuilt = { [`${PREBUILT}/aligngpt.node`]: ours }
+  expect(loadIn('prebuilt', prebuilt)).toBe(`DIR/${PREBUILT}/aligngpt.node`)
+  expect(loadIn('both', { ...prebuilt, 'build/Release/aligngpt.node': ours })).toBe('DIR/build/Release/aligngpt.node')
+})
+
+test('where none fits the error is one line with one command; a broken one is not passed over', () => {
+  const ours = fs.readFileSync(nativeFile)
+  const command = 'Build it from source with: npm run --prefix "DIR" build:native '
+  const error = (got: string) =>
+    `^ERR_NATIVE \\[native\\] aligngpt\\.node: expected a binary for [^\n]*, got ${got}\\. ${command}[^\n]*$`
+  expect(loadIn('none', {})).toMatch(new RegExp(error('nothing in build/Release or prebuilds of DIR')))
+  const broken = { 'build/Release/aligngpt.node': Buffer.from('no library'), [`${PREBUILT}/aligngpt.node`]: ours }
+  expect(loadIn('broken', broken)).toMatch(new RegExp(error('DIR/build/Release/aligngpt\\.node: [^\n]+')))
+  const other = { [`${PREBUILT}/other.node`]: ours }
+  expect(loadIn('other', other)).toMatch(new RegExp(error(`DIR/${PREBUILT}/other\\.node, which is another package's`)))
 })

@@ -1,4 +1,4 @@
-/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or its emulation (scripts/cuda-check.mjs). */
+/** Tensors and models on a device of their own. What needs a GPU runs where there is one, or on its emulation. */
 
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'

@@ -1,4 +1,4 @@
-/** Numeric parity with PyTorch in both phases, inference and CLIP scoring: scripts/goldens.ts as a user runs it. */
+/** Numeric parity with PyTorch in both phases, inference and CLIP scoring: scripts/parity/goldens.ts as a user runs it. */
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import os from 'node:os'
@@ -12,7 +12,7 @@ const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'goldens-'))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))
 
 function goldens(args: string[], env: Record<string, string>) {
-  return spawnSync(process.execPath, ['--import', 'tsx', 'scripts/goldens.ts', ...args], {
+  return spawnSync(process.execPath, ['--import', 'tsx', 'scripts/parity/goldens.ts', ...args], {
     cwd: root,
     env: { ...process.env, ...env },
     encoding: 'utf8',

@@ -113,7 +113,7 @@ describe('bit for bit', () => {
     })
 })
 
-// The cases of a GPU run where there is one, or its emulation (scripts/cuda-check.mjs).
+// The cases of a GPU run where there is one, or its emulation (scripts/cuda/check.mjs).
 const onGpu: Record<string, ['pretrain' | 'finetune', Parameters<typeof part>[2]]> = {
   'f32, pre-training': ['pretrain', { batch: 2 }],
   'f32, instruction tuning, state in main memory': ['finetune', { batch: 2, microBatch: 1, offloadOptimizer: true }],

@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { afterAll, expect, test } from 'vitest'
-import { crash, damage } from '../../scripts/crash/campaign.js'
+import { crash, damage } from '../../scripts/reliability/campaign.js'
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'crash test '))
 afterAll(() => fs.rmSync(scratch, { recursive: true }))

@@ -1,13 +1,12 @@
 /** Worker threads, several at once, and clean exits. */
 import { spawnSync } from 'node:child_process'
 import { createRequire } from 'node:module'
-import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import { expect, test } from 'vitest'
-import { native } from '../src/core/native.js'
+import { native, nativeFile } from '../src/core/native.js'
 import { tensor } from '../src/core/tensor.js'
 
-const addon = fileURLToPath(new URL('../../build/Release/aligngpt.node', import.meta.url))
+const addon = nativeFile
 const BODY = `
 const { parentPort, workerData } = require('node:worker_threads')
 const native = require(workerData.addon)

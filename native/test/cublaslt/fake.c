@@ -1,7 +1,8 @@
-/* A stand-in for libcublasLt.so: the same symbols, descriptors recorded from the bytes that are set, and a product on the host
-   that is computed from nothing but those descriptors. Values and struct layouts are its own (values.h, from NVIDIA's headers),
-   so a wrong one in native/cuda/cublas.h shows. It is strict where the real one is silent: alignments that were promised, an
-   algorithm made for another product, a workspace that is not there, a C that is read although beta is 0. */
+/* A stand-in for libcublasLt.so: the same symbols, descriptors recorded from the bytes that are set, and a product on
+   the host that is computed from nothing but those descriptors. Values and struct layouts are its own (values.h, from
+   NVIDIA's headers), so a wrong one in native/cuda/cublas.h shows. It is strict where the real one is silent:
+   alignments that were promised, an algorithm made for another product, a workspace that is not there, a C that is read
+   although beta is 0. */
 #include "fake.h"
 
 #include <pthread.h>
@@ -123,7 +124,8 @@ static uint64_t alignment(const void* p) {
 static uint64_t mix(uint64_t h, uint64_t x) { return (h ^ x) * 0x9e3779b97f4a7c15u + (h >> 29); }
 static uint64_t product_of(const Desc* d, const Layout* const* l) {
   uint64_t h = mix(mix(mix(1, (uint64_t)d->trans_a), (uint64_t)d->trans_b), d->epilogue);
-  for (int i = 0; i < 4; i++) h = mix(mix(mix(mix(h, (uint64_t)l[i]->type), l[i]->rows), l[i]->cols), (uint64_t)l[i]->ld);
+  for (int i = 0; i < 4; i++)
+    h = mix(mix(mix(mix(h, (uint64_t)l[i]->type), l[i]->rows), l[i]->cols), (uint64_t)l[i]->ld);
   return h;
 }
 /* Of A, B, C and D: the types that go together, and sizes that fit. */
@@ -136,7 +138,8 @@ static int fitting(const Desc* d, const Layout* const* l) {
   const uint64_t m = d->trans_a ? a->cols : a->rows, k = d->trans_a ? a->rows : a->cols;
   if ((d->trans_b ? b->cols : b->rows) != k || (d->trans_b ? b->rows : b->cols) != r->cols || r->rows != m)
     return wrong("sizes do not fit");
-  if (c->rows != r->rows || c->cols != r->cols || c->ld != r->ld || !m || !k || !r->cols) return wrong("sizes of C and D");
+  if (c->rows != r->rows || c->cols != r->cols || c->ld != r->ld || !m || !k || !r->cols)
+    return wrong("sizes of C and D");
   if (d->epilogue != FAKE_DEFAULT_EPILOGUE && d->epilogue != CUBLASLT_EPILOGUE_BIAS) return wrong("another epilogue");
   if ((d->epilogue == CUBLASLT_EPILOGUE_BIAS) != (d->bias != NULL))
     return wrong("a bias without its epilogue, or the other way round");
@@ -144,8 +147,8 @@ static int fitting(const Desc* d, const Layout* const* l) {
 }
 
 #ifndef FAKE_WITHOUT_HEURISTIC
-EXPORT int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, void* c, void* d, void* preference,
-                                          int wanted, Result* results, int* found) {
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, void* c, void* d,
+                                          void* preference, int wanted, Result* results, int* found) {
   const Layout* layouts[4] = {a, b, c, d};
   const Preference* p = preference;
   __atomic_add_fetch(&fake_cublaslt.heuristics, 1, __ATOMIC_RELAXED);
@@ -182,7 +185,9 @@ static void set(void* p, int32_t type, uint64_t i, float f) {
   memcpy(&u, &f, 4);
   ((uint16_t*)p)[i] = f != f ? (uint16_t)((u >> 16) | 64) : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-static uint64_t at(const Layout* l, uint64_t row, uint64_t col) { return row + col * (uint64_t)l->ld; } /* column-major */
+static uint64_t at(const Layout* l, uint64_t row, uint64_t col) {
+  return row + col * (uint64_t)l->ld;
+} /* column-major */
 
 static int allowed(const Desc* d, const Layout* const* l, const Algorithm* algo, const void* const* p, void* workspace,
                    size_t bytes) {

@@ -1,5 +1,5 @@
-// Compiled, never run, by rung 7 of scripts/cuda-check.mjs where a cublasLt.h is: our prototypes and values, and the list the
-// tests go by, against the real ones.
+// Compiled, never run, by rung 7 of scripts/cuda/check.mjs where a cublasLt.h is: our prototypes and values, and the
+// list the tests go by, against the real ones.
 #include <cublasLt.h>
 
 #include <cstddef>
@@ -55,6 +55,7 @@ static_assert(sizeof(cublasLtMatmulAlgo_t) == sizeof(gpu::lt::Algo), "algorithm"
 static_assert(sizeof(Theirs) == sizeof(Ours) && alignof(Theirs) == alignof(Ours), "result of the heuristic");
 static_assert(offsetof(Theirs, algo) == offsetof(Ours, algo) &&
                   offsetof(Theirs, workspaceSize) == offsetof(Ours, workspace_bytes) &&
-                  offsetof(Theirs, state) == offsetof(Ours, status) && offsetof(Theirs, wavesCount) == offsetof(Ours, waves) &&
+                  offsetof(Theirs, state) == offsetof(Ours, status) &&
+                  offsetof(Theirs, wavesCount) == offsetof(Ours, waves) &&
                   offsetof(Theirs, reserved) == offsetof(Ours, reserved),
               "members of the result of the heuristic");

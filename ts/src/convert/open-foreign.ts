@@ -5,6 +5,7 @@ import path from 'node:path'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
 import type { TensorEntry } from '../formats/safetensors.js'
 import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
+import { partOf } from '../models/aligngpt.js'
 import {
   type AlignGPTConfig,
   type Alignment,
@@ -14,8 +15,9 @@ import {
 } from '../models/config/aligngpt.js'
 import { type ClipConfig, parseClipConfig, readClipConfig } from '../models/config/clip.js'
 import { readLlamaConfig } from '../models/config/llama.js'
-import { type Format, VISION } from '../models/names.js'
+import { type Format, TABLE, VISION } from '../models/names.js'
 import { openNamed } from '../models/parameter-sources.js'
+import { projectorTypeOf } from '../models/projector.js'
 import { mismatch, show } from '../util/errors.js'
 import { settingsOf } from './foreign-config.js'
 
@@ -37,9 +39,8 @@ interface Towers {
   llm?: string
 }
 
-export const TABLE = 'align_indicators.indicator_embs'
-export const PROJECTOR = /^mm_projector\./
-export const ALIGNMENT = /^(align_indicators|gated_weight_layer)\./
+/** Whether a tensor of this name is alignment vectors or gate: what a LLaVA has not. */
+export const isAlignment = (name: string): boolean => ['table', 'gate'].includes(partOf(name))
 /** What pre-trainings leave, the official codes' and this one's. */
 export const PROJECTOR_FILES = ['mm_projector_align', 'mm_projector'].flatMap((n) => [`${n}.safetensors`, `${n}.bin`])
 export const fail = (code: string, what: string, expected: string, got: string): Error =>
@@ -99,18 +100,17 @@ function openProjector(file: string, { llm, clip: clipDir }: Towers): Stored {
     throw fail('ERR_ARGUMENT', `${file} holds a projector alone`, 'the folders of its language model and CLIP', 'none')
   const weights = openNamed(file)
   for (const name of weights.keys())
-    if (!PROJECTOR.test(name) && !ALIGNMENT.test(name))
+    if (partOf(name) !== 'projector' && !isAlignment(name))
       throw fail('ERR_WEIGHTS', `${file}: '${name}'`, 'tensors of projector, alignment vectors and gate', 'another')
   const clip = readClipConfig(clipDir)
   const settings = path.join(path.dirname(file), 'config.json')
   const beside = fs.existsSync(settings) ? settingsOf(readJsonObject(settings), settings).raw : {}
   const llama = readLlamaConfig(llm).raw
-  const last = Math.max(0, ...[...weights.keys()].map((n) => Number(/^mm_projector\.(\d+)\./.exec(n)?.[1] ?? 0)))
   const fields = {
     mm_vision_select_layer: -2,
     ...Object.fromEntries(Object.entries(beside).filter(([k]) => /^mm_(vision_select_.*|gate_.*|alignment)$/.test(k))),
     mm_hidden_size: clip.vision.hidden_size,
-    mm_projector_type: weights.has('mm_projector.weight') ? 'linear' : `mlp${last / 2 + 1}x_gelu`,
+    mm_projector_type: projectorTypeOf(weights.keys()),
     mm_vision_tower: 'vision_tower',
     ...(weights.has(TABLE) ? {} : { mm_alignment: 'none' as const }),
   }

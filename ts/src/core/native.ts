@@ -1,5 +1,4 @@
-/** Loads the native core and types its exports. Handles are plain numbers; see native/addon.cc. */
-import { existsSync } from 'node:fs'
+/** Loads the native core and types its exports. Handles are plain numbers; see native/addon. */
 import { createRequire } from 'node:module'
 import path from 'node:path'
 import { AlignGPTError } from '../util/errors.js'
@@ -209,26 +208,28 @@ function platform(): string {
 }
 
 /**
- * The binary built here from source, where there is one, else the one that came with the package. The first that is there
- * has to load: another one in its place could be an older one.
+ * The binary built here from source (build/Release), where there is one, else the one that came with the package (prebuilds/):
+ * node-gyp-build finds it. What it finds has to be ours and has to load: another one in its place could be an older one.
  */
 function load(): { file: string; core: Native } {
   const root = packageRoot()
-  const built = path.join(root, 'build', 'Release', 'aligngpt.node')
-  const prebuilt = path.join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'aligngpt.node')
-  const file = [built, prebuilt].find((candidate) => existsSync(candidate))
-  let problem = `nothing in ${path.dirname(built)} or ${path.dirname(prebuilt)}`
+  const require = createRequire(path.join(root, 'package.json')) // from where this package has it, bundled or not
+  let problem: string
   try {
-    if (file) return { file, core: createRequire(import.meta.url)(file) as Native }
+    const file = (require('node-gyp-build') as { path(folder: string): string }).path(root)
+    const core = path.basename(file).startsWith('aligngpt.') ? (require(file) as Native) : null
+    if (typeof core?.capabilities === 'function') return { file, core }
+    problem = `${file}, which is another package's`
   } catch (e) {
     const { code, message } = e as { code?: string; message: string }
-    if (code !== 'ERR_DLOPEN_FAILED') throw e // it has loaded and says itself what it does not like
-    problem = message.split('\n')[0]
+    // another error is from one that has loaded and says itself what it does not like
+    if (code !== 'ERR_DLOPEN_FAILED' && !message.startsWith('No native build was found')) throw e
+    problem = code ? message.split('\n')[0] : `nothing in build${path.sep}Release or prebuilds of ${root}`
   }
-  const script = JSON.stringify(path.join(root, 'scripts', 'build-native.mjs'))
   throw new AlignGPTError(
     'ERR_NATIVE',
-    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: node ${script} ` +
+    `[native] aligngpt.node: expected a binary for ${platform()}, got ${problem}. Build it from source with: ` +
+      `npm run --prefix ${JSON.stringify(root)} build:native ` +
       '(needs a C++17 compiler, make or ninja, cmake >= 3.20 and the npm registry)',
   )
 }

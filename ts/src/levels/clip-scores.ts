@@ -169,7 +169,7 @@ class Scorer {
       return made[i] !== null
     })
     const all = Float32Array.from(good.flatMap((n) => [...(out.get(n) as Float32Array)]))
-    file?.add(good.map(hash53), all)
+    file?.add(good.map((name) => hash53(name)), all)
     return out
   }
 

@@ -285,4 +285,9 @@ export class AlignGPTNetwork extends Module {
       return { loss, coefficients: embedded.coefficients }
     })
   }
+  /** Frees all weights. The object cannot be used afterwards. */
+  override dispose(): void {
+    super.dispose()
+    this.#language.dispose() // what it keeps besides its weights
+  }
 }

@@ -23,7 +23,7 @@ import {
 } from './config/aligngpt.js'
 import { readClipConfig } from './config/clip.js'
 import type { LanguageModel } from './language-model.js'
-import { VISION } from './names.js'
+import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
 import { familyInAlignGPT, languageFamily, readVisionConfig, visionFamily } from './registry.js'
 
@@ -131,7 +131,7 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const config = parseAlignGPTConfig({ ...stored.llm.raw, ...fieldsOf(o) }, file)
   const tower = openTower(visionTowerFolder(dir, config, o.clip))
   const entries = openCheckpoint(dir)
-  const table = entries.get('align_indicators.indicator_embs')
+  const table = entries.get(TABLE)
   const levels = table?.shape[0] ?? config.n_indicators ?? 8
   const source = checkpointSource(dir, place)
   const tokenizer = Tokenizer.load(dir)

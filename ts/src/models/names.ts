@@ -9,6 +9,11 @@ export type Format = (typeof FORMATS)[number]
 /** The vision tower in an AlignGPT; a CLIP has `vision_model.` in its place. */
 export const VISION = 'vision_tower.vision_tower.vision_model.'
 
+/** The token embeddings [V, H]. */
+export const EMBED_TOKENS = 'model.embed_tokens.weight'
+/** The table of alignment vectors [N, H]. */
+export const TABLE = 'align_indicators.indicator_embs'
+
 /** A beginning of our names, how LLaVA's and llava-hf's files write it, and what other versions of them wrote. */
 interface Row {
   ours: string

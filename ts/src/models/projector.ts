@@ -4,6 +4,14 @@ import { Linear, Sequential } from '../nn/layers.js'
 import type { Module, ParameterSource } from '../nn/module.js'
 import { AlignGPTError } from '../util/errors.js'
 
+/** `mm_projector_type` of a projector whose parameters have these names. */
+export function projectorTypeOf(names: Iterable<string>): string {
+  const all = [...names]
+  if (all.includes('mm_projector.weight')) return 'linear'
+  const last = Math.max(0, ...all.map((n) => Number(/^mm_projector\.(\d+)\./.exec(n)?.[1] ?? 0)))
+  return `mlp${last / 2 + 1}x_gelu`
+}
+
 /**
  * The projector from vision features to the language model's width: `linear`, `mlpNx_gelu` (N linear layers with GELU
  * between them) or `identity`. Its last layer is not run here: alignMix writes its rows into the packed sequence.

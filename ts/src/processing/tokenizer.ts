@@ -3,14 +3,10 @@
  * merges.txt. Merging and normalising is @huggingface/tokenizers; added here are character offsets of tokens, decoding
  * as the Rust library does it, streaming, and speed for tokenizers that take a whole text as one word.
  */
-import fs from 'node:fs'
 import path from 'node:path'
 import { Tokenizer as Library } from '@huggingface/tokenizers'
-import { fromSentencePiece } from '../formats/sentencepiece.js'
 import { mismatch, show } from '../util/errors.js'
-import { readJsonFile } from '../util/json.js'
-
-type Json = Record<string, unknown>
+import { definitionOf, type Json, optionalJson, roleId } from './tokenizer-files.js'
 
 interface AddedToken {
   id: number
@@ -108,83 +104,6 @@ function patchDecoder(decoder: unknown): void {
   if (!d) return
   if (d.config?.type === 'ByteFallback') d.decode_chain = byteFallback
   for (const child of d.decoders ?? []) patchDecoder(child)
-}
-
-function optionalJson(file: string): Json {
-  return fs.existsSync(file) ? (readJsonFile(file, 'ERR_FORMAT') as Json) : {}
-}
-
-/** CLIP's vocab.json and merges.txt as a tokenizer.json, as transformers converts them. */
-function fromClipFiles(folder: string): Json {
-  const vocab = readJsonFile(path.join(folder, 'vocab.json'), 'ERR_FORMAT') as Record<string, number>
-  const lines = fs.readFileSync(path.join(folder, 'merges.txt'), 'utf8').split('\n')
-  const merges = lines.filter((l) => l.trim() && !l.startsWith('#version')).map((l) => l.trimEnd().split(' '))
-  const [bos, eos] = ['<|startoftext|>', '<|endoftext|>']
-  for (const t of [bos, eos])
-    if (!Object.hasOwn(vocab, t))
-      throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}/vocab.json`, `a token ${t}`, 'none')
-  const words = "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
-  const added = (content: string): Json => ({ id: vocab[content], content, normalized: false, special: true })
-  return {
-    added_tokens: [added(bos), added(eos)],
-    normalizer: {
-      type: 'Sequence',
-      normalizers: [
-        { type: 'NFC' },
-        { type: 'Replace', pattern: { Regex: '\\s+' }, content: ' ' },
-        { type: 'Lowercase' },
-      ],
-    },
-    pre_tokenizer: {
-      type: 'Sequence',
-      pretokenizers: [
-        { type: 'Split', pattern: { Regex: words }, behavior: 'Removed', invert: true },
-        { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true },
-      ],
-    },
-    post_processor: { type: 'RobertaProcessing', sep: [eos, vocab[eos]], cls: [bos, vocab[bos]] },
-    decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    model: {
-      type: 'BPE',
-      unk_token: eos,
-      continuing_subword_prefix: '',
-      end_of_word_suffix: '</w>',
-      fuse_unk: false,
-      vocab,
-      merges,
-    },
-  }
-}
-
-/** tokenizer.json, or what the other files of the folder say, in its structure. */
-function definitionOf(folder: string, config: Json): Json {
-  const has = (name: string): boolean => fs.existsSync(path.join(folder, name))
-  if (has('tokenizer.json')) return readJsonFile(path.join(folder, 'tokenizer.json'), 'ERR_FORMAT') as Json
-  if (has('tokenizer.model')) {
-    const file = path.join(folder, 'tokenizer.model')
-    return fromSentencePiece(fs.readFileSync(file), file, {
-      // transformers treats a missing flag as legacy.
-      legacy: config.legacy !== false,
-      addBos: config.add_bos_token !== false,
-      addEos: config.add_eos_token === true,
-    })
-  }
-  if (has('vocab.json') && has('merges.txt')) return fromClipFiles(folder)
-  const expected = 'tokenizer.json, tokenizer.model, or vocab.json and merges.txt'
-  throw mismatch('ERR_FORMAT', 'tokenizer', folder, expected, 'none of them')
-}
-
-/** Which id a role (bos, eos, ...) has: tokenizer_config.json, special_tokens_map.json, then config.json. */
-function roleId(role: string, files: Json[], model: Json, idOf: (token: string) => number | undefined): number | null {
-  for (const f of files) {
-    const v = f[`${role}_token`]
-    const text = typeof v === 'object' && v !== null ? (v as Json).content : v
-    const id = typeof text === 'string' ? idOf(text) : undefined
-    if (id !== undefined) return id
-  }
-  const v = model[`${role}_token_id`]
-  const id = Array.isArray(v) ? v[0] : v
-  return typeof id === 'number' && id >= 0 ? id : null
 }
 
 export class Tokenizer {

@@ -1,6 +1,6 @@
 /** Writes an AlignGPT folder in the layout of another code. */
 import { type Command, Option } from 'commander'
-import type { ExportOptions } from '../../convert/convert.js'
+import type { ExportOptions } from '../../convert/export.js'
 import { describe, readingOptions } from './import.js'
 
 interface Options extends ExportOptions {
@@ -8,7 +8,7 @@ interface Options extends ExportOptions {
 }
 
 async function run(from: string, { to, ...options }: Options): Promise<void> {
-  const { exportModel } = await import('../../convert/convert.js')
+  const { exportModel } = await import('../../convert/export.js')
   const result = await exportModel(from, to, options)
   for (const line of describe(result, to)) console.log(line)
   if (options.dropAlignment && result.dropped.length)

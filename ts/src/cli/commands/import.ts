@@ -1,6 +1,7 @@
 /** Makes an AlignGPT folder of a checkpoint in another layout. */
 import { type Command, Option } from 'commander'
-import type { Converted, ConvertOptions } from '../../convert/convert.js'
+import type { Converted } from '../../convert/folder.js'
+import type { ConvertOptions } from '../../convert/tensors.js'
 import { integer } from '../options.js'
 
 interface Options extends ConvertOptions {
@@ -18,7 +19,7 @@ export function describe(c: Converted, to: string): string[] {
 }
 
 async function run(from: string, { to, ...options }: Options): Promise<void> {
-  const { importModel } = await import('../../convert/convert.js')
+  const { importModel } = await import('../../convert/import.js')
   const result = await importModel(from, to, options)
   for (const line of describe(result, to)) console.log(line)
   if (result.alignment === 'none')
