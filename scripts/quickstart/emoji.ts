@@ -119,35 +119,42 @@ function assignHalves(list: Emoji[], seed: number): void {
   }
 }
 
-/**
- * The emoji of the quickstart, in the order of the Unicode charts.
- * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
- */
-export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
+/** Everything with a name of its own, in the order of the Unicode charts, and in which half. The words alone decide. */
+function candidates(seed: number): Emoji[] {
   const data = require('emojibase-data/en/data.json') as EmojibaseEntry[]
   const { subgroups } = require('emojibase-data/meta/groups.json') as { subgroups: Record<string, string> }
-  const pictures = STYLES.map(sourcePictures)
   const names = new Set<string>()
   const list: Emoji[] = []
   for (const e of [...data].sort((a, b) => (a.order ?? 0) - (b.order ?? 0))) {
     const category = GROUPS[e.group ?? -1]
-    const id = idOf(e.hexcode)
     const name = nameOf(e.label)
-    if (!category || !distinct(e) || names.has(name) || !pictures.every((p) => p.has(id))) continue
+    if (!category || !distinct(e) || names.has(name)) continue
     names.add(name)
     const keywords = keywordsOf(e.tags ?? [], name)
-    list.push({ id, char: e.emoji, name, keywords, category, subgroup: subgroups[String(e.subgroup)], half: 0 })
+    const subgroup = subgroups[String(e.subgroup)]
+    list.push({ id: idOf(e.hexcode), char: e.emoji, name, keywords, category, subgroup, half: 0 })
   }
-  // before some are chosen: an emoji is in the same half in every choice, as the shipped scoring CLIPs know one half each
   assignHalves(list, seed)
+  return list
+}
+
+/**
+ * The emoji of the quickstart, in the order of the Unicode charts. Each is in the same half whatever is chosen, because each
+ * of the shipped scoring CLIPs knows one half.
+ * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
+ */
+export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
+  const pictures = STYLES.map(sourcePictures)
+  const list = candidates(seed).filter(({ id }) => pictures.every((p) => p.has(id)))
   const taken = new Map<string, number>()
-  const chosen = permutation(list.length, seed, 0).filter((i) => {
+  const chosen = new Set<Emoji>()
+  for (const i of permutation(list.length, seed, 0)) {
     const pile = `${list[i].category} ${list[i].half}`
-    taken.set(pile, (taken.get(pile) ?? 0) + 1)
-    return (taken.get(pile) as number) <= perCategory / 2
-  })
-  const chosenIds = new Set(Array.from(chosen, (i) => list[i].id))
-  return list.filter((e) => chosenIds.has(e.id))
+    const n = (taken.get(pile) ?? 0) + 1
+    taken.set(pile, n)
+    if (n <= perCategory / 2) chosen.add(list[i])
+  }
+  return list.filter((e) => chosen.has(e))
 }
 
 // ---- pictures ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ export interface TowerSteps {
   /** augmented versions of each picture */
   versions: number
 }
-export const FULL: TowerSteps = { clip: 3000, half: 400, llama: 3000, batch: 128, versions: 16 }
+export const FULL: TowerSteps = { clip: 2000, half: 400, llama: 3000, batch: 128, versions: 16 }
 /** Shows the way: these towers know nothing. */
 export const FAST: TowerSteps = { clip: 60, half: 40, llama: 60, batch: 64, versions: 2 }
 
