@@ -64,7 +64,8 @@ export interface Making {
 const digest = (file: string): string => createHash('sha256').update(fs.readFileSync(file)).digest('hex')
 /** Files of the towers below a folder. */
 function filesOf(folder: string, towers: readonly Tower[] = TOWERS): Record<string, string> {
-  const names = towers.flatMap((t) => fs.readdirSync(path.join(folder, t)).map((f) => `${t}/${f}`))
+  const there = towers.filter((t) => fs.existsSync(path.join(folder, t)))
+  const names = there.flatMap((t) => fs.readdirSync(path.join(folder, t)).map((f) => `${t}/${f}`))
   return Object.fromEntries(names.sort().map((f) => [f, digest(path.join(folder, f))]))
 }
 

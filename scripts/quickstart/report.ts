@@ -276,7 +276,7 @@ td.wide{width:38%}.scroll>svg{min-width:560px}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:14px}
 .answer{display:flex;gap:14px;border:1px solid var(--line);border-radius:10px;padding:14px}.answer img{flex:none}
 .answer>div{flex:1;min-width:0}.question{color:var(--muted);margin:0 0 2px;overflow-wrap:anywhere}.given{font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
-.given span{font-weight:400;font-size:13px;margin-left:6px}.right{color:var(--good)}.wrong{color:var(--badink)}
+.given span{font-weight:400;font-size:13px;margin-left:6px}.right{color:var(--good);white-space:nowrap}.wrong{color:var(--badink)}
 .weights{display:flex;gap:5px;max-width:260px}.weight{flex:1;text-align:center;line-height:1.2}
 .weight i{display:flex;align-items:flex-end;height:34px;border-bottom:1px solid var(--muted)}
 .weight b{display:block;width:100%;max-width:22px;margin:0 auto;background:var(--accent);border-radius:3px 3px 0 0;min-height:1px}
