@@ -86,7 +86,7 @@ function packDependencies() {
 /** Of the emoji packages the words and those pictures that the quick start takes with --fast; with these alone it takes the same. */
 async function packPictures() {
   const load = (name) => import(pathToFileURL(to('scripts', 'quickstart', name)).href)
-  const { sourcePictures } = await load('emoji.js')
+  const { sourceImages } = await load('emoji.js')
   const { prepareData } = await load('data.js')
   const copied = (file) => copy(file, to(path.relative(root, file)))
   const modules = (...names) => from('node_modules', ...names)
@@ -94,7 +94,7 @@ async function packPictures() {
   try {
     const { emoji } = await prepareData(temp, { fast: true })
     for (const style of ['noto', 'twemoji', 'fluent']) {
-      const pictures = sourcePictures(style)
+      const pictures = sourceImages(style)
       for (const { id } of emoji) copied(pictures.get(id))
     }
   } finally {

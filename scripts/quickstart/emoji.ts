@@ -34,8 +34,8 @@ const GROUPS: Record<number, Category> = {
 
 /** Noto and Twemoji are for training, Fluent is for testing only. */
 export const STYLES = ['noto', 'twemoji', 'fluent'] as const
-export type PictureStyle = (typeof STYLES)[number]
-export const TRAINING_STYLES: readonly PictureStyle[] = ['noto', 'twemoji']
+export type ImageStyle = (typeof STYLES)[number]
+export const TRAINING_STYLES: readonly ImageStyle[] = ['noto', 'twemoji']
 /** Side of every picture, pixels. */
 export const SIDE = 64
 
@@ -68,7 +68,7 @@ interface EmojibaseEntry {
 
 const require = createRequire(import.meta.url)
 const folderOf = (name: string): string => path.dirname(require.resolve(`${name}/package.json`))
-const FOLDERS: Record<PictureStyle, () => string> = {
+const FOLDERS: Record<ImageStyle, () => string> = {
   noto: () => path.join(folderOf('emoji-datasource-google'), 'img/google/64'),
   twemoji: () => path.join(folderOf('emoji-datasource-twitter'), 'img/twitter/64'),
   fluent: () => path.join(folderOf('@lobehub/fluent-emoji-3d'), 'assets'),
@@ -77,7 +77,7 @@ const FOLDERS: Record<PictureStyle, () => string> = {
 const idOf = (hexcode: string): string => hexcode.toLowerCase().replaceAll('-fe0f', '')
 
 /** Picture file of every emoji of a style, by id. */
-export function sourcePictures(style: PictureStyle): Map<string, string> {
+export function sourceImages(style: ImageStyle): Map<string, string> {
   const folder = FOLDERS[style]()
   const files = fs.readdirSync(folder).filter((f) => /\.(png|webp)$/.test(f))
   return new Map(files.map((f) => [idOf(f.replace(/\.\w+$/, '')), path.join(folder, f)]))
@@ -144,8 +144,8 @@ function candidates(seed: number): Emoji[] {
  * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
  */
 export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
-  const pictures = STYLES.map(sourcePictures)
-  const list = candidates(seed).filter(({ id }) => pictures.every((p) => p.has(id)))
+  const images = STYLES.map(sourceImages)
+  const list = candidates(seed).filter(({ id }) => images.every((m) => m.has(id)))
   const taken = new Map<string, number>()
   const chosen = new Set<Emoji>()
   for (const i of permutation(list.length, seed, 0)) {
@@ -160,9 +160,9 @@ export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY
 // ---- pictures ---------------------------------------------------------------------------------------------------------
 
 /** Path of a picture below the image folder, as the JSON files name it. */
-export const pictureName = (style: PictureStyle, e: Emoji): string => `${style}/${e.id}.png`
+export const imageName = (style: ImageStyle, e: Emoji): string => `${style}/${e.id}.png`
 
-async function trainingPicture(source: string, target: string): Promise<void> {
+async function trainingImage(source: string, target: string): Promise<void> {
   const { data, info } = await sharp(source)
     .resize(SIDE, SIDE)
     .ensureAlpha()
@@ -174,7 +174,7 @@ async function trainingPicture(source: string, target: string): Promise<void> {
   await sharp(data, { raw }).png({ compressionLevel: 4 }).toFile(target)
 }
 
-async function testPicture(source: string, target: string): Promise<void> {
+async function testImage(source: string, target: string): Promise<void> {
   const flat = sharp(source).resize(SIDE, SIDE).flatten({ background: '#ffffff' })
   await flat.png({ compressionLevel: 4 }).toFile(target)
 }
@@ -192,18 +192,14 @@ async function forEachParallel<T>(items: readonly T[], task: (item: T) => Promis
 }
 
 /** Writes the pictures of some emoji in one style below the image folder. */
-export async function writePictures(
+export async function writeImages(
   images: string,
-  style: PictureStyle,
+  style: ImageStyle,
   list: readonly Emoji[],
   signal?: AbortSignal,
 ): Promise<void> {
   fs.mkdirSync(path.join(images, style), { recursive: true })
-  const sources = sourcePictures(style)
-  const write = TRAINING_STYLES.includes(style) ? trainingPicture : testPicture
-  await forEachParallel(
-    list,
-    (e) => write(sources.get(e.id) as string, path.join(images, pictureName(style, e))),
-    signal,
-  )
+  const sources = sourceImages(style)
+  const write = TRAINING_STYLES.includes(style) ? trainingImage : testImage
+  await forEachParallel(list, (e) => write(sources.get(e.id) as string, path.join(images, imageName(style, e))), signal)
 }

@@ -10,14 +10,14 @@ import { loadDataset } from 'aligngpt'
 import { cpuInfo, resolveDevice } from 'aligngpt/core'
 import { readPreprocessor, saveTokenizer, trainBpe, trainClipBpe } from 'aligngpt/models'
 import { type QuickstartData, readHalves, readText, tokenizerTexts } from './data.js'
-import { pictureName, TRAINING_STYLES } from './emoji.js'
+import { imageName, TRAINING_STYLES } from './emoji.js'
 import {
   type Budget,
   type ClipPair,
   type ClipSize,
   type Curve,
   clipCaptions,
-  Pictures,
+  TrainingImages,
   trainClip,
   trainLlama,
   writeClipConfig,
@@ -33,7 +33,7 @@ export interface TowerSteps {
   llama: number
   /** pairs of a CLIP's step */
   batch: number
-  /** augmented versions of each picture */
+  /** augmented versions of each image */
   versions: number
 }
 export const FULL: TowerSteps = { clip: 2000, half: 400, llama: 3000, batch: 128, versions: 16 }
@@ -102,7 +102,7 @@ export class TowerMaker {
   readonly #folder: string
   readonly steps: TowerSteps
   readonly #meter: (steps: number) => Budget
-  #pictures: Pictures | null = null
+  #images: TrainingImages | null = null
 
   constructor(data: QuickstartData, folder: string, steps: TowerSteps, meter: (steps: number) => Budget) {
     this.#data = data
@@ -117,21 +117,26 @@ export class TowerMaker {
     return folder
   }
 
-  /** Tokenizer and settings of a CLIP, and the pictures that all of them train on. */
-  async #clip(tower: Tower, size: 'clip' | 'half'): Promise<{ folder: string; pictures: Pictures }> {
+  /** Tokenizer and settings of a CLIP, and the images that all of them train on. */
+  async #clip(tower: Tower, size: 'clip' | 'half'): Promise<{ folder: string; images: TrainingImages }> {
     const folder = this.#at(tower)
     const tokenizer = trainClipBpe(tokenizerTexts(this.#data).clip, { vocabSize: VOCABULARY[size] })
     saveTokenizer(tokenizer, folder)
     writeClipConfig(folder, { ...SIZES[size], vocab: tokenizer.vocabSize })
-    const { images, emoji } = this.#data
-    const names = emoji.flatMap((e) => TRAINING_STYLES.map((style) => pictureName(style, e)))
-    this.#pictures ??= await Pictures.load(images, names, this.steps.versions, readPreprocessor(folder), 5)
-    return { folder, pictures: this.#pictures }
+    const names = this.#data.emoji.flatMap((e) => TRAINING_STYLES.map((style) => imageName(style, e)))
+    this.#images ??= await TrainingImages.load(
+      this.#data.images,
+      names,
+      this.steps.versions,
+      readPreprocessor(folder),
+      5,
+    )
+    return { folder, images: this.#images }
   }
 
   /** A CLIP that knows one half of the pairs. */
   async half(half: 0 | 1): Promise<Curve> {
-    const { folder, pictures } = await this.#clip(`clip-half-${half}`, 'half')
+    const { folder, images } = await this.#clip(`clip-half-${half}`, 'half')
     const data = await loadDataset(this.#data.pairs, { images: this.#data.images })
     const halves = readHalves(this.#data)
     const seen: ClipPair[] = [...data]
@@ -139,21 +144,21 @@ export class TowerMaker {
       .map((r) => ({ image: r.image as string, captions: [r.conversations[1].value] }))
     data.close()
     const { half: steps, batch } = this.steps
-    return trainClip(folder, pictures, seen, { ...this.#meter(steps), batch, lr: 1e-3, seed: 11 + half })
+    return trainClip(folder, images, seen, { ...this.#meter(steps), batch, lr: 1e-3, seed: 11 + half })
   }
 
   /** The CLIP whose vision tower the model gets. */
   async clip(): Promise<Curve> {
-    const { folder, pictures } = await this.#clip('clip', 'clip')
+    const { folder, images } = await this.#clip('clip', 'clip')
     const pairs = this.#data.emoji.flatMap((e) =>
       TRAINING_STYLES.map((style) => ({
-        image: pictureName(style, e),
+        image: imageName(style, e),
         captions: clipCaptions(e),
         category: e.category,
       })),
     )
     const { clip: steps, batch } = this.steps
-    return trainClip(folder, pictures, pairs, { ...this.#meter(steps), batch, lr: 1.5e-3, seed: 7 })
+    return trainClip(folder, images, pairs, { ...this.#meter(steps), batch, lr: 1.5e-3, seed: 7 })
   }
 
   async llm(): Promise<Curve> {

@@ -44,18 +44,18 @@ export interface TowersMade {
 }
 
 /** A picture: a file, or its bytes. */
-export type ReportPicture = string | Uint8Array
+export type ReportImage = string | Uint8Array
 
 export interface LevelExample {
   level: number
-  image: ReportPicture
+  image: ReportImage
   caption: string
   score: number
   quality: Quality
 }
 export interface AnswerExample {
   /** null for a question without a picture */
-  image: ReportPicture | null
+  image: ReportImage | null
   question: string
   /** what would be right */
   expected: string
@@ -103,14 +103,14 @@ const QUALITY_NAMES: Record<Quality, string> = {
 }
 
 /** data: URI of a picture. */
-function dataUri(picture: ReportPicture): string {
-  const bytes = Buffer.from(typeof picture === 'string' ? fs.readFileSync(picture) : picture)
+function dataUri(image: ReportImage): string {
+  const bytes = Buffer.from(typeof image === 'string' ? fs.readFileSync(image) : image)
   const head = bytes.subarray(0, 12).toString('latin1')
   const type = head.startsWith('\xff\xd8') ? 'jpeg' : head.startsWith('RIFF') ? 'webp' : 'png'
   return `data:image/${type};base64,${bytes.toString('base64')}`
 }
-const img = (picture: ReportPicture, size: number): string =>
-  `<img src="${dataUri(picture)}" width="${size}" height="${size}" alt="">`
+const img = (image: ReportImage, size: number): string =>
+  `<img src="${dataUri(image)}" width="${size}" height="${size}" alt="">`
 
 function headline({ accuracy, blind, levels, seconds, towers }: QuickstartResult): string {
   const tile = ([value, unit]: readonly string[], name: string, note: string): string =>

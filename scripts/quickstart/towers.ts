@@ -83,7 +83,7 @@ async function descend(
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
-// Pictures of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never saw.
+// Images of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never saw.
 const CLIP = { width: 128, heads: 4, side: 24, patch: 8, projection: 128 }
 export interface ClipSize {
   vocab: number
@@ -136,8 +136,8 @@ export function writeClipConfig(folder: string, { vocab, layers, textLayers }: C
 }
 
 /** Training pictures in memory, each in several augmented versions made once. */
-export class Pictures {
-  /** uint8 [side, side, 3] by picture and version; version 0 is the picture as it is */
+export class TrainingImages {
+  /** uint8 [side, side, 3] by image and version; version 0 is the image as it is */
   readonly #bytes: Map<string, Uint8Array[]>
   readonly #table: Float32Array
   private constructor(bytes: Map<string, Uint8Array[]>, table: Float32Array) {
@@ -150,7 +150,7 @@ export class Pictures {
     versions: number,
     p: PreprocessorConfig,
     seed: number,
-  ): Promise<Pictures> {
+  ): Promise<TrainingImages> {
     const bytes = new Map<string, Uint8Array[]>()
     const one = async (name: string, i: number): Promise<void> => {
       const image: RgbImage = await decodeImage(path.join(images, name), { alpha: true })
@@ -160,7 +160,7 @@ export class Pictures {
       bytes.set(name, made)
     }
     for (let i = 0; i < names.length; i += 32) await Promise.all(names.slice(i, i + 32).map((n, k) => one(n, i + k)))
-    return new Pictures(bytes, normaliseTable(p))
+    return new TrainingImages(bytes, normaliseTable(p))
   }
   fill(name: string, version: number, out: Float32Array, offset: number): void {
     const list = this.#bytes.get(name) as Uint8Array[]
@@ -198,7 +198,7 @@ function categoryLoss(model: CLIPModel, image: Tensor, categories: readonly Int3
 /** Trains a CLIP on pairs and writes it to `folder`. */
 export async function trainClip(
   folder: string,
-  pictures: Pictures,
+  images: TrainingImages,
   pairs: readonly ClipPair[],
   o: Budget & { batch: number; lr: number; seed: number },
 ): Promise<Curve> {
@@ -213,7 +213,7 @@ export async function trainClip(
   const curve = await descend(parameters, pairs.length, settings, (chosen, step) => {
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(chosen.length * plane)
-    for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
+    for (const [i, k] of chosen.entries()) images.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
     const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side], 'f32', model.logit_scale.device))
     const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
     const loss = ops.contrastiveLoss(image, text, model.logit_scale)

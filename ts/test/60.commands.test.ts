@@ -234,7 +234,7 @@ test('an interrupted quickstart says so and can be started again', async () => {
       child.stderr.on('data', listen)
       child.on('close', (status) => resolve({ status, text }))
     })
-  const first = await run('== Augmenting')
+  const first = await run('== Alignment scores')
   expect(first.status).toBe(130)
   expect(first.text).toContain(`Interrupted: ${out} is unfinished. Start again with the same command`)
   const second = await run('== Data')
