@@ -6,18 +6,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import type { DataRecord } from 'aligngpt'
-import {
-  AdamW,
-  backward,
-  cosineRate,
-  ops,
-  type Parameter,
-  permutation,
-  Rng,
-  scope,
-  type Tensor,
-  tensor,
-} from 'aligngpt/core'
+import { backward, ops, type Parameter, Rng, type Tensor, tensor } from 'aligngpt/core'
 import {
   augment,
   decodeImage,
@@ -39,6 +28,7 @@ import {
   saveWeights,
   Tokenizer,
 } from 'aligngpt/models'
+import { type LoopStep, shuffled, train } from 'aligngpt/train'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'
 
 /** A loss every now and then, for the report. */
@@ -54,32 +44,14 @@ const write = (file: string, value: unknown): void => fs.writeFileSync(file, `${
 const parametersOf = (m: CLIPModel | LanguageModel): Parameter[] =>
   [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
 
-/**
- * Trains on random batches of `count` samples.
- * @param lossOf runs a step's batch forward and back; what it returns is for the report
- */
-async function descend(
-  parameters: readonly Parameter[],
-  count: number,
-  o: Budget & { batch: number; lr: number; seed: number; weightDecay: number; beta2: number },
-  lossOf: (chosen: Int32Array, step: number) => number,
-): Promise<Curve> {
-  const optimizer = new AdamW(parameters, o)
-  const curve: Curve = []
-  const perEpoch = Math.max(1, Math.floor(count / o.batch))
-  let order = permutation(count, o.seed, 0)
-  for (let step = 0; step < o.steps; step++) {
-    if (step % perEpoch === 0) order = permutation(count, o.seed, step / perEpoch)
-    const at = (step % perEpoch) * o.batch
-    const loss = scope(() => lossOf(order.subarray(at, at + o.batch), step))
-    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
-    curve.push(loss)
-    o.onStep?.(step, loss)
-    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
-  }
-  optimizer.dispose()
-  return curve
-}
+/** Of both kinds; half a cosine to 0 follows. */
+const WARMUP_RATIO = 0.05
+
+/** The run of a tower's training. */
+const runOptions = ({ steps, lr, seed, onStep }: Budget & { lr: number; seed: number }) => ({
+  ...{ steps, lr, seed, warmupRatio: WARMUP_RATIO, clipGradNorm: 1 },
+  onStep: (s: LoopStep) => onStep?.(s.step, s.loss),
+})
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
@@ -195,6 +167,14 @@ function categoryLoss(model: CLIPModel, image: Tensor, categories: readonly Int3
   return ops.lmHeadLoss(ops.scale(ops.l2Normalize(image), 10), text, rows, tensor(kinds), kinds.length).loss
 }
 
+interface ClipBatch {
+  /** [B, 3, side, side] */
+  pixels: Float32Array
+  captions: Int32Array[]
+  /** [B] category of each, -1: none */
+  kinds: Int32Array
+}
+
 /** Trains a CLIP on pairs and writes it to `folder`. */
 export async function trainClip(
   folder: string,
@@ -204,23 +184,30 @@ export async function trainClip(
 ): Promise<Curve> {
   const tokenizer = Tokenizer.load(folder)
   const model = createClip(folder, { seed: o.seed })
-  const parameters = parametersOf(model)
   const texts = pairs.map((p) => p.captions.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH)))
   const categories = CATEGORIES.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH))
   const { side } = CLIP
   const plane = 3 * side * side
-  const settings = { ...o, weightDecay: 0.1, beta2: 0.98 }
-  const curve = await descend(parameters, pairs.length, settings, (chosen, step) => {
+  const order = shuffled(pairs.length, o.batch, o.seed)
+  const batches = (step: number): ClipBatch[] => {
+    const chosen = order(step)
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(chosen.length * plane)
     for (const [i, k] of chosen.entries()) images.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
-    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side], 'f32', model.logit_scale.device))
-    const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
-    const loss = ops.contrastiveLoss(image, text, model.logit_scale)
+    const captions = Array.from(chosen, (k) => rng.pick(texts[k]))
     const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
-    backward(kinds.includes(-1) ? loss : ops.add(loss, ops.scale(categoryLoss(model, image, categories, kinds), 0.3)))
-    return loss.item()
-  })
+    return [{ pixels, captions, kinds }]
+  }
+  const lossAndGradients = ({ pixels, captions, kinds }: ClipBatch): { loss: Tensor } => {
+    const { logit_scale: scale } = model
+    const image = model.imageEmbeds(tensor(pixels, [kinds.length, 3, side, side], 'f32', scale.device))
+    const loss = ops.contrastiveLoss(image, model.textEmbeds(captions), scale)
+    const named = !kinds.includes(-1)
+    backward(named ? ops.add(loss, ops.scale(categoryLoss(model, image, categories, kinds), 0.3)) : loss)
+    return { loss }
+  }
+  const options = { ...runOptions(o), weightDecay: 0.1, beta2: 0.98 }
+  const { loss: curve } = await train({ parameters: parametersOf(model), lossAndGradients }, batches, options)
   saveWeights(folder, model, 'bf16')
   model.dispose()
   return curve
@@ -254,6 +241,8 @@ export function writeLlamaConfig(folder: string, vocab: number): void {
   })
 }
 
+type TextSample = ReturnType<typeof encodePieces>
+
 /** Trains a LLaMA on plain texts and on conversations without pictures, and writes it to `folder`. */
 export async function trainLlama(
   folder: string,
@@ -263,15 +252,13 @@ export async function trainLlama(
 ): Promise<Curve> {
   const tokenizer = Tokenizer.load(folder)
   const model = createLanguageModel(folder, { seed: o.seed })
-  const parameters = parametersOf(model)
   // Of plain text everything is learned, of conversations the answers.
   const samples = [
     ...texts.map((text) => encodePieces([{ text, loss: true }], tokenizer)),
     ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer)),
   ]
-  const settings = { ...o, weightDecay: 0.05, beta2: 0.95 }
-  const curve = await descend(parameters, samples.length, settings, (chosen) => {
-    const batch = Array.from(chosen, (i) => samples[i])
+  const order = shuffled(samples.length, o.batch, o.seed)
+  const lossAndGradients = (batch: readonly TextSample[]): { loss: Tensor } => {
     const ids = Int32Array.from(batch.flatMap((s) => [...s.ids]))
     const labels = batch.flatMap((s) => [...s.labels])
     const positions = Int32Array.from(batch.flatMap((s) => Array.from(s.ids, (_, i) => i)))
@@ -285,8 +272,11 @@ export async function trainLlama(
     const targets = tensor(rows.map((r) => labels[r + 1]))
     const { loss } = ops.lmHeadLoss(h, model.headWeight, tensor(rows), targets, rows.length)
     backward(loss)
-    return loss.item()
-  })
+    return { loss }
+  }
+  const batches = (step: number): TextSample[][] => [Array.from(order(step), (i) => samples[i])]
+  const options = { ...runOptions(o), weightDecay: 0.05, beta2: 0.95 }
+  const { loss: curve } = await train({ parameters: parametersOf(model), lossAndGradients }, batches, options)
   saveWeights(folder, model, 'bf16')
   model.dispose()
   return curve

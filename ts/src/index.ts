@@ -1,6 +1,7 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
 export { AlignGPT } from './aligngpt.js'
-export { type Dataset, type DatasetOptions, type Dropped, loadDataset } from './data/dataset.js'
+export { type Dataset, type DatasetOptions, loadDataset } from './data/dataset.js'
+export type { Dropped } from './data/drop-log.js'
 export {
   type Answer,
   type EvaluateOptions,

@@ -14,7 +14,7 @@ const ENTRIES: Record<string, string[]> = {
   ],
   'aligngpt/train': [
     ...['PRESETS', 'addLora', 'evaluateLoss', 'findCheckpoint', 'largestMicroBatch', 'listCheckpoints', 'loadAdapter'],
-    ...['mergeLora', 'saveAdapter', 'verifyCheckpoint'],
+    ...['mergeLora', 'saveAdapter', 'shuffled', 'train', 'verifyCheckpoint'],
   ],
   'aligngpt/models': [
     ...['CLIPModel', 'Tokenizer', 'clipScores', 'createClip', 'createLanguageModel', 'hiddenStates', 'loadClip'],

@@ -11,7 +11,7 @@ import { AlignGPTError } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import type { OutlierOptions } from './outliers.js'
 import type { Phase } from './phases.js'
-import type { StepInfo } from './trainer.js'
+import type { StepInfo } from './types.js'
 
 export interface TrainOptions extends EvaluationOptions {
   /** folder for the model, log.jsonl, state.json and checkpoints; without one nothing is written */
@@ -128,17 +128,13 @@ export function resolve(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: 
   }
 }
 
-/** What the numbers of a run depend on, besides its start. */
+/** What the numbers of a phase depend on, besides its start and what the loop knows (LoopOptions). */
 export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
-  const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
+  const { batch, microBatch, mix } = o
   return {
     phase: phase.name,
     dtype: model.dtype,
-    ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
-    weightDecay: o.weightDecay ?? 0,
-    optimizerState: o.optimizerState ?? 'full',
-    offloadOptimizer: o.offloadOptimizer ?? false,
-    lossNorm: o.lossNorm ?? 'batch',
+    ...{ batch, microBatch, mix },
     gateText: o.gateText,
     alignment: model.config.mm_alignment,
     gate: model.config.mm_gate_type,
@@ -146,7 +142,6 @@ export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o:
     projectorLr: phase.projectorLr ?? null,
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
-    skipOutliers: o.skipOutliers ?? false,
     data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }
