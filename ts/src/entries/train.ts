@@ -5,6 +5,7 @@ export { loadAdapter, saveAdapter } from '../models/peft.js'
 export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from '../train/checkpoint.js'
 export { shuffled, train } from '../train/loop.js'
 export { largestMicroBatch } from '../train/memory-plan.js'
+export { PRESETS } from '../train/run-settings.js'
 export type {
   BatchSource,
   Evaluator,

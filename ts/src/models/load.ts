@@ -21,6 +21,7 @@ import {
 import { readClipConfig } from './config/clip.js'
 import { readGenerationConfig } from './config/generation.js'
 import { type Alignment, type Gate, type GateText, MODEL_DEFAULTS, type SelectFeature } from './config/variants.js'
+import type { LanguageModel } from './language-model.js'
 import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
 import { familyInAlignGPT, languageFamily, readVisionConfig, visionFamily } from './registry.js'
@@ -147,6 +148,20 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
     gate: table && config.mm_gate_type === stored.mm_gate_type ? source : fresh,
   }
   return [{ language: source, vision, projector: source, ...from }, parts, place]
+}
+
+/** A new CLIP after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+export function createClip(dir: string, o: LoadOptions = {}): CLIPModel {
+  const { seed, ...place } = checkOptions(o)
+  return new CLIPModel(initSource(seed, place), readClipConfig(dir), place.dtype)
+}
+
+/** A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+export function createLanguageModel(dir: string, o: LoadOptions = {}): LanguageModel {
+  const { seed, ...place } = checkOptions(o)
+  const { raw, file } = loadConfig(dir, 'config.json')
+  const family = languageFamily(raw, file)
+  return family.build(initSource(seed, place), family.parse(raw, file), place)
 }
 
 /** Loads both towers of a CLIP folder. */
