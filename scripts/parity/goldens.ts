@@ -276,10 +276,8 @@ async function runClip(d: Dump, dir: string): Promise<Expected['clip']> {
     image: path.join(dir, 'images', r.image as string),
     caption: r.conversations[1].value,
   }))
-  const tokenizer = Tokenizer.load(folder)
-  const preprocessor = readPreprocessor(folder)
-  const plain = await clipScores(model, tokenizer, preprocessor, pairs)
-  const square = await clipScores(model, tokenizer, preprocessor, pairs, { pad: true })
+  const plain = await clipScores(model, pairs)
+  const square = await clipScores(model, pairs, { pad: true })
   const shape = [pairs.length, model.config.projection_dim]
   d.put('clip.image_embeds', plain.imageEmbeds, shape)
   d.put('clip.text_embeds', plain.textEmbeds, shape)

@@ -22,7 +22,7 @@ import {
 } from 'aligngpt'
 import { cpuInfo } from 'aligngpt/core'
 import { bucketLevels, type Levels, writeLevels } from 'aligngpt/data'
-import { clipScores, loadClip, readPreprocessor, Tokenizer } from 'aligngpt/models'
+import { clipScores, loadClip } from 'aligngpt/models'
 import { prepareData, type QuickstartData, readHalves, readQuality, readQuestions } from './data.js'
 import { different, FAST, FULL, shippedMaking, TOWERS, TowerMaker, takeShipped } from './made.js'
 import { QUALITIES, type Quality, TESTS } from './records.js'
@@ -142,7 +142,7 @@ async function scorePairs(d: QuickstartData, models: string): Promise<number[]> 
       image: path.join(d.images, records[i].image as string),
       caption: records[i].conversations[1].value,
     }))
-    const result = await clipScores(clip, Tokenizer.load(dir), readPreprocessor(dir), pairs)
+    const result = await clipScores(clip, pairs)
     for (const [k, i] of judged.entries()) scores[i] = result.scores[k]
     clip.dispose()
   }

@@ -9,9 +9,9 @@ import {
 } from './inference/generate.js'
 import type { GenerateRequest } from './inference/request.js'
 import { AlignGPTNetwork } from './models/aligngpt.js'
-import type { CLIPModel } from './models/clip.js'
 import {
   type CreateOptions,
+  type LoadedClip,
   type LoadOptions,
   loadClip,
   type ModelOptions,
@@ -36,7 +36,7 @@ export class AlignGPT extends AlignGPTNetwork {
   }
 
   /** The whole CLIP this model's vision tower came from, for scoring pairs. The caller disposes it. */
-  loadClip(): CLIPModel {
+  loadClip(): LoadedClip {
     return loadClip(this.parts.clipDir, { dtype: this.dtype, device: this.device })
   }
 

@@ -2,7 +2,7 @@
 export { clipScores, type Pair } from '../levels/clip-scores.js'
 export { CLIPModel } from '../models/clip.js'
 export { hiddenStates, type LanguageModel, type Packing } from '../models/language-model.js'
-export { createClip, createLanguageModel, loadClip } from '../models/load.js'
+export { createClip, createLanguageModel, type LoadedClip, loadClip } from '../models/load.js'
 export { saveWeights } from '../models/save.js'
 export {
   type BpeOptions,

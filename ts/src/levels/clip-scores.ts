@@ -5,13 +5,10 @@ import path from 'node:path'
 import { noGrad, scope, tensor } from '../core/tensor.js'
 import type { Dataset } from '../data/dataset.js'
 import type { DataRecord } from '../formats/record-file.js'
-import type { CLIPModel } from '../models/clip.js'
-import { loadClip } from '../models/load.js'
+import { type LoadedClip, loadClip } from '../models/load.js'
 import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
 import { normaliseInto, normaliseTable, type Preprocess, preprocessImage } from '../processing/image/preprocess.js'
 import type { PictureSource } from '../processing/image/source.js'
-import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
-import { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { hash53 } from '../util/hash.js'
 import { type Buckets, bucketLevels, type Levels } from './bucket.js'
@@ -27,18 +24,13 @@ export interface Pair {
 
 /** A CLIP with what it needs to embed pictures and captions. Plain CLIP preprocessing, captions truncated. */
 class Embedder {
-  readonly #tokenizer: Tokenizer
   readonly #preprocess: Preprocess
   readonly #table: Float32Array
-  constructor(
-    readonly clip: CLIPModel,
-    tokenizer: Tokenizer,
-    preprocessor: PreprocessorConfig,
-    pad = false,
-  ) {
-    this.#tokenizer = tokenizer
-    this.#preprocess = { ...preprocessor, pad }
-    this.#table = normaliseTable(preprocessor)
+  readonly clip: LoadedClip
+  constructor(clip: LoadedClip, pad = false) {
+    this.clip = clip
+    this.#preprocess = { ...clip.preprocessor, pad }
+    this.#table = normaliseTable(clip.preprocessor)
   }
   get width(): number {
     return this.clip.config.projection_dim
@@ -58,7 +50,7 @@ class Embedder {
   /** [n, width], rows of norm 1 */
   texts(captions: readonly string[]): Float32Array {
     const limit = this.clip.config.text.max_position_embeddings
-    const ids = captions.map((c) => this.#tokenizer.encodeClip(c, limit))
+    const ids = captions.map((c) => this.clip.tokenizer.encodeClip(c, limit))
     return Float32Array.from(scope(() => noGrad(() => this.clip.textEmbeds(ids).toFloats())))
   }
 }
@@ -69,16 +61,22 @@ function dot(a: Float32Array, b: Float32Array): number {
   return s
 }
 
-/** Cosine of CLIP's image and text embeddings for each pair, in batches. Plain CLIP preprocessing, captions truncated. */
+/**
+ * Cosine of CLIP's image and text embeddings for each pair (arXiv 2405.14129, section 3.1), in batches. Captions are cut to the
+ * text tower's length with the end token kept; images are preprocessed as CLIP's are.
+ * @param clip of loadClip
+ * @param o.batch pairs embedded at once, default 64
+ * @param o.pad images are padded to a square first; scores of the paper are without
+ * @returns scores, and unit rows [pairs, projection_dim] of images and texts
+ * @throws ERR_IMAGE naming the file
+ */
 export async function clipScores(
-  clip: CLIPModel,
-  tokenizer: Tokenizer,
-  preprocessor: PreprocessorConfig,
+  clip: LoadedClip,
   pairs: readonly Pair[],
   o: { batch?: number; onProgress?: (done: number) => void; pad?: boolean } = {},
 ): Promise<{ scores: number[]; imageEmbeds: Float32Array; textEmbeds: Float32Array }> {
   const size = o.batch ?? 64
-  const embedder = new Embedder(clip, tokenizer, preprocessor, o.pad)
+  const embedder = new Embedder(clip, o.pad)
   const { width } = embedder
   const imageEmbeds = new Float32Array(pairs.length * width)
   const textEmbeds = new Float32Array(pairs.length * width)
@@ -173,7 +171,7 @@ class Scorer {
 
   #open(): Embedder {
     if (this.#embedder) return this.#embedder
-    this.#embedder = new Embedder(loadClip(this.#o.dir), Tokenizer.load(this.#o.dir), readPreprocessor(this.#o.dir))
+    this.#embedder = new Embedder(loadClip(this.#o.dir))
     if (this.#o.features !== undefined) {
       const folder = path.join(this.#o.features, this.#o.identity)
       const { width } = this.#embedder

@@ -7,6 +7,7 @@ import type { Dtype } from '../core/tensor.js'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
 import { loadConfig } from '../formats/zod-check.js'
 import type { ChatStyle } from '../processing/conversation/styles.js'
+import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError } from '../util/errors.js'
 import type { Parts, Sources } from './aligngpt.js'
@@ -164,8 +165,22 @@ export function createLanguageModel(dir: string, o: LoadOptions = {}): LanguageM
   return family.build(initSource(seed, place), family.parse(raw, file), place)
 }
 
-/** Loads both towers of a CLIP folder. */
-export function loadClip(dir: string, o: LoadOptions = {}): CLIPModel {
-  const place = checkOptions(o)
-  return new CLIPModel(checkpointSource(dir, place), readClipConfig(dir), place.dtype)
+/** A CLIP with what its folder says of texts and images. */
+export class LoadedClip extends CLIPModel {
+  readonly tokenizer: Tokenizer
+  readonly preprocessor: PreprocessorConfig
+  constructor(dir: string, place: Required<Placement>) {
+    const config = readClipConfig(dir)
+    super(checkpointSource(dir, place), config, place.dtype)
+    this.tokenizer = Tokenizer.load(dir)
+    this.preprocessor = readPreprocessor(dir, config.vision.image_size)
+  }
+}
+
+/**
+ * Loads both towers of a CLIP folder, its tokenizer and how it wants its images. The caller disposes it.
+ * @throws ERR_FORMAT, ERR_CONFIG, ERR_WEIGHTS naming the file
+ */
+export function loadClip(dir: string, o: LoadOptions = {}): LoadedClip {
+  return new LoadedClip(dir, checkOptions(o))
 }
