@@ -353,7 +353,7 @@ const rungs = [
     '1 CPU backend against the goldens',
     () =>
       all([
-        ['npx', 'vitest', 'run', 'ts/test/50.goldens.test.ts'],
+        ['npx', 'vitest', 'run', 'ts/test/51.goldens.test.ts'],
         [program('test_loader'), program('libaligngpt_cuda_emulated.so')],
       ]),
   ],

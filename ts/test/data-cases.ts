@@ -1,10 +1,12 @@
 /** The golden cases, and small helpers of the tests 30 to 37. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect } from 'vitest'
 import type { DataRecord, Turn } from '../src/formats/record-file.js'
+import { TarWriter } from '../src/formats/tar.js'
 import { AlignGPTError } from '../src/util/errors.js'
 
 export const GOLDEN = fileURLToPath(new URL('./golden/', import.meta.url))
@@ -74,3 +76,14 @@ export async function refuses(f: () => unknown, code: string, pattern: RegExp): 
 
 /** The value, after something has been done. */
 export const doing = <T>(_: unknown, value: T): T => value
+
+/** Writes a tar with these members. @returns its file */
+export function writeTar(file: string, members: readonly [string, Uint8Array][]): string {
+  fs.mkdirSync(path.dirname(file), { recursive: true })
+  const fd = fs.openSync(file, 'w')
+  const writer = new TarWriter(fd)
+  for (const [name, content] of members) writer.add(name, content)
+  writer.end()
+  fs.closeSync(fd)
+  return file
+}

@@ -1,12 +1,12 @@
 /**
  * Runs every row of specs.ts on a device (the argument, default cpu at the CPU level of this process) and prints one JSON line
- * per row: {name, checks, failures}. Started by 10.ops.test.ts once per level and device.
+ * per row: {name, checks, failures}. Started by 12.ops.test.ts once per level and device.
  */
 import { resolveDevice } from '../src/core/device.js'
 import { native } from '../src/core/native.js'
 import { mul, pack, sum } from '../src/core/ops.js'
 import { backward, type Dtype, memory, noGrad, scope, type Tensor, tensor } from '../src/core/tensor.js'
-import { type Case, type Spec, specs } from './specs.js'
+import { type Case, type Spec, specs } from './specs/index.js'
 
 const device = resolveDevice((process.argv[2] ?? 'cpu') as 'cpu' | 'cuda')
 const dtypes: readonly Dtype[] = device === 'cpu' ? ['f32', 'bf16', 'f64'] : ['f32', 'bf16']

@@ -227,7 +227,7 @@ export const microBatchesAhead = (batch: number, microBatch: number): number =>
 
 /**
  * Bytes a training step takes, by what they are for.
- * The native allocator's peak on the CPU agrees within 5 % for a small model (ts/test/41.plan.test.ts). Not in it: kernels'
+ * The native allocator's peak on the CPU agrees within 5 % for a small model (ts/test/70.plan.test.ts). Not in it: kernels'
  * scratch, and blocks that lie idle.
  * @throws ERR_CONFIG for an unknown projector, ERR_ARGUMENT for sizes that are not positive integers
  */

@@ -3,7 +3,7 @@ import { spawnSync } from 'node:child_process'
 import { describe, expect, test } from 'vitest'
 import { native } from '../src/core/native.js'
 import { cpuLevels } from './cpu-levels.js'
-import { specs } from './specs.js'
+import { specs } from './specs/index.js'
 
 const places = [
   ...cpuLevels.map((level) => ({ name: level, device: 'cpu', env: { ALIGNGPT_CPU_LEVEL: level } })),

@@ -51,7 +51,7 @@ test('plan: sizes of a preset and of folders, what fits, exit statuses', async (
   ])
   expect(seven.status, seven.err).toBe(0)
   const { plan, options, largestMicroBatch, memory } = JSON.parse(seven.out)
-  // Vicuna 7B, ViT-L/14-336, projector, table and gate: as in 41.plan.test.ts
+  // Vicuna 7B, ViT-L/14-336, projector, table and gate: as in 70.plan.test.ts
   expect(plan.parameters).toBe(6_738_415_616 + 303_507_456 + 20_979_712 + 8 * 4096 + 256 * 577 + 7 * 257)
   expect([memory, options.microBatch]).toEqual([80 * 2 ** 30, largestMicroBatch])
   expect(plan.peak).toBeLessThanOrEqual(memory)
