@@ -11,7 +11,7 @@ import { Command } from 'commander'
 import { loadDataset } from '../../ts/src/data/dataset.js'
 import { checkDataset } from '../../ts/src/data/lint.js'
 import { TarWriter } from '../../ts/src/formats/tar.js'
-import { openPictures } from '../../ts/src/processing/image/source.js'
+import { openImages } from '../../ts/src/processing/image/source.js'
 import { Rng } from '../../ts/src/util/rng.js'
 
 const WORDS =
@@ -90,7 +90,7 @@ program
   .command('tar')
   .argument('<file>')
   .action(async (file) => {
-    const pictures = await measure('tar', () => openPictures(file))
+    const pictures = await measure('tar', () => openImages(file))
     console.log(pictures.locate('000000007.jpg'))
   })
 program

@@ -7,7 +7,7 @@ import { afterAll, describe, expect, it } from 'vitest'
 import { openSafetensors, readEntry, readFloats, type TensorEntry } from '../src/formats/safetensors.js'
 import { augment, compositeOver } from '../src/processing/image/augment.js'
 import { decodeImage, loadImage, type RgbImage } from '../src/processing/image/decode.js'
-import { PictureCache, type PictureTask, preparePicture } from '../src/processing/image/prepare.js'
+import { ImageCache, type ImageTask, prepareImage } from '../src/processing/image/prepare.js'
 import {
   normalise,
   normaliseInto,
@@ -268,7 +268,7 @@ it('decoded pictures are kept while there is room, each counted once', async () 
   const source = (name: string) => ({ root: caseDir('base', 'images'), name })
   const bytes = async (name: string): Promise<number> => (await loadImage(source(name))).data.length
   const [a, b, c] = ['a02.jpg', 'a00.png', 'a08.png']
-  const cache = new PictureCache((await bytes(a)) + (await bytes(b)))
+  const cache = new ImageCache((await bytes(a)) + (await bytes(b)))
   const load = (name: string) => cache.get(name, () => loadImage(source(name)))
   const [first] = await Promise.all([load(a), load(a)])
   const second = await load(b)
@@ -281,18 +281,18 @@ it('decoded pictures are kept while there is room, each counted once', async () 
 
 it('a prepared picture is the same from the cache; augmented ones differ', async () => {
   const source = { root: caseDir('base', 'images'), name: 'a02.jpg' }
-  const cache = new PictureCache()
-  const task = (augmentation: [number, number] | null, pad: boolean): PictureTask => ({
+  const cache = new ImageCache()
+  const task = (augmentation: [number, number] | null, pad: boolean): ImageTask => ({
     ...{ source, augmentation, limits: {} },
     preprocess: { ...CLIP, size: 32, crop: 32, pad },
   })
   for (const pad of [false, true]) {
-    const alone = await preparePicture(task(null, pad))
-    const first = await preparePicture(task(null, pad), cache)
+    const alone = await prepareImage(task(null, pad))
+    const first = await prepareImage(task(null, pad), cache)
     expect(first).toEqual(alone)
-    expect(await preparePicture(task(null, pad), cache)).toBe(first)
-    const [one, other] = await Promise.all([1, 2].map((n) => preparePicture(task([7, n], pad), cache)))
+    expect(await prepareImage(task(null, pad), cache)).toBe(first)
+    const [one, other] = await Promise.all([1, 2].map((n) => prepareImage(task([7, n], pad), cache)))
     expect(one).not.toEqual(other)
-    expect(one).toEqual(await preparePicture(task([7, 1], pad)))
+    expect(one).toEqual(await prepareImage(task([7, 1], pad)))
   }
 })

@@ -7,7 +7,7 @@ import { describe, expect, it } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
 import { openLoader } from '../src/data/loader.js'
 import { imageHeader, loadImage } from '../src/processing/image/decode.js'
-import { expandShards, openPictures, readPicture } from '../src/processing/image/source.js'
+import { expandShards, openImages, readImage } from '../src/processing/image/source.js'
 import { readPreprocessor } from '../src/processing/preprocessor-config.js'
 import { Tokenizer } from '../src/processing/tokenizer.js'
 import { caseDir, refuses, tempDir, writeTar } from './data-cases.js'
@@ -62,8 +62,8 @@ describe('pictures in shards', () => {
     await refuses(() => expandShards('{2..1}.tar'), 'ERR_ARGUMENT', /range/)
   })
   it('finds members by name, or by shard and name', async () => {
-    const p = await openPictures(pattern)
-    const read = (name: string): Buffer => readPicture(p.locate(name))
+    const p = await openImages(pattern)
+    const read = (name: string): Buffer => readImage(p.locate(name))
     for (const [name, want] of [
       ['a00.png', 'a00.png'],
       ['08/a00.png', 'a00.png'],
@@ -79,15 +79,15 @@ describe('pictures in shards', () => {
     await refuses(() => read('both.png'), 'ERR_IMAGE', /several of this name in .*write shard\/name/)
     for (const none of ['', 'a', '../a00.png', '08/x', '/etc/passwd'])
       await refuses(() => read(none), 'ERR_IMAGE', /none of this name/)
-    await refuses(() => readPicture(p.locate('a08.png'), { maxBytes: 10 }), 'ERR_IMAGE', /at most 10 bytes/)
+    await refuses(() => readImage(p.locate('a08.png'), { maxBytes: 10 }), 'ERR_IMAGE', /at most 10 bytes/)
   })
   it('refuses shards that are not there', async () => {
     await refuses(
-      () => openPictures(`${shards}/{08..11}.tar`),
+      () => openImages(`${shards}/{08..11}.tar`),
       'ERR_DATA',
       /11\.tar, expected a readable file, got ENOENT/,
     )
-    await refuses(() => openPictures(`${shards}/no`), 'ERR_DATA', /a folder, or \.tar files/)
+    await refuses(() => openImages(`${shards}/no`), 'ERR_DATA', /a folder, or \.tar files/)
   })
   it('gives the loader the same batches as a folder, with and without workers; a bad one is named', async () => {
     const names = fs.readdirSync(caseDir('base', 'images')).sort()
@@ -120,7 +120,7 @@ describe('pictures in shards', () => {
     expect(bad[0].reason).toMatch(/none of this name in .*0\.tar/)
   })
   it('reads sizes from headers, in tars and folders', async () => {
-    const p = await openPictures(pattern)
+    const p = await openImages(pattern)
     const { width, height } = await loadImage(p.locate('a08.png'))
     expect(await imageHeader(p.locate('a08.png'))).toEqual({ width, height })
     expect(await imageHeader({ root: caseDir('base', 'images'), name: 'a08.png' })).toEqual({ width, height })
@@ -205,7 +205,7 @@ describe('Parquet', () => {
     expect(got.map((r) => r.image)).toEqual(['000000000.png', '000000001', null, '000000003.png', '000000004.png'])
     expect(got.map((r) => r.conversations)).toEqual(conversations)
     for (const [i, r] of got.entries())
-      if (r.image !== null) expect(new Uint8Array(readPicture(data.picture(r.image)))).toEqual(image[i]?.bytes)
+      if (r.image !== null) expect(new Uint8Array(readImage(data.picture(r.image)))).toEqual(image[i]?.bytes)
     data.close()
   })
   it('is unpacked once, and again when the file has changed', async () => {

@@ -195,7 +195,7 @@ describe('finds', () => {
       26,
       { named: 26, read: 26 },
     ])
-    expect(await check(list)).toMatchObject({ errors: 0, pictures: { named: 26, read: 0 }, withPicture: 50 })
+    expect(await check(list)).toMatchObject({ errors: 0, pictures: { named: 26, read: 0 }, withImage: 50 })
   })
   it('plain style wants one caption', async () => {
     const two = { id: 1, conversations: [human('q'), gpt('a'), human('q'), gpt('a')] }

@@ -14,7 +14,7 @@ import {
   splitRecords,
   wordCount,
 } from '../formats/record-file.js'
-import { expandShards, openPictures, type PictureSource, type Pictures } from '../processing/image/source.js'
+import { expandShards, type ImageFiles, type ImageSource, openImages } from '../processing/image/source.js'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
@@ -22,7 +22,7 @@ import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
 
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
-  readonly #pictures: Pictures | null
+  readonly #pictures: ImageFiles | null
   readonly #saved: SavedOptions
   #offsets: Float64Array = new Float64Array(0)
   #sizes: Uint32Array = new Uint32Array(0)
@@ -35,7 +35,7 @@ export class Dataset {
   /** Use loadDataset. */
   constructor(
     readonly file: string,
-    pictures: Pictures | null,
+    pictures: ImageFiles | null,
     saved: SavedOptions = {},
   ) {
     this.#pictures = pictures
@@ -48,7 +48,7 @@ export class Dataset {
   }
 
   /** Where the picture of this name lies. */
-  picture(name: string): PictureSource {
+  picture(name: string): ImageSource {
     return this.#pictures?.locate(name) ?? { name, problem: 'a data set without pictures' }
   }
 
@@ -144,7 +144,7 @@ export class Dataset {
   }
 
   /** Whether a record names a picture; known without reading it. */
-  hasPicture(index: number): boolean {
+  hasImage(index: number): boolean {
     return this.#words[index] > 0
   }
 
@@ -196,7 +196,7 @@ export class Dataset {
 export interface DatasetOptions extends SavedOptions {
   /**
    * folder the `image` names are relative to (pictures outside it are refused), or tar files with them
-   * (`shards/{00000..00009}.tar`, see openPictures); default for Parquet: the embedded pictures
+   * (`shards/{00000..00009}.tar`, see openImages); default for Parquet: the embedded pictures
    */
   images?: string
   /** where Parquet is unpacked; default `<file>.unpacked` */
@@ -207,14 +207,14 @@ export interface DatasetOptions extends SavedOptions {
 export async function openSources(
   file: string,
   { images, unpacked, ...saved }: DatasetOptions,
-): Promise<{ records: string; pictures: Pictures | null }> {
+): Promise<{ records: string; pictures: ImageFiles | null }> {
   let [records, where] = [path.resolve(file), images]
   if (file.endsWith('.parquet')) {
     const u = await unpackParquet(expandShards(records), saved, unpacked)
     records = u.records
     where ??= u.pictures ?? undefined
   }
-  return { records, pictures: where === undefined ? null : await openPictures(where, saved) }
+  return { records, pictures: where === undefined ? null : await openImages(where, saved) }
 }
 
 /**

@@ -1,7 +1,7 @@
 /** The threads that prepare a loader's images (image-worker.ts), and the memory they share with it. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Worker } from 'node:worker_threads'
-import type { PictureTask } from '../processing/image/prepare.js'
+import type { ImageTask } from '../processing/image/prepare.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { startThread } from '../util/worker.js'
 import { BAD, ERROR_BYTES, PENDING, type SharedSlots, type WorkerMessage } from './image-worker.js'
@@ -15,16 +15,16 @@ export class ImagePool {
   readonly #workers: Worker[] = []
   #failure: Error | null = null
   #next = 0
-  constructor(count: number, slotCount: number, capacity: number, pictureBytes: number) {
+  constructor(count: number, slotCount: number, capacity: number, imageBytes: number) {
     const room = slotCount * capacity
     this.slots = {
-      pixels: new SharedArrayBuffer(room * pictureBytes),
+      pixels: new SharedArrayBuffer(room * imageBytes),
       errors: new SharedArrayBuffer(room * ERROR_BYTES),
       status: new SharedArrayBuffer(4 * room),
       done: new SharedArrayBuffer(4 * slotCount),
       ready: new SharedArrayBuffer(4),
       capacity,
-      pictureBytes,
+      imageBytes,
     }
     const lanes = Math.max(2, Math.ceil(SHARP_THREADS / count))
     for (let i = 0; i < count; i++) {
@@ -63,7 +63,7 @@ export class ImagePool {
       await sleep(2)
     }
   }
-  submit(slot: number, tasks: PictureTask[]): void {
+  submit(slot: number, tasks: ImageTask[]): void {
     new Int32Array(this.slots.status).fill(PENDING, slot * this.slots.capacity, (slot + 1) * this.slots.capacity)
     Atomics.store(new Int32Array(this.slots.done), slot, 0)
     tasks.forEach((task, i) => {
@@ -96,9 +96,9 @@ export class ImagePool {
   }
   /** The finished picture, or why there is none. The bytes are valid until the slot is used again. */
   result(slot: number, i: number): Uint8Array | Error {
-    const { status, errors, pixels, capacity, pictureBytes } = this.slots
+    const { status, errors, pixels, capacity, imageBytes } = this.slots
     const at = slot * capacity + i
-    if (Atomics.load(new Int32Array(status), at) !== BAD) return new Uint8Array(pixels, at * pictureBytes, pictureBytes)
+    if (Atomics.load(new Int32Array(status), at) !== BAD) return new Uint8Array(pixels, at * imageBytes, imageBytes)
     const text = Buffer.from(new Uint8Array(errors, at * ERROR_BYTES, ERROR_BYTES))
     return new AlignGPTError('ERR_IMAGE', text.toString('utf8', 0, text.indexOf(0)))
   }

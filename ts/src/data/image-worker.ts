@@ -1,6 +1,6 @@
 /** Worker thread of loader.ts: prepares pictures and writes them into shared memory. */
 import type { MessagePort } from 'node:worker_threads'
-import { PictureCache, type PictureTask, preparePicture } from '../processing/image/prepare.js'
+import { ImageCache, type ImageTask, prepareImage } from '../processing/image/prepare.js'
 
 /** Memory shared between the loader and its workers; slot k, picture i. */
 export interface SharedSlots {
@@ -15,7 +15,7 @@ export interface SharedSlots {
   /** int32 [1]: workers ready; -1 when one failed to start */
   ready: SharedArrayBuffer
   capacity: number
-  pictureBytes: number
+  imageBytes: number
 }
 export const ERROR_BYTES = 512
 export const PENDING = 0
@@ -23,15 +23,15 @@ export const GOOD = 1
 export const BAD = 2
 
 /** One picture to prepare; null asks the worker to end. */
-export type WorkerMessage = { slot: number; i: number; task: PictureTask } | null
+export type WorkerMessage = { slot: number; i: number; task: ImageTask } | null
 
-const cache = new PictureCache()
-async function handle(shared: SharedSlots, slot: number, i: number, task: PictureTask): Promise<void> {
+const cache = new ImageCache()
+async function handle(shared: SharedSlots, slot: number, i: number, task: ImageTask): Promise<void> {
   const at = slot * shared.capacity + i
   let status = GOOD
   try {
-    const u8 = await preparePicture(task, cache)
-    new Uint8Array(shared.pixels, at * shared.pictureBytes, shared.pictureBytes).set(u8)
+    const u8 = await prepareImage(task, cache)
+    new Uint8Array(shared.pixels, at * shared.imageBytes, shared.imageBytes).set(u8)
   } catch (e) {
     status = BAD
     const text = Buffer.from(e instanceof Error ? e.message : String(e)).subarray(0, ERROR_BYTES - 1)

@@ -16,7 +16,7 @@ import {
 import { MODEL_DEFAULTS } from '../models/config/variants.js'
 import { render, type Style, styleOf } from '../processing/conversation/styles.js'
 import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
-import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image/source.js'
+import { type ImageFiles, type ImageSource, MAX_BYTES, resolveImage } from '../processing/image/source.js'
 import { buildSample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, show } from '../util/errors.js'
@@ -98,7 +98,7 @@ export interface CheckReport {
   bytes: number
   /** records found, good ones and bad ones */
   records: number
-  withPicture: number
+  withImage: number
   /** different pictures, and how many of them were looked at (none without `images`) */
   pictures: { named: number; read: number }
   errors: number
@@ -123,7 +123,7 @@ class Checker {
   readonly counts: Partial<Record<ProblemKind, number>> = {}
   readonly findings: Finding[] = []
   records = 0
-  withPicture = 0
+  withImage = 0
   readonly lengths = new Numbers()
   /** of the first record that names a picture: index, byte, bytes */
   readonly first = [new Numbers(), new Numbers(), new Numbers()] as const
@@ -185,7 +185,7 @@ class Checker {
 
   /** Notes where a picture is named first. */
   #picture(name: string, index: number, byte: number, bytes: number): void {
-    this.withPicture++
+    this.withImage++
     if (this.#names.get(hash53(name)) !== undefined) return
     this.#names.set(hash53(name), index)
     for (const [k, x] of [index, byte, bytes].entries()) this.first[k].push(x)
@@ -231,7 +231,7 @@ const textOf = (r: DataRecord): string =>
   `${r.image ?? ''}\0${r.conversations.map((t) => `${t.from}\0${t.value}`).join('\0')}`
 
 /** What is wrong with a picture, null when nothing is. */
-async function pictureProblem(source: PictureSource, o: CheckOptions): Promise<[ProblemKind, string] | null> {
+async function imageProblem(source: ImageSource, o: CheckOptions): Promise<[ProblemKind, string] | null> {
   const { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS } = o.limits ?? {}
   if ('problem' in source) return ['missing', source.problem]
   try {
@@ -257,13 +257,13 @@ async function pictureProblem(source: PictureSource, o: CheckOptions): Promise<[
 const AT_ONCE = 16
 
 /** Reads every picture once; it is reported with the first record that names it. */
-async function checkPictures(checker: Checker, file: string, pictures: Pictures, o: CheckOptions): Promise<number> {
+async function checkImages(checker: Checker, file: string, pictures: ImageFiles, o: CheckOptions): Promise<number> {
   const [indices, offsets, sizes] = checker.first.map((n) => n.values)
   const fd = fs.openSync(file, 'r')
   const one = async (k: number): Promise<() => void> => {
     const bytes = readRange(fd, offsets[k], sizes[k], file)
     const r = parseRecord(parseBytes(bytes, file, offsets[k]), file, indices[k])
-    const problem = await pictureProblem(pictures.locate(r.image as string), o)
+    const problem = await imageProblem(pictures.locate(r.image as string), o)
     return () => problem && checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
   }
   try {
@@ -326,15 +326,15 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
     if (!stopped && (!(e instanceof AlignGPTError) || !at)) throw e
     if (at) checker.note('syntax', checker.records, null, Number(at[1]), messageOf(e))
   }
-  const read = pictures ? await checkPictures(checker, source, pictures, options) : 0
-  const { counts, findings, records, withPicture } = checker
+  const read = pictures ? await checkImages(checker, source, pictures, options) : 0
+  const { counts, findings, records, withImage } = checker
   const total = (severity: string): number =>
     Object.entries(counts).reduce((n, [k, c]) => n + (PROBLEMS[k as ProblemKind][0] === severity ? c : 0), 0)
   return {
     file: source,
     bytes,
     records,
-    withPicture,
+    withImage,
     pictures: { named: checker.first[0].values.length, read },
     errors: total('error'),
     warnings: total('warning'),

@@ -6,7 +6,7 @@
 import { availableParallelism } from 'node:os'
 import { type PackedBatch, packBatch } from '../models/packed-batch.js'
 import type { ImageLimits } from '../processing/image/decode.js'
-import { type PictureTask, preparePicture } from '../processing/image/prepare.js'
+import { type ImageTask, prepareImage } from '../processing/image/prepare.js'
 import { normaliseInto, normaliseTable, type Preprocess } from '../processing/image/preprocess.js'
 import { buildSample, type Sample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
@@ -177,7 +177,7 @@ export class Loader {
     const slot = this.#scheduled++ % this.#slotCount
     const empty = { indices: [], samples: [], picture: [], pictures: 0, skipped: [], truncated: [], inline: null }
     const job: Job = { ...p, ...empty, slot }
-    const tasks: PictureTask[] = []
+    const tasks: ImageTask[] = []
     for (const index of p.indices) {
       const sample = buildSample(this.#dataset.record(index), tokenizer, this.#options)
       const { id, image, skip } = sample
@@ -190,7 +190,7 @@ export class Loader {
       job.samples.push(sample)
       job.picture.push(image === null ? -1 : tasks.length)
       if (image === null) continue
-      const augmentation: PictureTask['augmentation'] = augment ? [seed, augmentStream(p.epoch, index)] : null
+      const augmentation: ImageTask['augmentation'] = augment ? [seed, augmentStream(p.epoch, index)] : null
       tasks.push({
         source: this.#dataset.picture(image),
         preprocess: plain(preprocess),
@@ -200,7 +200,7 @@ export class Loader {
     }
     job.pictures = tasks.length
     if (this.#pool) this.#pool.submit(job.slot, tasks)
-    else job.inline = Promise.all(tasks.map((t) => preparePicture(t).catch((e: Error) => e)))
+    else job.inline = Promise.all(tasks.map((t) => prepareImage(t).catch((e: Error) => e)))
     return job
   }
 

@@ -1,12 +1,12 @@
 /** The blind control: the same questions, each about another image. A model that answers them as well does not look. */
 import { createHash } from 'node:crypto'
-import { readFilePart, readPicture } from '../processing/image/source.js'
+import { readFilePart, readImage } from '../processing/image/source.js'
 import { permutation } from '../util/rng.js'
 import { type ImagePlace, imageFile, type Question } from './questions.js'
 
 /** Hash of an image file's bytes. @throws AlignGPTError ERR_IMAGE */
 function contentOf(image: string, images: ImagePlace): string {
-  const bytes = typeof images === 'object' ? readPicture(images.locate(image)) : readFilePart(imageFile(image, images))
+  const bytes = typeof images === 'object' ? readImage(images.locate(image)) : readFilePart(imageFile(image, images))
   return createHash('sha256').update(bytes).digest('base64')
 }
 

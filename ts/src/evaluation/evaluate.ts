@@ -6,7 +6,7 @@ import { loadPixels, packWithPixels, placeImage, promptOf } from '../inference/r
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { readPicture } from '../processing/image/source.js'
+import { readImage } from '../processing/image/source.js'
 import { buildSample, type Sample } from '../processing/sample.js'
 import { AlignGPTError } from '../util/errors.js'
 import { otherImages } from './blind.js'
@@ -15,7 +15,7 @@ import { sampleLosses, type TooLong } from './likelihood.js'
 import { type ImagePlace, imageFile, type Question } from './questions.js'
 
 export interface EvaluateOptions {
-  /** folder of the pictures, or what openPictures gives; default: `image` is a path */
+  /** folder of the pictures, or what openImages gives; default: `image` is a path */
   images?: ImagePlace
   /** default: choice where there are options, yesno where the answer is yes or no, else exact */
   judge?: Judge
@@ -85,7 +85,7 @@ class Asker {
 
   #image(name: string): string | Uint8Array {
     const { images } = this.#o
-    return typeof images === 'object' ? readPicture(images.locate(name)) : imageFile(name, images)
+    return typeof images === 'object' ? readImage(images.locate(name)) : imageFile(name, images)
   }
 
   #load(name: string): Promise<Float32Array> {

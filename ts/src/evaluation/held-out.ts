@@ -14,7 +14,7 @@ import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { GateText } from '../models/config/variants.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { readPicture } from '../processing/image/source.js'
+import { readImage } from '../processing/image/source.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
 import { mismatch } from '../util/errors.js'
@@ -299,7 +299,7 @@ export class HeldOut {
   async #answer(record: DataRecord): Promise<string> {
     const [model, o] = [this.#model, this.#o]
     const [system] = record.conversations
-    const image = record.image === null ? undefined : readPicture(this.#data.picture(record.image))
+    const image = record.image === null ? undefined : readImage(this.#data.picture(record.image))
     const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
     const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
       style: o.style,
@@ -340,7 +340,7 @@ export class HeldOut {
     if (record.image === null) return [{ record, picture: null }]
     const source = this.#data.picture(record.image)
     try {
-      await loadPixels(this.#model, readPicture(source))
+      await loadPixels(this.#model, readImage(source))
       return [{ record, picture: await thumbnail(source, THUMBNAIL) }]
     } catch {
       return [] // among the bad ones, as the loader found it

@@ -7,7 +7,7 @@ import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { readPicture } from '../processing/image/source.js'
+import { readImage } from '../processing/image/source.js'
 import { buildSample, type Sample } from '../processing/sample.js'
 
 /** What the model makes of one sample. */
@@ -96,7 +96,7 @@ export async function evaluateLoss(
   const { batch: size = 16, style = model.conversation, mix = model.mix } = o
   const options = { style, patches: model.patches, maxLength: model.config.tokenizer_model_max_length }
   const load = (name: string | null): Promise<Float32Array | null> =>
-    name === null ? Promise.resolve(null) : loadPixels(model, readPicture(data.picture(name)))
+    name === null ? Promise.resolve(null) : loadPixels(model, readImage(data.picture(name)))
   let sum = 0
   for (let at = 0; at < data.length && !o.stop?.(); at += size) {
     const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))

@@ -7,7 +7,7 @@ import {
   splitRecords,
   type Turn,
 } from '../formats/record-file.js'
-import { type Pictures, resolveImage } from '../processing/image/source.js'
+import { type ImageFiles, resolveImage } from '../processing/image/source.js'
 import { mismatch, show } from '../util/errors.js'
 
 export interface Question {
@@ -24,8 +24,8 @@ export interface Question {
   options?: readonly string[]
 }
 
-/** Folder of the images, or what openPictures gives; without one, names are paths. */
-export type ImagePlace = string | Pictures | undefined
+/** Folder of the images, or what openImages gives; without one, names are paths. */
+export type ImagePlace = string | ImageFiles | undefined
 
 export const imageFile = (image: string, folder: string | undefined): string =>
   folder ? resolveImage(folder, image) : image

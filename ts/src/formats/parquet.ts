@@ -58,7 +58,7 @@ async function* parquetRows(file: string): AsyncGenerator<Row> {
 }
 
 /** Bytes and file name of an `image` cell: a name, bytes, or Hugging Face's {bytes, path}. */
-function pictureOf(cell: unknown): { bytes: Uint8Array | null; name: string | null } {
+function imageOf(cell: unknown): { bytes: Uint8Array | null; name: string | null } {
   if (cell instanceof Uint8Array) return { bytes: cell, name: null }
   if (cell === null || typeof cell !== 'object') return { bytes: null, name: (cell ?? null) as string | null }
   const { bytes, path: name } = cell as { bytes?: unknown; path?: unknown }
@@ -75,7 +75,7 @@ async function unpackInto(folder: string, files: string[]): Promise<{ rows: numb
   try {
     for (const file of files)
       for await (const { image, ...row } of parquetRows(file)) {
-        const { bytes, name } = pictureOf(image)
+        const { bytes, name } = imageOf(image)
         const record: Row = { ...row }
         if (record.similarity === null) delete record.similarity
         if (bytes) {

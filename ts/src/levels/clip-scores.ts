@@ -8,7 +8,7 @@ import type { DataRecord } from '../formats/record-file.js'
 import { type LoadedClip, loadClip } from '../models/load.js'
 import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
 import { normaliseInto, normaliseTable, type Preprocess, preprocessImage } from '../processing/image/preprocess.js'
-import type { PictureSource } from '../processing/image/source.js'
+import type { ImageSource } from '../processing/image/source.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { hash53 } from '../util/hash.js'
 import { type Buckets, bucketLevels, type Levels } from './bucket.js'
@@ -119,7 +119,7 @@ export interface LevelsOptions {
 /** A pair of a level. */
 export interface LevelExample {
   level: number
-  image: PictureSource
+  image: ImageSource
   id: string
   caption: string
   score: number
@@ -258,7 +258,7 @@ async function scoreAll(
   const size = o.batch ?? 64
   let waiting: Waiting[] = []
   const indices: number[] = []
-  for (let i = 0; i < data.length; i++) if (data.hasPicture(i)) indices.push(i)
+  for (let i = 0; i < data.length; i++) if (data.hasImage(i)) indices.push(i)
   for (const [done, index] of indices.entries()) {
     const r = data.record(index)
     const [image, caption] = [r.image as string, captionOf(r)]

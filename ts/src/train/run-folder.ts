@@ -114,9 +114,9 @@ function evaluationOf(line: Json): LoggedEvaluation {
 
 /** A picture stands in the page as it is, so nothing but the data URI of one is taken. */
 function shownOf({ id, question, expected, picture }: Json): Shown {
-  const isPicture = /^data:image\/webp;base64,[A-Za-z0-9+/]+=*$/.test(textOf(picture))
+  const isImage = /^data:image\/webp;base64,[A-Za-z0-9+/]+=*$/.test(textOf(picture))
   const [name, asked, answer] = [id, question, expected].map(textOf)
-  return { id: name, question: asked, expected: answer, picture: isPicture ? textOf(picture) : null }
+  return { id: name, question: asked, expected: answer, picture: isImage ? textOf(picture) : null }
 }
 
 /** The JSON value in a file, null without one. */

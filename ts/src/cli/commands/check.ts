@@ -32,7 +32,7 @@ function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, s
   const looked = pictures.read ? `${pictures.read} read` : 'not read (--images)'
   const out = r.stopped ? ['stopped: the report is of what was looked at so far'] : []
   out.push(
-    `${file}: ${r.records} records, ${r.withPicture} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
+    `${file}: ${r.records} records, ${r.withImage} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
   )
   if (lengths) {
     const { unit, min, median, p95, max, mean, histogram } = lengths

@@ -3,7 +3,7 @@
  * ignored, as Pillow's Image.open does.
  */
 import { AlignGPTError, mismatch } from '../../util/errors.js'
-import { MAX_BYTES, type PictureSource, readFilePart, readPicture } from './source.js'
+import { type ImageSource, MAX_BYTES, readFilePart, readImage } from './source.js'
 
 /** 8-bit RGB picture, rows from the top: data [height, width, 3]. */
 export interface RgbImage {
@@ -55,7 +55,7 @@ const decoderLibrary = (): Promise<typeof import('sharp')> => {
 }
 
 /** Opens a picture and checks what its header says. @throws AlignGPTError ERR_IMAGE */
-async function openPicture(bytes: Uint8Array, name: string, maxPixels: number) {
+async function openImage(bytes: Uint8Array, name: string, maxPixels: number) {
   const { default: sharp } = await decoderLibrary()
   const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
   const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
@@ -88,7 +88,7 @@ export async function decodeImage(
   if (bytes.byteLength > maxBytes) throw bad(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
   if (bytes.byteLength === 0) throw bad(name, 'a picture', 'an empty file')
   try {
-    const { decoder } = await openPicture(bytes, name, maxPixels)
+    const { decoder } = await openImage(bytes, name, maxPixels)
     const raw = decoder().toColourspace('srgb').raw({ depth: 'uchar' })
     const { data, info } = await raw.toBuffer({ resolveWithObject: true })
     if (info.channels > 4 || data.length !== info.width * info.height * info.channels)
@@ -99,13 +99,13 @@ export async function decodeImage(
   }
 }
 
-/** Decodes a picture of a data set; see readPicture and decodeImage. */
+/** Decodes a picture of a data set; see readImage and decodeImage. */
 export async function loadImage(
-  source: PictureSource,
+  source: ImageSource,
   options: ImageLimits & { alpha?: boolean } = {},
 ): Promise<RgbImage> {
   const { maxBytes } = options
-  return decodeImage(readPicture(source, { maxBytes }), { ...options, name: source.name })
+  return decodeImage(readImage(source, { maxBytes }), { ...options, name: source.name })
 }
 
 // Holds the header of nearly every picture, behind colour profiles and EXIF too.
@@ -116,20 +116,20 @@ const HEAD = 128 * 1024
  * @throws AlignGPTError ERR_IMAGE as decodeImage does, but for damage behind the header
  */
 export async function imageHeader(
-  source: PictureSource,
+  source: ImageSource,
   { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS }: ImageLimits = {},
 ): Promise<{ width: number; height: number }> {
   const { name } = source
   const look = async (bytes: Uint8Array): Promise<{ width: number; height: number }> => {
     if (bytes.length === 0) throw bad(name, 'a picture', 'an empty file')
-    const { width, height } = await openPicture(bytes, name, maxPixels)
+    const { width, height } = await openImage(bytes, name, maxPixels)
     return { width, height }
   }
-  const head = readPicture(source, { maxBytes, head: HEAD })
+  const head = readImage(source, { maxBytes, head: HEAD })
   try {
     // A header that does not fit into its usual room is looked for in the whole file.
     return await look(head).catch((e) =>
-      head.length < HEAD ? Promise.reject(e) : look(readPicture(source, { maxBytes })),
+      head.length < HEAD ? Promise.reject(e) : look(readImage(source, { maxBytes })),
     )
   } catch (e) {
     throw asImageError(e, name)

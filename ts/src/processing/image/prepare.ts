@@ -3,10 +3,10 @@ import { Rng } from '../../util/rng.js'
 import { augment } from './augment.js'
 import { type ImageLimits, loadImage, type RgbImage } from './decode.js'
 import { type Preprocess, preprocessImage } from './preprocess.js'
-import type { PictureSource } from './source.js'
+import type { ImageSource } from './source.js'
 
 /** Pictures as long as there is room: those of a small data set are decoded in its first epoch only. */
-export class PictureCache {
+export class ImageCache {
   readonly #kept = new Map<string, RgbImage>()
   /** @param room bytes */
   constructor(private room = 64 * 2 ** 20) {}
@@ -28,7 +28,7 @@ export class PictureCache {
  * What a decode worker does for one picture; also the inline way.
  * @returns uint8 [crop, crop, 3]
  */
-export async function preparePicture(task: PictureTask, cache?: PictureCache): Promise<Uint8Array> {
+export async function prepareImage(task: ImageTask, cache?: ImageCache): Promise<Uint8Array> {
   const { source, preprocess, augmentation, limits } = task
   const keep = (key: unknown[], make: () => Promise<RgbImage>): Promise<RgbImage> =>
     cache ? cache.get(JSON.stringify(key), make) : make()
@@ -46,8 +46,8 @@ export async function preparePicture(task: PictureTask, cache?: PictureCache): P
 }
 
 /** Everything needed to prepare a picture, in plain values that can be sent to a worker. */
-export interface PictureTask {
-  source: PictureSource
+export interface ImageTask {
+  source: ImageSource
   preprocess: Preprocess
   /** null, or seed and stream of the random numbers */
   augmentation: [number, number] | null

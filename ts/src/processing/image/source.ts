@@ -13,7 +13,7 @@ import { hash53 } from '../../util/hash.js'
 import { Fingerprints } from '../../util/hash-map.js'
 
 /** Where the bytes of one picture lie, in plain values that can be sent to a worker; `problem`: why they lie nowhere. */
-export type PictureSource =
+export type ImageSource =
   | { name: string; root: string }
   | { name: string; file: string; offset: number; bytes: number }
   | { name: string; problem: string }
@@ -85,17 +85,17 @@ export function readFilePart(file: string, o: Part = {}): Buffer {
 }
 
 /** The bytes of a picture, or the first `head` of them. @throws AlignGPTError ERR_IMAGE */
-export function readPicture(source: PictureSource, o: Pick<Part, 'maxBytes' | 'head'> = {}): Buffer {
+export function readImage(source: ImageSource, o: Pick<Part, 'maxBytes' | 'head'> = {}): Buffer {
   if ('problem' in source) throw bad(source.name, 'the name of a picture', source.problem)
   if ('root' in source) return readFilePart(resolveImage(source.root, source.name), o)
   return readFilePart(source.file, { ...o, offset: source.offset, bytes: source.bytes })
 }
 
 /** The pictures of a data set, found by the name that records give. */
-export interface Pictures {
+export interface ImageFiles {
   /** what was opened: a folder or a pattern of tar files */
   readonly where: string
-  locate(name: string): PictureSource
+  locate(name: string): ImageSource
 }
 
 /**
@@ -142,7 +142,7 @@ const AMBIGUOUS = -1
  * called, shard and member (`00003/000030012.jpg`). Of two members with one name in a tar the later counts, as in tar;
  * a name that several tars have must be given with its shard.
  */
-class TarPictures implements Pictures {
+class TarImages implements ImageFiles {
   private readonly byName = new Fingerprints()
   /** of all members of all shards */
   private readonly offsets: Float64Array
@@ -171,7 +171,7 @@ class TarPictures implements Pictures {
     })
   }
 
-  locate(name: string): PictureSource {
+  locate(name: string): ImageSource {
     const member = this.byName.get(hash53(name))
     if (member === undefined) return { name, problem: `none of this name in ${this.where}` }
     if (member === AMBIGUOUS) return { name, problem: `several of this name in ${this.where}; write shard/name` }
@@ -190,7 +190,7 @@ class TarPictures implements Pictures {
  * large tar lies is kept beside it (`<tar>.index`).
  * @throws AlignGPTError ERR_DATA: no such folder or file, no tar
  */
-export async function openPictures(where: string, o: SavedOptions = {}): Promise<Pictures> {
+export async function openImages(where: string, o: SavedOptions = {}): Promise<ImageFiles> {
   const full = path.resolve(where)
   if (!full.endsWith('.tar')) {
     if (!fs.statSync(full, { throwIfNoEntry: false })?.isDirectory())
@@ -200,5 +200,5 @@ export async function openPictures(where: string, o: SavedOptions = {}): Promise
   const files = expandShards(full)
   const shards: { [key: string]: Float64Array }[] = []
   for (const file of files) shards.push(await readShard(file, o))
-  return new TarPictures(full, files, shards)
+  return new TarImages(full, files, shards)
 }
