@@ -205,7 +205,7 @@ bool has_amx() {
 // best first
 const Level kLevels[] = {
 #ifdef AG_AMX_BUILT
-    {"amx", has_amx, amx::fill_table, false},  // no CPU with it has run the tests yet
+    {"amx", has_amx, amx::fill_table, true},
 #endif
 #ifdef AG_AMX_EMULATED_BUILT
     {"amx_emulated", has_avx512bf16, amx_emulated::fill_table, false},  // of test builds, slow
