@@ -9,15 +9,9 @@ import {
 } from './inference/generate.js'
 import { AlignGPTNetwork } from './models/aligngpt.js'
 import type { CLIPModel } from './models/clip.js'
-import {
-  type CreateOptions,
-  type LoadOptions,
-  loadClip,
-  type ModelOptions,
-  openFolder,
-  openParts,
-} from './models/load.js'
+import { type CreateOptions, type LoadOptions, loadClip, openFolder, openParts } from './models/load.js'
 import { saveModel } from './models/save.js'
+import type { ModelOptions } from './models/settings.js'
 
 export class AlignGPT extends AlignGPTNetwork {
   /** A new AlignGPT from a language model and a CLIP; projector, alignment vectors and gate are initialised from the seed. */
