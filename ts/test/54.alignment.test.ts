@@ -1,4 +1,5 @@
 /** The variants of the alignment vector: what each computes, trains and keeps in its files. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
@@ -8,12 +9,13 @@ import { makeBatch } from '../../scripts/bench/model.js'
 import { AlignGPT } from '../src/aligngpt.js'
 import { noGrad, scope, type Tensor } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
-import { evaluate, evaluateLoss } from '../src/evaluation/evaluate.js'
-import { packWithPixels } from '../src/inference/generate.js'
+import { evaluate } from '../src/evaluation/evaluate.js'
+import { evaluateLoss } from '../src/evaluation/likelihood.js'
+import { packWithPixels } from '../src/inference/request.js'
 import type { Mix } from '../src/models/align.js'
 import { ALIGNMENTS } from '../src/models/config/variants.js'
-import { type AlignmentOptions } from '../src/models/settings.js'
 import { ALIGN_ROW, IMAGE_ROW } from '../src/models/packed-batch.js'
+import type { AlignmentOptions } from '../src/models/settings.js'
 import { buildSample } from '../src/processing/sample.js'
 import { finetune, pretrain } from '../src/train/trainer.js'
 

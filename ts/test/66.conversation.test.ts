@@ -1,11 +1,13 @@
 /** The conversation style: chosen in training, kept by the model, and what everything asks it in afterwards. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { afterAll, expect, test, vi } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { loadDataset } from '../src/data/dataset.js'
-import { evaluate, evaluateLoss } from '../src/evaluation/evaluate.js'
+import { evaluate } from '../src/evaluation/evaluate.js'
 import type { EvaluationInfo } from '../src/evaluation/held-out.js'
+import { evaluateLoss } from '../src/evaluation/likelihood.js'
 import { generateBatch } from '../src/inference/generate.js'
 import type { ChatStyle } from '../src/processing/conversation/styles.js'
 import { IMAGE_TOKEN } from '../src/processing/sample.js'

@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { AlignGPT } from '../aligngpt.js'
-import type { Sampling } from '../inference/generate.js'
+import type { Sampling } from '../inference/sampling.js'
 import type { Mix } from '../models/align.js'
 import type { CreateOptions, LoadOptions } from '../models/load.js'
 import { CHAT_STYLES, type Style } from '../processing/conversation/styles.js'
@@ -141,16 +141,16 @@ export function modelOptions(command: Command): Command {
 }
 
 /** The parsed options of sampling. */
-export interface SamplingOptions extends Required<Sampling> {
-  maxNewTokens: number
+export interface SamplingOptions extends Sampling {
+  maxNewTokens?: number
 }
 
 export function samplingOptions(command: Command): Command {
   return command
-    .option('--max-new-tokens <n>', 'longest answer', integer, 256)
-    .option('--temperature <x>', '0: the most likely answer', number, 0)
-    .option('--top-p <x>', 'nucleus', number, 1)
-    .option('--top-k <n>', '0: all', integer, 0)
+    .option('--max-new-tokens <n>', "longest answer; default the model's (generation_config.json), else 256", integer)
+    .option('--temperature <x>', "0: the most likely answer; default the model's, else 0", number)
+    .option('--top-p <x>', "nucleus; default the model's, else 1", number)
+    .option('--top-k <n>', "0: all; default the model's, else 0", integer)
     .option('--seed <n>', 'of sampling', integer, 0)
 }
 

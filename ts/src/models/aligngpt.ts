@@ -23,6 +23,7 @@ import {
   tensorsOf,
 } from './align.js'
 import type { AlignGPTConfig } from './config/aligngpt.js'
+import type { GenerationConfig } from './config/generation.js'
 import { hiddenStates, type LanguageModel, type Packing } from './language-model.js'
 import type { PackedBatch } from './packed-batch.js'
 import type { Placement } from './parameter-sources.js'
@@ -47,6 +48,8 @@ export interface Parts extends ModelSettings {
   tokenizer: Tokenizer
   /** the style of instruction tuning and of answers */
   conversation: ChatStyle
+  /** defaults of generation (generation_config.json), null where the folder has none */
+  generation: GenerationConfig | null
   /** folders that settings and tokenizer files are copied from */
   llmDir: string
   clipDir: string
@@ -192,6 +195,13 @@ export class AlignGPTNetwork extends Module {
     if (!CHAT_STYLES.includes(style))
       throw mismatch('ERR_ARGUMENT', 'AlignGPT', 'conversation', CHAT_STYLES.join(' or '), show(style))
     this.#parts = { ...this.#parts, conversation: style }
+  }
+  /**
+   * Rows that a prompt and its answer may have together: what the tokenizer's settings (`tokenizer_model_max_length`, the longest
+   * sequence in training) and the language model (`max_position_embeddings`) allow, the smaller of both.
+   */
+  get context(): number {
+    return Math.min(this.config.tokenizer_model_max_length, this.config.llm.max_position_embeddings)
   }
   /** How this model makes its alignment vector in instruction tuning and at inference. */
   get mix(): Mix {

@@ -4,6 +4,7 @@ import { resolveDevice } from '../core/device.js'
 import type { Device } from '../core/native.js'
 import type { Dtype } from '../core/tensor.js'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
+import { loadConfig } from '../formats/zod-check.js'
 import type { ChatStyle } from '../processing/conversation/styles.js'
 import { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError } from '../util/errors.js'
@@ -11,10 +12,12 @@ import type { Parts, Sources } from './aligngpt.js'
 import { CLIPModel } from './clip.js'
 import { type AlignGPTConfig, visionTowerFolder } from './config/aligngpt.js'
 import { type ClipConfig, readClipConfig } from './config/clip.js'
+import { readGenerationConfig } from './config/generation.js'
 import { MODEL_DEFAULTS } from './config/variants.js'
+import type { LanguageModel } from './language-model.js'
 import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
-import { familyInAlignGPT, readVisionConfig, visionFamily } from './registry.js'
+import { familyInAlignGPT, languageFamily, readVisionConfig, visionFamily } from './registry.js'
 import { type ModelOptions, type NewModelOptions, newSettings, storedConfig } from './settings.js'
 
 export interface LoadOptions {
@@ -64,7 +67,9 @@ export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const { config, clip } = settings
   const tokenizer = Tokenizer.load(o.llm)
   const conversation = config.conversation ?? conversationOf(config, tokenizer)
-  const parts: Parts = { ...settings, ...processorOf(clip, o.clip), tokenizer, conversation, llmDir: o.llm }
+  const generation = readGenerationConfig(o.llm)
+  const shared = { ...settings, ...processorOf(clip, o.clip) }
+  const parts: Parts = { ...shared, tokenizer, conversation, generation, llmDir: o.llm }
   const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
   const vision = checkpointSource(o.clip, place, toClip)
   const language = checkpointSource(o.llm, place)
@@ -83,7 +88,9 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const source = checkpointSource(dir, place)
   const tokenizer = Tokenizer.load(dir)
   const conversation = config.conversation ?? conversationOf(config, tokenizer)
-  const parts: Parts = { config, clip, ...processorOf(clip, clipDir), tokenizer, conversation, llmDir: dir, levels }
+  const generation = readGenerationConfig(dir)
+  const shared = { config, clip, levels, ...processorOf(clip, clipDir) }
+  const parts: Parts = { ...shared, tokenizer, conversation, generation, llmDir: dir }
   const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
   const vision = ownVision ? source : checkpointSource(clipDir, place, toClip)
   // a LLaVA has a projector but no table: alignment starts fresh there, as does what an option asks for in another form
@@ -94,6 +101,20 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
     gate: table && config.mm_gate_type === stored.mm_gate_type ? source : fresh,
   }
   return [{ language: source, vision, projector: source, ...from }, parts, place]
+}
+
+/** A new CLIP after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+export function createClip(dir: string, o: LoadOptions = {}): CLIPModel {
+  const { seed, ...place } = checkOptions(o)
+  return new CLIPModel(initSource(seed, place), readClipConfig(dir), place.dtype)
+}
+
+/** A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+export function createLanguageModel(dir: string, o: LoadOptions = {}): LanguageModel {
+  const { seed, ...place } = checkOptions(o)
+  const { raw, file } = loadConfig(dir, 'config.json')
+  const family = languageFamily(raw, file)
+  return family.build(initSource(seed, place), family.parse(raw, file), place)
 }
 
 /** Loads both towers of a CLIP folder. */

@@ -8,7 +8,7 @@ import { AlignGPTError } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import type { Phase } from './phases.js'
 import { type Defaulted, type PhaseName, problemOf, type RunSettings, withDefaults } from './run-settings.js'
-import type { StepInfo } from './trainer.js'
+import type { StepInfo } from './types.js'
 
 /**
  * What a run can be told: the settings of the table (run-settings.ts, docs/config.md), and what only a program can say. Without
@@ -67,20 +67,21 @@ export function resolve(model: AlignGPTNetwork, data: Dataset, phase: Phase, opt
 /** The style of checkpoints from before it could be chosen, which say nothing of it. */
 const USUAL_STYLE = 'vicuna_v1'
 
-/** What the numbers of a run depend on, besides its start. */
+/** What the numbers of a phase depend on, besides its start and what the loop knows (LoopOptions). */
 export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o: Resolved, held: HeldOut | null) {
-  const { batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix } = o
-  const { weightDecay, optimizerState, offloadOptimizer, lossNorm, gateText, groupByLength, augment, skipOutliers } = o
+  const { batch, microBatch, mix } = o
   return {
     phase: phase.name,
     dtype: model.dtype,
-    ...{ batch, microBatch, lr, steps, warmupRatio, clipGradNorm, seed, mix },
-    ...{ weightDecay, optimizerState, offloadOptimizer, lossNorm, gateText, groupByLength, augment, skipOutliers },
+    ...{ batch, microBatch, mix },
+    gateText: o.gateText,
     conversation: phase.name === 'pretrain' || phase.style === USUAL_STYLE ? undefined : phase.style,
     alignment: model.config.mm_alignment,
     gate: model.config.mm_gate_type,
     lora: o.lora ?? null,
     projectorLr: phase.projectorLr ?? null,
+    groupByLength: o.groupByLength ?? false,
+    augment: o.augment ?? false,
     data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }

@@ -1,4 +1,5 @@
 /** What the two phases of the paper train, and their hyper-parameters (arXiv 2405.14129, section 4.1). */
+import type { Tensor } from '../core/tensor.js'
 import { hasLora } from '../models/adapters.js'
 import type { Mix } from '../models/align.js'
 import { type AlignGPTNetwork, type Part, partOf } from '../models/aligngpt.js'
@@ -92,4 +93,15 @@ export function trainable(model: AlignGPTNetwork, phase: PhaseDefinition): Param
   return model
     .partParameters(...phase.trainable)
     .map(([name, tensor]) => ({ name, tensor, lrScale: partOf(name) === 'projector' ? projector : 1 }))
+}
+
+/** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
+const ALWAYS_SAVED = ['projector', 'table', 'gate'] as const
+
+/** The weights that a run changes or that must not get lost. */
+export function savedWeights(
+  model: AlignGPTNetwork,
+  { trainable }: Pick<PhaseDefinition, 'trainable'>,
+): { name: string; tensor: Tensor }[] {
+  return model.partParameters(...trainable, ...ALWAYS_SAVED).map(([name, tensor]) => ({ name, tensor }))
 }

@@ -4,13 +4,12 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { type Device, native, nativeFile } from '../core/native.js'
-import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { Tensor } from '../core/tensor.js'
 import type { AdamW, StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { version } from '../util/package.js'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
-import type { Phase } from './phases.js'
 import { intervalOf } from './run-settings.js'
 
 /** Steps, or milliseconds. @throws AlignGPTError ERR_ARGUMENT */
@@ -22,6 +21,9 @@ export function parseInterval(value: number | string): { steps: number } | { ms:
 
 /** When to save. */
 export class Schedule {
+  readonly #saveEvery: number | string | null
+  readonly #steps: number
+  readonly #refuse: boolean
   readonly #every: ReturnType<typeof parseInterval> | null
   #from = performance.now()
 
@@ -31,11 +33,10 @@ export class Schedule {
    * @param refuse an interval that the run ends before
    * @throws AlignGPTError ERR_ARGUMENT
    */
-  constructor(
-    private readonly saveEvery: number | string | null,
-    private readonly steps: number,
-    private readonly refuse: boolean,
-  ) {
+  constructor(saveEvery: number | string | null, steps: number, refuse: boolean) {
+    this.#saveEvery = saveEvery
+    this.#steps = steps
+    this.#refuse = refuse
     this.#every = saveEvery === null ? null : parseInterval(saveEvery)
     if (this.#every && 'steps' in this.#every && this.#every.steps > steps) this.#tooLong(`one of ${steps} steps`)
   }
@@ -43,13 +44,13 @@ export class Schedule {
   /** The time of one step, as soon as it is known. @throws AlignGPTError ERR_ARGUMENT */
   measured(seconds: number): void {
     if (!this.#every || !('ms' in this.#every)) return
-    const whole = seconds * this.steps
+    const whole = seconds * this.#steps
     if (whole * 1000 < this.#every.ms) this.#tooLong(`one of about ${whole.toFixed(0)} s`)
   }
 
   #tooLong(run: string): void {
-    if (!this.refuse) return
-    const got = `${this.saveEvery}: nothing would be saved before the end (allowLongInterval: true if that is meant)`
+    if (!this.#refuse) return
+    const got = `${this.#saveEvery}: nothing would be saved before the end (allowLongInterval: true if that is meant)`
     throw mismatch('ERR_ARGUMENT', 'train', 'saveEvery', `an interval within the run, ${run}`, got)
   }
 
@@ -73,18 +74,14 @@ export function maker(device: Device): Maker {
   return { version: version(), build, level: `${name} ${level}` }
 }
 
-/** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
-const ALWAYS_SAVED = ['projector', 'table', 'gate'] as const
-
-/** Every tensor that a run changes or that must not get lost. */
-export function savedTensors(
-  model: AlignGPTNetwork,
-  { trainable }: Pick<Phase, 'trainable'>,
+/** The tensors of a checkpoint: weights, and what the optimizer needs besides. */
+export const checkpointTensors = (
+  weights: readonly { name: string; tensor: Tensor }[],
   optimizer: AdamW,
-): StateTensor[] {
-  const weights = model.partParameters(...trainable, ...ALWAYS_SAVED)
-  return [...weights.map(([name, tensor]): StateTensor => ({ file: 'weights', name, tensor })), ...optimizer.state()]
-}
+): StateTensor[] => [
+  ...weights.map(({ name, tensor }): StateTensor => ({ file: 'weights', name, tensor })),
+  ...optimizer.state(),
+]
 
 /** Where the checkpoints of a run are. */
 export const checkpointFolder = (out: string): string => path.join(out, 'checkpoints')
