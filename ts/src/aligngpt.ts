@@ -14,11 +14,11 @@ import {
   type LoadedClip,
   type LoadOptions,
   loadClip,
-  type ModelOptions,
   openFolder,
   openParts,
 } from './models/load.js'
 import { saveModel } from './models/save.js'
+import type { ModelOptions } from './models/settings.js'
 
 export class AlignGPT extends AlignGPTNetwork {
   /** A new AlignGPT from a language model and a CLIP; projector, alignment vectors and gate are initialised from the seed. */

@@ -45,7 +45,10 @@ export async function program(signal: AbortSignal): Promise<Evaluation> {
   await finetune(model, data, { batch: '4' })
   // @ts-expect-error a plan needs to know the phase
   const wanted: PlanOptions = { batch: 1 }
-  console.log(plan(model.config as never, wanted).peak.toFixed())
+  console.log(plan(model, wanted).peak.toFixed(), plan('7b', { phase: 'pretrain' }).peak)
+  console.log(plan({ llm: 'llm', clip: 'clip', selectFeature: 'cls_patch' }, { phase: 'finetune' }).parameters)
+  // @ts-expect-error a new model needs a vision tower
+  plan({ llm: 'llm' }, { phase: 'finetune' })
   const evaluation = await evaluate(model, [{ id: '1', question: 'What?', answer: 'A cat' }])
   // @ts-expect-error accuracy is a number
   evaluation.accuracy.split('')

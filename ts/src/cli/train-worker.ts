@@ -1,9 +1,11 @@
 /** Worker thread of run.ts: one training run. */
+
 import type { MessagePort } from 'node:worker_threads'
 import { AlignGPT } from '../aligngpt.js'
 import { loadDataset } from '../data/dataset.js'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
-import type { AlignmentOptions, CreateOptions, LoadOptions } from '../models/load.js'
+import type { CreateOptions, LoadOptions } from '../models/load.js'
+import type { AlignmentOptions } from '../models/settings.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions, type TrainResult } from '../train/trainer.js'
 
 /** What to train; nothing in it is a function. */

@@ -6,6 +6,7 @@ import {
   detach,
   isAdapter,
   isTarget,
+  LORA_RANK,
   type LoraOptions,
   matrices,
   mergedWeight,
@@ -24,7 +25,7 @@ export const hasLora = (model: AlignGPTNetwork): boolean => adapted(languageMatr
  * @throws ERR_ARGUMENT: a target that no matrix of the layers has, a rank that is not a positive integer, adapters already there
  */
 export function addLora(model: AlignGPTNetwork, o: LoraOptions = {}, seed = 0): void {
-  const { rank = 8, targets = 'all-linear' } = o
+  const { rank = LORA_RANK, targets = 'all-linear' } = o
   const alpha = o.alpha ?? 2 * rank
   if (!Number.isInteger(rank) || rank < 1) throw mismatch('ERR_ARGUMENT', 'lora', 'rank', 'an integer >= 1', show(rank))
   if (!(Number.isFinite(alpha) && alpha > 0))

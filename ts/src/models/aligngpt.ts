@@ -5,7 +5,7 @@
 import { type AlignMixResult, alignMix, cast, lmHeadLoss } from '../core/ops.js'
 import { backward, type Device, type Dtype, noGrad, scope, type Tensor, tensor, zeros } from '../core/tensor.js'
 import type { Linear } from '../nn/layers.js'
-import { isAdapter } from '../nn/lora.js'
+import { isAdapter, matrices } from '../nn/lora.js'
 import { type Init, Module, ParameterSource } from '../nn/module.js'
 import { CHAT_STYLES, type ChatStyle } from '../processing/conversation/styles.js'
 import type { Preprocess } from '../processing/image/preprocess.js'
@@ -23,7 +23,6 @@ import {
   tensorsOf,
 } from './align.js'
 import type { AlignGPTConfig } from './config/aligngpt.js'
-import type { ClipConfig } from './config/clip.js'
 import type { GenerationConfig } from './config/generation.js'
 import { hiddenStates, type LanguageModel, type Packing } from './language-model.js'
 import type { PackedBatch } from './packed-batch.js'
@@ -31,6 +30,7 @@ import type { Placement } from './parameter-sources.js'
 import { Projector } from './projector.js'
 import { backwardByLayer } from './recompute.js'
 import { familyInAlignGPT, visionFamily } from './registry.js'
+import type { ModelSettings } from './settings.js'
 import type { FeatureSelection, VisionTower } from './vision-tower.js'
 
 /** Where each part of the model comes from. */
@@ -43,10 +43,7 @@ export interface Sources {
 }
 
 /** What a model is made of besides its weights. */
-export interface Parts {
-  config: AlignGPTConfig
-  /** config of the whole model that the vision tower is a part of */
-  clip: ClipConfig
+export interface Parts extends ModelSettings {
   preprocessor: PreprocessorConfig
   tokenizer: Tokenizer
   /** the style of instruction tuning and of answers */
@@ -56,12 +53,18 @@ export interface Parts {
   /** folders that settings and tokenizer files are copied from */
   llmDir: string
   clipDir: string
-  /** number of alignment levels N */
-  levels: number
 }
 
 /** Parts of a model by what they are for; adapters are those of the language model, which are not part of it. */
 export type Part = 'language' | 'adapters' | 'vision' | 'projector' | 'table' | 'gate'
+/** A parameter that need not be there. */
+export interface ParameterShape {
+  shape: number[]
+  init: Init
+  part: Part
+  /** of a matrix that may get an adapter: the layer it is in */
+  layer: number | null
+}
 export type NamedParameter = [name: string, tensor: Tensor]
 
 /** Everything a forward pass produces on its way; the goldens look at all of it. */
@@ -139,18 +142,22 @@ export class AlignGPTNetwork extends Module {
    * What parameters a model of these settings has, without making any.
    * @param holds whether there are weights of a name; a tied LM head is a parameter only where there are
    */
-  static parameters(
-    settings: Pick<Parts, 'config' | 'clip' | 'levels'>,
-    holds: (name: string) => boolean,
-  ): Map<string, { shape: number[]; init: Init }> {
-    const found = new Map<string, { shape: number[]; init: Init }>()
+  static parameters(settings: ModelSettings, holds: (name: string) => boolean): Map<string, ParameterShape> {
+    const made: [string, number[], Init][] = []
     const s = new ParameterSource((name, shape, init) => {
-      found.set(name, { shape, init })
+      made.push([name, shape, init])
       return zeros([0]).persist()
     }, holds)
     const from = { language: s, vision: s, projector: s, table: s, gate: s }
-    new AlignGPTNetwork(from, settings as Parts, { dtype: 'f32', device: 'cpu' }).dispose()
-    return found
+    const network = new AlignGPTNetwork(from, settings as Parts, { dtype: 'f32', device: 'cpu' })
+    const adaptable = new Set(matrices(network.model, 'model').map(([name]) => `${name}.weight`))
+    network.dispose()
+    return new Map(
+      made.map(([name, shape, init]) => {
+        const layer = adaptable.has(name) ? Number(/\.(\d+)\./.exec(name)?.[1]) : null
+        return [name, { shape, init, part: partOf(name), layer }]
+      }),
+    )
   }
 
   get language(): LanguageModel {

@@ -15,7 +15,7 @@ import { fuseQkv, projectQkv } from '../nn/attention.js'
 import { activationOf, Embedding, LayerNorm, Linear } from '../nn/layers.js'
 import { type Init, Module, type ParameterSource } from '../nn/module.js'
 import { type ClipConfig, type ClipTextConfig, type ClipVisionConfig, patchCount } from './config/clip.js'
-import type { FeatureSelection, VisionTower } from './vision-tower.js'
+import type { FeatureSelection, TowerActivations, VisionTower } from './vision-tower.js'
 
 interface TowerConfig {
   hidden_size: number
@@ -197,6 +197,13 @@ class Shell extends Module {
 /** Image rows P that a selection of the tower's hidden state has. */
 export const clipRows = (c: ClipVisionConfig, { feature }: FeatureSelection): number =>
   feature === 'cls_patch' ? patchCount(c) + 1 : patchCount(c)
+
+/** The widest moments of a layer without gradients: attention, and the MLP. */
+export function clipActivations(c: ClipVisionConfig): TowerActivations {
+  const { hidden_size: d, intermediate_size: i } = c
+  const moments = [new Array<number>(6).fill(d), [d, d, i, d]]
+  return { rows: patchCount(c) + 1, moments, pixels: c.num_channels * c.image_size ** 2 }
+}
 
 /** CLIP's vision tower as LLaVA uses it: one of its hidden states, and only the layers up to it. */
 export class CLIPVisionTower extends Module implements VisionTower {

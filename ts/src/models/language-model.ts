@@ -16,6 +16,18 @@ export interface Packing {
   cache?: Cache
 }
 
+/** What a training step keeps of a layer, for the plan of its memory; a width is the elements of a row [T, ...]. */
+export interface LayerActivations {
+  /** widths of what is kept for backward besides the layer's input, in the model's dtype */
+  keeps: readonly number[]
+  /** and in f32 */
+  keepsF32: readonly number[]
+  /** widths of what is there at once besides, at the moments that may be the widest */
+  moments: readonly (readonly number[])[]
+  /** such a moment that only an adapter brings, by the end of the name of its matrix */
+  adapterMoments: Readonly<Record<string, readonly number[]>>
+}
+
 /** Its parameters have Hugging Face's names: `model.*`, `lm_head.*`. */
 export interface LanguageModel extends Module {
   readonly model: Module

@@ -7,7 +7,7 @@ import { Embedding, Linear, RMSNorm } from '../nn/layers.js'
 import { Module, type ParameterSource } from '../nn/module.js'
 import { RopeTable } from '../nn/rope.js'
 import type { LlamaConfig } from './config/llama.js'
-import type { LanguageModel, Packing } from './language-model.js'
+import type { LanguageModel, LayerActivations, Packing } from './language-model.js'
 import type { Placement } from './parameter-sources.js'
 
 class LlamaAttention extends Module {
@@ -137,5 +137,22 @@ export class LlamaForCausalLM extends Module implements LanguageModel {
   override dispose(): void {
     super.dispose()
     this.#rope.dispose()
+  }
+}
+
+/**
+ * What a layer keeps: queries, keys, values and the attention's result, the row between the halves, gate and up (their product is
+ * computed again), and the statistics of norms and attention. The widest moments are attention forward, MLP forward and MLP backward;
+ * an adapter of down_proj has a gradient of its own for both inputs.
+ */
+export function llamaActivations(c: LlamaConfig): LayerActivations {
+  const { hidden_size: h, intermediate_size: i, num_attention_heads: heads, head_dim } = c
+  const [q, kv] = [heads * head_dim, c.num_key_value_heads * head_dim]
+  const backward = [h, i, i]
+  return {
+    keeps: [q, kv, kv, q, h, i, i],
+    keepsF32: [1, 1, heads],
+    moments: [[h, q, kv, h], [h, i, h], backward],
+    adapterMoments: { down_proj: [...backward, i, i] },
   }
 }

@@ -4,14 +4,14 @@ import type { ParameterSource } from '../nn/module.js'
 import { type ChatStyle, styleOf } from '../processing/conversation/styles.js'
 import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
-import { CLIPVisionTower, clipRows } from './clip.js'
+import { CLIPVisionTower, clipActivations, clipRows } from './clip.js'
 import { type ClipConfig, parseClipConfig } from './config/clip.js'
 import type { LanguageModelConfig } from './config/language-model.js'
 import { type LlamaConfig, parseLlamaConfig } from './config/llama.js'
-import type { LanguageModel } from './language-model.js'
-import { LlamaForCausalLM } from './llama.js'
+import type { LanguageModel, LayerActivations } from './language-model.js'
+import { LlamaForCausalLM, llamaActivations } from './llama.js'
 import type { Placement } from './parameter-sources.js'
-import type { FeatureSelection, VisionTower, VisionTowerConfig } from './vision-tower.js'
+import type { FeatureSelection, TowerActivations, VisionTower, VisionTowerConfig } from './vision-tower.js'
 
 /** A family of language models. C is the config that its reader gives and its builder takes. */
 interface LanguageFamily<C extends LanguageModelConfig> {
@@ -19,6 +19,8 @@ interface LanguageFamily<C extends LanguageModelConfig> {
   alignGPT: { model_type: string; architecture: string }
   parse(raw: RawConfig, file: string): C
   build(s: ParameterSource, config: C, place: Required<Placement>): LanguageModel
+  /** what a training step keeps of a layer */
+  activations(config: C): LayerActivations
   /** the style a checkpoint of the family was tuned with, where its config.json has no `conversation` */
   conversation(tokenizer: Tokenizer): ChatStyle
 }
@@ -28,7 +30,9 @@ interface VisionFamily<C> {
   parse(raw: RawConfig, file: string): C
   /** the tower's part of the config */
   tower(config: C): VisionTowerConfig
+  /** image rows P */
   rows(config: C, select: FeatureSelection): number
+  activations(config: C): TowerActivations
   build(s: ParameterSource, config: C, select: FeatureSelection): VisionTower
   processor(folder: string, config: C): PreprocessorConfig
 }
@@ -37,6 +41,7 @@ const llama: LanguageFamily<LlamaConfig> = {
   alignGPT: { model_type: 'aligngpt', architecture: 'AlignGPTForCausalLM' },
   parse: parseLlamaConfig,
   build: (s, config, place) => new LlamaForCausalLM(s, config, place),
+  activations: llamaActivations,
   conversation: styleOf,
 }
 
@@ -44,6 +49,7 @@ const clip: VisionFamily<ClipConfig> = {
   parse: parseClipConfig,
   tower: (config) => config.vision,
   rows: (config, select) => clipRows(config.vision, select),
+  activations: (config) => clipActivations(config.vision),
   build: (s, config, select) => new CLIPVisionTower(s, config.vision, select),
   processor: (folder, config) => readPreprocessor(folder, config.vision.image_size),
 }

@@ -27,3 +27,13 @@ export interface VisionTowerConfig {
   hidden_size: number
   image_size: number
 }
+
+/** What a tower without gradients takes while it runs, for the plan of a step's memory. */
+export interface TowerActivations {
+  /** rows of an image within the tower */
+  rows: number
+  /** widths of what is there at once, at the moments that may be the widest */
+  moments: readonly (readonly number[])[]
+  /** numbers of an image's pixels */
+  pixels: number
+}

@@ -8,8 +8,11 @@ import { AlignGPTError } from '../util/errors.js'
 import { Linear } from './layers.js'
 import type { Module, ParameterSource } from './module.js'
 
+/** r, where nothing is said */
+export const LORA_RANK = 8
+
 export interface LoraOptions {
-  /** r, default 8 */
+  /** r, default 8 (LORA_RANK) */
   rank?: number
   /** the update counts alpha / r; default 2 r, LLaVA's ratio */
   alpha?: number

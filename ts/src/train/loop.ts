@@ -15,6 +15,7 @@ import { MicroSteps } from './micro-batches.js'
 import { type OutlierState, Outliers } from './outliers.js'
 import { checkpointFolder, checkpointTensors, findResume, maker, Schedule } from './resume.js'
 import { StepLog } from './run-log.js'
+import { problemIn, RUN_SETTINGS } from './run-settings.js'
 import { Saver } from './saver.js'
 import { dumpStep } from './step-dump.js'
 import type {
@@ -43,22 +44,22 @@ function resolve(o: LoopOptions): Resolved {
   return {
     ...o,
     name: o.name ?? 'train',
-    warmupRatio: o.warmupRatio ?? 0.03,
-    clipGradNorm: o.clipGradNorm === undefined ? 1 : o.clipGradNorm,
-    seed: o.seed ?? 0,
-    keep: o.keep ?? 2,
+    warmupRatio: o.warmupRatio ?? RUN_SETTINGS.warmupRatio.default,
+    clipGradNorm: o.clipGradNorm === undefined ? RUN_SETTINGS.clipGradNorm.default : o.clipGradNorm,
+    seed: o.seed ?? RUN_SETTINGS.seed.default,
+    keep: o.keep ?? RUN_SETTINGS.keep.default,
     onMessage: o.onMessage ?? ((text) => console.error(text)),
   }
 }
 
-/** @throws AlignGPTError ERR_ARGUMENT naming the option */
-function checkOptions({ steps, lr, warmupRatio, weightDecay, keep }: LoopOptions): void {
-  const wrong = (key: string, expected: string, got: unknown): Error =>
-    new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected ${expected}, got ${got}`)
-  if (!(Number.isInteger(steps) && steps > 0)) throw wrong('steps', 'an integer > 0', steps)
-  for (const [key, value] of Object.entries({ lr, warmupRatio, weightDecay }))
-    if (value !== undefined && !(Number.isFinite(value) && value >= 0)) throw wrong(key, 'a number >= 0', value)
-  if (keep !== undefined && !(Number.isInteger(keep) && keep >= 2)) throw wrong('keep', 'an integer >= 2', keep)
+/** The checks of the settings table. @throws AlignGPTError ERR_ARGUMENT naming the option */
+function checkOptions(o: LoopOptions): void {
+  const missing = (['steps', 'lr'] as const).find((key) => o[key] === undefined)
+  const { kind } = RUN_SETTINGS[missing ?? 'steps']
+  const problem = missing ? { key: missing, expected: kind.expected, got: 'none' } : problemIn('finetune', o)
+  if (!problem) return
+  const { key, expected, got } = problem
+  throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected ${expected}, got ${got}`)
 }
 
 /** What the numbers of a run depend on, as far as the loop knows. */
@@ -66,11 +67,11 @@ function loopSettings(o: Resolved): Record<string, unknown> {
   const { lr, steps, warmupRatio, clipGradNorm, seed, beta1, beta2 } = o
   return {
     ...{ lr, steps, warmupRatio, clipGradNorm, seed, beta1, beta2 },
-    weightDecay: o.weightDecay ?? 0,
-    optimizerState: o.optimizerState ?? 'full',
-    offloadOptimizer: o.offloadOptimizer ?? false,
-    lossNorm: o.lossNorm ?? 'batch',
-    skipOutliers: o.skipOutliers ?? false,
+    weightDecay: o.weightDecay ?? RUN_SETTINGS.weightDecay.default,
+    optimizerState: o.optimizerState ?? RUN_SETTINGS.optimizerState.default,
+    offloadOptimizer: o.offloadOptimizer ?? RUN_SETTINGS.offloadOptimizer.default,
+    lossNorm: o.lossNorm ?? RUN_SETTINGS.lossNorm.default,
+    skipOutliers: o.skipOutliers ?? RUN_SETTINGS.skipOutliers.default,
   }
 }
 
@@ -109,7 +110,7 @@ class Run<B, R extends MicroResult, X extends object, V> {
     this.#source = source
     this.#o = o
     this.#outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
-    const saveEvery = o.saveEvery === undefined ? '30m' : o.saveEvery
+    const saveEvery = o.saveEvery === undefined ? RUN_SETTINGS.saveEvery.default : o.saveEvery
     this.#schedule = new Schedule(saveEvery, o.steps, !!o.saveEvery && !o.allowLongInterval)
     this.#micro = new MicroSteps(model, o.lossNorm)
     this.#optimizer = new AdamW(model.parameters, { weightDecay, beta1, beta2, state, offload, seed })

@@ -2,11 +2,13 @@
 import os from 'node:os'
 import { native } from '../core/native.js'
 import type { Dataset } from '../data/dataset.js'
+import { hasLora } from '../models/adapters.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import type { OptimizerState } from '../nn/adamw.js'
+import { LORA_RANK } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'
-import { largestMicroBatch, type PlanModel, type PlanOptions, plan } from './memory-plan.js'
+import { Planner, type PlanOptions } from './memory-plan.js'
 import type { Phase } from './phases.js'
 
 /** Tokens of an English word, about. */
@@ -35,14 +37,6 @@ function deviceMemory(model: AlignGPTNetwork): number {
   return (typeof gpu === 'object' && gpu.memoryBytes) || Number.POSITIVE_INFINITY
 }
 
-/** Rank and places of the adapters a model has. */
-function adapters(model: AlignGPTNetwork): PlanOptions['lora'] {
-  const found = [...model.namedParameters()].filter(([name]) => name.endsWith('.lora_A.weight'))
-  if (found.length === 0) return undefined
-  const targets = found.map(([name]) => name.slice('model.'.length, -'.lora_A.weight'.length))
-  return { rank: found[0][1].shape[0], targets }
-}
-
 /** Text of a run's samples: of the data on average, or of the micro-batch with the most rows of a step. */
 export function averageText(model: AlignGPTNetwork, data: Dataset, microBatch: number): Text {
   const room = model.config.tokenizer_model_max_length - model.patches - 1
@@ -55,12 +49,13 @@ export function widestText(model: AlignGPTNetwork, batches: readonly PackedBatch
   const own = Math.ceil(widest.tokens.length / microBatch) - model.patches - 1
   return { microBatch, textTokens: Math.max(1, own), labelledTokens: Math.ceil(widest.lossRows.length / microBatch) }
 }
-type Text = Pick<PlanOptions, 'microBatch' | 'textTokens' | 'labelledTokens'>
+type Text = Pick<PlanOptions, 'labelledTokens'> & Required<Pick<PlanOptions, 'microBatch' | 'textTokens'>>
 
 /** The plan of a run, as words and against the memory there is. */
 export class RunMemory {
-  readonly #model: PlanModel
-  readonly #options: PlanOptions
+  readonly #planner: Planner
+  readonly #options: PlanOptions & Text
+  readonly #adapters: boolean
   readonly #saves: boolean
   readonly #onGpu: boolean
   readonly #had: () => number
@@ -69,18 +64,11 @@ export class RunMemory {
   readonly #main = mainMemory()
 
   constructor(model: AlignGPTNetwork, phase: Phase, o: RunOptions, text: Text) {
-    const { config } = model
-    this.#model = {
-      llm: config.llm,
-      vision: model.parts.clip.vision,
-      projector: config.mm_projector_type,
-      levels: model.levels,
-      gate: config.mm_gate_type,
-    }
+    this.#planner = new Planner(model)
     const { recompute, optimizerState, offloadOptimizer } = o
     const dtype = model.dtype === 'bf16' ? 'bf16' : 'f32'
-    const lora = phase.name === 'finetune' ? adapters(model) : undefined
-    this.#options = { phase: phase.name, dtype, ...text, recompute, optimizerState, offloadOptimizer, lora }
+    this.#options = { phase: phase.name, dtype, ...text, recompute, optimizerState, offloadOptimizer }
+    this.#adapters = hasLora(model)
     this.#saves = o.out !== undefined
     this.#onGpu = model.device !== 'cpu'
     this.#had = () => native.memory(model.device).peak
@@ -89,14 +77,14 @@ export class RunMemory {
 
   /** Of these settings: bytes on the device, and in main memory beside a GPU. A checkpoint is copied to main memory first. */
   #needs(o: PlanOptions): { device: number; host: number } {
-    const { peak, host, snapshot } = plan(this.#model, o)
+    const { peak, host, snapshot } = this.#planner.plan(o)
     const copy = this.#saves ? snapshot : 0
     return this.#onGpu ? { device: peak, host: host + copy } : { device: peak + copy, host: 0 }
   }
 
   get #numbers(): string {
     const o = this.#options
-    const p = plan(this.#model, o)
+    const p = this.#planner.plan(o)
     const offloaded = o.offloadOptimizer ? 0 : 1
     const parts = Object.entries({
       weights: p.weights,
@@ -124,7 +112,7 @@ export class RunMemory {
       [!now.recompute, { recompute: true }],
       [bf16, { optimizerState: 'compact' }],
       [this.#onGpu && !now.offloadOptimizer, { offloadOptimizer: true }],
-      [now.phase === 'finetune' && !now.lora, { lora: { rank: 8 } }],
+      [now.phase === 'finetune' && !this.#adapters, { lora: { rank: LORA_RANK } }],
     ]
     const ways: string[] = []
     let [changes, best]: [Partial<PlanOptions>, number] = [{}, 0]
@@ -133,9 +121,9 @@ export class RunMemory {
       changes = { ...changes, ...change }
       const o = { ...now, ...changes }
       const one = this.#needs({ ...o, microBatch: 1 })
-      const beside = one.device - plan(this.#model, { ...o, microBatch: 1 }).peak
+      const beside = one.device - this.#planner.plan({ ...o, microBatch: 1 }).peak
       const wanted = Object.keys(changes).length ? now.microBatch : now.microBatch - 1 // the present settings are too much
-      const fits = one.host > this.#main ? 0 : largestMicroBatch(this.#model, o, bytes - beside)
+      const fits = one.host > this.#main ? 0 : this.#planner.largestMicroBatch(o, bytes - beside)
       const most = Math.min(wanted, fits)
       if (most <= best) continue
       best = most

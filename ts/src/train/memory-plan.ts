@@ -1,48 +1,50 @@
-/** What a training step takes of a device's memory, computed before anything is allocated. */
-
+/**
+ * What a training step takes of a device's memory, computed before anything is allocated. The parameters are those that the model
+ * itself would make, and what its towers keep of a row is said by their families: nothing of an architecture is written down here.
+ */
 import { headChunk } from '../core/ops.js'
-import { GATE_HIDDEN } from '../models/align.js'
-import type { ClipVisionConfig } from '../models/config/clip.js'
-import type { LanguageModelConfig } from '../models/config/language-model.js'
-import type { Gate } from '../models/config/variants.js'
-import type { OptimizerState } from '../nn/adamw.js'
-import { isTarget, type LoraOptions } from '../nn/lora.js'
-import { AlignGPTError } from '../util/errors.js'
-import type { Phase } from './phases.js'
+import { languageMatrices } from '../models/adapters.js'
+import { AlignGPTNetwork, type ParameterShape, type Part, partOf } from '../models/aligngpt.js'
+import type { LayerActivations } from '../models/language-model.js'
+import { familyInAlignGPT, visionFamily } from '../models/registry.js'
+import {
+  folderSettings,
+  type ModelOptions,
+  type ModelSettings,
+  type NewModelOptions,
+  newSettings,
+  PAPER_SIZES,
+  type PaperSize,
+  paperSettings,
+} from '../models/settings.js'
+import type { TowerActivations } from '../models/vision-tower.js'
+import { adapted, isTarget, LORA_RANK, type LoraOptions } from '../nn/lora.js'
+import { AlignGPTError, show } from '../util/errors.js'
+import { FINETUNE, learning, PRETRAIN } from './phases.js'
+import { type PhaseName, problemIn, RUN_SETTINGS, type RunSettings } from './run-settings.js'
 
-/** What the plan reads of a language model's config. */
-type LanguageShape = LanguageModelConfig & { attention_bias?: boolean; mlp_bias?: boolean }
+/**
+ * What a plan is made for: one of the paper's two models, the towers of a new one, an AlignGPT folder (its weights need not be there),
+ * or a model.
+ */
+export type Planned =
+  | PaperSize
+  | (string & {})
+  | AlignGPTNetwork
+  | ({ size: PaperSize } & NewModelOptions)
+  | ({ llm: string; clip: string } & NewModelOptions)
+  | ({ model: string; clip?: string; levels?: number } & ModelOptions)
 
-/** Sizes of a model; readAlignGPTConfig and readClipConfig give `llm` and `vision`. */
-export interface PlanModel {
-  llm: LanguageShape
-  vision: ClipVisionConfig
-  /** mm_projector_type: linear, mlpNx_gelu or identity */
-  projector: string
-  /** N, rows of the alignment table */
-  levels: number
-  /** form of the gate, default mlp */
-  gate?: Gate
-}
-
-export interface PlanOptions {
-  phase: Phase['name']
-  dtype: 'f32' | 'bf16'
-  /** samples run at once */
-  microBatch: number
-  /** samples of a step; default microBatch */
-  batch?: number
-  /** text tokens of a sample, without picture and alignment vector */
-  textTokens: number
+/** The settings of a run that decide about its memory (docs/config.md), and the text of its samples. */
+export interface PlanOptions
+  extends Pick<RunSettings, 'batch' | 'microBatch' | 'recompute' | 'optimizerState' | 'offloadOptimizer' | 'lora'> {
+  phase: PhaseName
+  /** of the weights, default f32 */
+  dtype?: 'f32' | 'bf16'
+  /** text tokens of a sample, without image and alignment vector; default: as many as the longest sequence has room for */
+  textTokens?: number
   /** of them with loss, default all */
   labelledTokens?: number
-  recompute?: boolean
-  /** default full */
-  optimizerState?: OptimizerState
-  /** adapters in instruction tuning, in place of the language model's own weights */
-  lora?: LoraOptions
-  /** moments and masters in main memory, for a model on a GPU */
-  offloadOptimizer?: boolean
 }
 
 /** Bytes. `peak` is the most that is in use at once on the model's device, `host` what the optimizer keeps in main memory besides. */
@@ -56,19 +58,19 @@ export interface MemoryPlan {
   masters: number
   /** kept from forward for backward */
   activations: number
-  /** what the most demanding moment needs besides all that: the loss, the last layer's backward, or CLIP */
+  /** what the most demanding moment needs besides all that: the loss, the last layer's backward, or the vision tower */
   transient: number
   peak: number
   host: number
   /** main memory a checkpoint takes while it is being written; for a model on the CPU it comes on top of `peak` */
   snapshot: number
-  /** main memory of pictures that are decoded ahead of their step */
+  /** main memory of images that are decoded ahead of their step */
   pictures: number
   /** page-locked main memory that copies from and to a GPU go through; none of it for a model on the CPU */
   pinned: number
 }
 
-/** As the native allocator rounds (native/tensor.cc). */
+/** As the native allocator rounds (native/core/tensor.cc). */
 function rounded(bytes: number): number {
   let step = 64
   if (bytes > 2 ** 20) step = 2 ** 16
@@ -77,208 +79,226 @@ function rounded(bytes: number): number {
 }
 /** Bytes of tensors with so many elements, of `size` bytes each. */
 const tensors = (size: number, ...counts: number[]): number => counts.reduce((n, c) => n + rounded(c * size), 0)
+/** Of so many rows with each of these widths. */
+const rowsOf = (size: number, rows: number, widths: readonly number[]): number =>
+  tensors(size, ...widths.map((w) => w * rows))
 const sum = (xs: readonly number[]): number => xs.reduce((a, b) => a + b, 0)
+const elements = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1)
 
-function projectorShapes(kind: string, from: number, to: number): number[] {
-  if (kind === 'identity') return []
-  const layers = kind === 'linear' ? 1 : Number(/^mlp(\d+)x_gelu$/.exec(kind)?.[1])
-  if (!(layers >= 1))
-    throw new AlignGPTError('ERR_CONFIG', `[plan] projector: expected linear, mlpNx_gelu or identity, got ${kind}`)
-  return Array.from({ length: layers }, (_, i) => [(i ? to : from) * to, to]).flat()
-}
-
-function layerShapes(c: LanguageShape): number[] {
-  const [h, q, kv, i] = [
-    c.hidden_size,
-    c.num_attention_heads * c.head_dim,
-    c.num_key_value_heads * c.head_dim,
-    c.intermediate_size,
-  ]
-  const biases = [...(c.attention_bias ? [q, kv, kv, h] : []), ...(c.mlp_bias ? [i, i, h] : [])]
-  return [h * q, h * kv, h * kv, q * h, h * i, h * i, i * h, h, h, ...biases]
-}
-
-/** A matrix of a layer: name, inputs, outputs. */
-type Matrix = [name: string, inputs: number, outputs: number]
-
-/** Rank of the adapters, and the matrices that get one, layer by layer. */
-function adapted(c: LanguageShape, o: PlanOptions): { rank: number; layers: Matrix[][] } {
-  const { rank = 8, targets } = o.lora ?? {}
-  if (!o.lora || o.phase === 'pretrain') return { rank, layers: [] }
-  const [h, i] = [c.hidden_size, c.intermediate_size]
-  const [q, kv] = [c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim]
-  const matrices: Matrix[] = [
-    ['self_attn.q_proj', h, q],
-    ['self_attn.k_proj', h, kv],
-    ['self_attn.v_proj', h, kv],
-    ['self_attn.o_proj', q, h],
-    ['mlp.gate_proj', h, i],
-    ['mlp.up_proj', h, i],
-    ['mlp.down_proj', i, h],
-  ]
-  const layers = Array.from({ length: c.num_hidden_layers }, (_, n) =>
-    matrices.filter(([name]) => isTarget(`model.layers.${n}.${name}`, targets)),
-  )
-  return { rank, layers }
-}
-
-const patchesOf = (v: ClipVisionConfig): number => Math.floor(v.image_size / v.patch_size) ** 2
-
-/** Elements of each parameter, by the module the phases know it by. */
-function parameterShapes(m: PlanModel): Record<'language' | 'projector' | 'table' | 'gate' | 'vision', number[]> {
-  const { llm, vision: v, levels } = m
-  const [h, d, i] = [llm.hidden_size, v.hidden_size, v.intermediate_size]
-  const visionLayer = [d, d, d, d, ...[0, 1, 2, 3].flatMap(() => [d * d, d]), d * i, i, i * d, d]
-  const head = llm.tie_word_embeddings ? [] : [llm.vocab_size * h]
-  return {
-    language: [
-      llm.vocab_size * h,
-      ...Array.from({ length: llm.num_hidden_layers }, () => layerShapes(llm)).flat(),
-      h,
-      ...head,
-    ],
-    projector: projectorShapes(m.projector, d, h),
-    table: [levels * h],
-    gate:
-      m.gate === 'linear'
-        ? [(levels - 1) * patchesOf(v), levels - 1]
-        : [GATE_HIDDEN * patchesOf(v), GATE_HIDDEN, (levels - 1) * GATE_HIDDEN, levels - 1],
-    vision: [
-      ...[d, v.num_channels * v.patch_size ** 2 * d, (patchesOf(v) + 1) * d, d, d, d, d],
-      ...Array.from({ length: v.num_hidden_layers }, () => visionLayer).flat(),
-    ],
-  }
-}
-
-/** Weights and what the optimizer keeps beside them. */
-function stateBytes(
-  m: PlanModel,
-  o: PlanOptions,
-): Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host' | 'pictures' | 'pinned'> {
-  const { rank, layers } = adapted(m.llm, o)
-  const lora = layers.flat().flatMap(([, inputs, outputs]) => [rank * inputs, outputs * rank])
-  const shapes = { ...parameterShapes(m), lora }
-  const learns =
-    o.phase === 'pretrain'
-      ? (['projector', 'table'] as const)
-      : ([o.lora ? 'lora' : 'language', 'projector', 'gate'] as const)
-  const trained = learns.flatMap((k) => shapes[k])
-  const all = Object.values(shapes).flat()
-  const compact = o.dtype === 'bf16' && o.optimizerState === 'compact'
-  const flat = rounded(sum(trained) * (compact ? 2 : 4))
-  const [size, kept] = [o.dtype === 'bf16' ? 2 : 4, compact ? 2 : 4]
-  const masters = o.dtype === 'bf16' ? tensors(kept, ...trained) : 0
-  const saved = [...new Set([...learns, 'projector', 'table', 'gate'] as const)].flatMap((k) => shapes[k])
-  return {
-    parameters: sum(all),
-    trainable: sum(trained),
-    weights: tensors(size, ...all),
-    gradients: flat,
-    moments: 2 * flat,
-    masters,
-    snapshot: tensors(size, ...saved) + 2 * tensors(kept, ...trained) + masters,
-  }
+type Parameter = Pick<ParameterShape, 'shape' | 'part' | 'layer'> & { name: string }
+/** Rank of adapters, and which matrices have one. */
+interface Adapters {
+  rank: number
+  on: (name: string) => boolean
 }
 
 // Two pieces and 64 small places for all copies (native/cuda/device.cc); three places for a parameter and its gradient (native/ops/optim.cc).
 const STAGING = 2 * 2 ** 23 + 64 * 2 ** 16
 const OFFLOAD_PLACES = 3 * 2 * 2 ** 22
 
-/** What one layer keeps for backward besides its input (docs: ARCHITECTURE.md, Memory). */
-function layerKeeps(c: LanguageShape, rows: number, size: number): number {
-  const [h, i] = [rows * c.hidden_size, rows * c.intermediate_size]
-  const [q, kv] = [rows * c.num_attention_heads * c.head_dim, rows * c.num_key_value_heads * c.head_dim]
-  return tensors(size, q, kv, kv, q, h, i, i) + tensors(4, rows, rows, rows * c.num_attention_heads)
+/** All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile. */
+export const microBatchesAhead = (batch: number, microBatch: number): number =>
+  Math.max(2, Math.ceil(batch / microBatch))
+
+function settingsOf(of: Exclude<Planned, AlignGPTNetwork>): ModelSettings {
+  if (typeof of === 'string')
+    return PAPER_SIZES.includes(of as PaperSize) ? paperSettings(of as PaperSize) : folderSettings(of)
+  if ('size' in of) return paperSettings(of.size, of)
+  return 'model' in of ? folderSettings(of.model, of) : newSettings(of)
 }
 
-/**
- * The widest moment of a layer, of attention forward, MLP forward and MLP backward; an adapter of down_proj has a gradient of its
- * own for both inputs.
- */
-function layerTransient(c: LanguageShape, rows: number, size: number, downAdapted: boolean): number {
-  const [h, i] = [rows * c.hidden_size, rows * c.intermediate_size]
-  const [q, kv] = [rows * c.num_attention_heads * c.head_dim, rows * c.num_key_value_heads * c.head_dim]
-  return Math.max(
-    tensors(size, h, q, kv, h),
-    tensors(size, h, i, h),
-    tensors(size, h, i, i, ...(downAdapted ? [i, i] : [])),
-  )
+/** The parameters, without adapters. */
+function parametersOf(of: Planned, settings: ModelSettings): Parameter[] {
+  const described = AlignGPTNetwork.parameters(settings, () => false)
+  if (!(of instanceof AlignGPTNetwork)) return [...described].map(([name, p]) => ({ name, ...p }))
+  const own = [...of.namedParameters()].map(([name, { shape }]) => ({ name, shape: [...shape], part: partOf(name) }))
+  return own.filter((p) => p.part !== 'adapters').map((p) => ({ ...p, layer: described.get(p.name)?.layer ?? null }))
 }
 
-/** CLIP has nothing to keep: the widest moment of a layer. */
-function visionTransient(v: ClipVisionConfig, images: number, size: number): number {
-  const rows = images * (patchesOf(v) + 1)
-  const [d, pixels] = [rows * v.hidden_size, images * v.num_channels * v.image_size ** 2]
-  const widest = Math.max(tensors(size, d, d, d, d, d, d), tensors(size, d, d, rows * v.intermediate_size, d))
-  return widest + tensors(4, pixels) + (size === 2 ? tensors(2, pixels) : 0)
+/** Those that a model has already. */
+function adaptersOf(model: AlignGPTNetwork): Adapters | null {
+  const found = adapted(languageMatrices(model))
+  const names = new Set(found.map(([name]) => name))
+  const rank = found[0]?.[1].lora_A?.weight.shape[0]
+  return rank === undefined ? null : { rank, on: (name) => names.has(name) }
 }
+
+/** Options with what holds for those not given. */
+type Asked = PlanOptions & Required<Pick<PlanOptions, 'dtype' | 'microBatch' | 'textTokens'>>
+type State = Omit<MemoryPlan, 'activations' | 'transient' | 'peak' | 'host' | 'pictures' | 'pinned'>
+
+/** Plans of the steps of one model. */
+export class Planner {
+  readonly #settings: ModelSettings
+  readonly #parameters: readonly Parameter[]
+  readonly #adapters: Adapters | null
+  readonly #layer: LayerActivations
+  readonly #tower: TowerActivations & { width: number; patches: number }
+
+  /** @throws AlignGPTError ERR_CONFIG: a folder without readable settings, an unknown projector; ERR_ARGUMENT */
+  constructor(of: Planned) {
+    const settings = of instanceof AlignGPTNetwork ? of.parts : settingsOf(of)
+    const { config, clip } = settings
+    this.#settings = settings
+    this.#parameters = parametersOf(of, settings)
+    this.#adapters = of instanceof AlignGPTNetwork ? adaptersOf(of) : null
+    this.#layer = familyInAlignGPT(config.llm.raw, 'config.json').activations(config.llm)
+    const family = visionFamily(clip.raw, 'config.json')
+    const selection = { layer: config.mm_vision_select_layer, feature: config.mm_vision_select_feature }
+    const width = family.tower(clip).hidden_size
+    this.#tower = { ...family.activations(clip), width, patches: family.rows(clip, selection) }
+  }
+
+  /** Text tokens that the longest sequence has room for beside an image. */
+  get room(): number {
+    return this.#settings.config.tokenizer_model_max_length - this.#tower.patches - 1
+  }
+
+  /** Bytes a training step takes, by what they are for. @throws AlignGPTError ERR_ARGUMENT naming the option */
+  plan(options: PlanOptions): MemoryPlan {
+    const o = this.#checked(options)
+    const { llm } = this.#settings.config
+    const size = o.dtype === 'bf16' ? 2 : 4
+    const lora = this.#lora(o)
+    const state = this.#state(o, lora)
+    const { kept: activations, transient } = this.#step(o, size, lora)
+    const kept = state.moments + state.masters
+    const host = o.offloadOptimizer ? kept : 0
+    const trained = this.#learns(o, lora).includes('language')
+    const labelled = o.microBatch * (o.labelledTokens ?? o.textTokens)
+    const head = headTransient(llm, labelled, size, trained)
+    const most = Math.max(head, transient)
+    const peak = state.weights + state.gradients + (kept - host) + activations + most
+    const ahead = microBatchesAhead(o.batch ?? o.microBatch, o.microBatch)
+    const pictures = (ahead + 1) * o.microBatch * this.#tower.pixels // and those in use
+    const pinned = STAGING + (o.offloadOptimizer ? OFFLOAD_PLACES : 0)
+    return { ...state, activations, transient: most, peak, host, pictures, pinned }
+  }
+
+  /** The most samples at once whose step stays below `bytes`; 0 when not even one does. */
+  largestMicroBatch(o: Omit<PlanOptions, 'microBatch'>, bytes: number): number {
+    const fits = (microBatch: number): boolean => this.plan({ ...o, microBatch }).peak <= bytes
+    if (!fits(1)) return 0
+    let [low, high] = [1, 2]
+    while (fits(high)) [low, high] = [high, 2 * high]
+    while (high - low > 1) {
+      const middle = Math.floor((low + high) / 2)
+      if (fits(middle)) low = middle
+      else high = middle
+    }
+    return low
+  }
+
+  #checked(o: PlanOptions): Asked {
+    const fail = (key: string, expected: string, got: string): Error =>
+      new AlignGPTError('ERR_ARGUMENT', `[plan] ${key}: expected ${expected}, got ${got}`)
+    if (o.phase !== 'pretrain' && o.phase !== 'finetune') throw fail('phase', 'pretrain or finetune', show(o.phase))
+    const problem = problemIn(o.phase, o)
+    if (problem) throw fail(problem.key, problem.expected, problem.got)
+    for (const key of ['textTokens', 'labelledTokens'] as const)
+      if (o[key] !== undefined && !RUN_SETTINGS.steps.kind.accepts(o[key]))
+        throw fail(key, RUN_SETTINGS.steps.kind.expected, show(o[key]))
+    const { dtype, microBatch } = RUN_SETTINGS
+    const usual = { dtype: dtype.default, microBatch: Math.min(microBatch.default, o.batch ?? microBatch.default) }
+    const given = Object.fromEntries(Object.entries(o).filter(([, v]) => v !== undefined)) as unknown as PlanOptions
+    return { ...usual, textTokens: Math.max(1, this.room), ...given }
+  }
+
+  /** The adapters of a run, those that are asked for or those that the model has. */
+  #lora({ lora }: PlanOptions): Adapters | null {
+    if (!lora) return this.#adapters
+    const { rank = LORA_RANK, targets }: LoraOptions = lora
+    return { rank, on: (name) => isTarget(name, targets) }
+  }
+
+  #adapted(lora: Adapters | null): Parameter[] {
+    return this.#parameters.filter((p) => p.layer !== null && lora?.on(matrix(p)))
+  }
+
+  #learns({ phase }: PlanOptions, lora: Adapters | null): Part[] {
+    const definition = phase === 'pretrain' ? PRETRAIN : FINETUNE
+    return learning(definition, this.#settings.config.mm_alignment, phase === 'finetune' && lora !== null)
+  }
+
+  /** Weights and what the optimizer keeps beside them. */
+  #state(o: Asked, lora: Adapters | null): State {
+    const rank = lora?.rank ?? 0
+    const adapters = this.#adapted(lora).flatMap(({ shape: [outputs, inputs] }) => [rank * inputs, outputs * rank])
+    const counts = (parts: readonly Part[]): number[] => [
+      ...this.#parameters.filter((p) => parts.includes(p.part)).map((p) => elements(p.shape)),
+      ...(parts.includes('adapters') ? adapters : []),
+    ]
+    const learns = this.#learns(o, lora)
+    const trained = counts(learns)
+    const all = counts(['language', 'vision', 'projector', 'table', 'gate', 'adapters'])
+    const saved = counts([...learns, 'projector', 'table', 'gate'])
+    const compact = o.dtype === 'bf16' && o.optimizerState === 'compact'
+    const [size, kept] = [o.dtype === 'bf16' ? 2 : 4, compact ? 2 : 4]
+    const flat = rounded(sum(trained) * kept)
+    const masters = o.dtype === 'bf16' ? tensors(kept, ...trained) : 0
+    return {
+      parameters: sum(all),
+      trainable: sum(trained),
+      weights: tensors(size, ...all),
+      gradients: flat,
+      moments: 2 * flat,
+      masters,
+      snapshot: tensors(size, ...saved) + 2 * tensors(kept, ...trained) + masters,
+    }
+  }
+
+  /** What is kept from forward for backward, and what the widest moment of a layer or of the vision tower needs besides. */
+  #step(o: Asked, size: number, lora: Adapters | null): { kept: number; transient: number } {
+    const { llm, mm_alignment } = this.#settings.config
+    const [layer, tower, images, depth] = [this.#layer, this.#tower, o.microBatch, llm.num_hidden_layers]
+    const rows = images * ((mm_alignment === 'none' ? 0 : 1) + tower.patches + o.textTokens)
+    const width = rows * llm.hidden_size
+    const between = this.#parameters.filter((p) => p.part === 'projector' && p.shape.length === 2).slice(0, -1)
+    const base =
+      tensors(size, images * tower.patches * tower.width) +
+      sum(between.map(({ shape: [outputs] }) => 2 * tensors(size, images * tower.patches * outputs))) +
+      tensors(size, ...new Array<number>(depth + 2).fill(width)) // the layers' inputs, the last state and the normed one
+    const adapted = this.#adapted(lora)
+    const inner = new Array<number>(depth).fill(0) // x A^T
+    for (const p of adapted) inner[p.layer as number] += tensors(size, rows * (lora?.rank ?? 0))
+    const one = rowsOf(size, rows, layer.keeps) + rowsOf(4, rows, layer.keepsF32)
+    const brought = Object.entries(layer.adapterMoments).filter(([end]) =>
+      adapted.some((p) => isTarget(matrix(p), [end])),
+    )
+    const moments = [...layer.moments, ...brought.map(([, moment]) => moment)]
+    const again = o.recompute ? one + Math.max(0, ...inner) + tensors(size, width) : 0 // one layer at a time, and its result
+    const kept = base + (o.recompute ? 0 : depth * one + sum(inner))
+    const inTower = Math.max(...tower.moments.map((widths) => rowsOf(size, images * tower.rows, widths)))
+    const pixels = tensors(4, images * tower.pixels) + (size === 2 ? tensors(2, images * tower.pixels) : 0)
+    const inLayer = Math.max(...moments.map((widths) => rowsOf(size, rows, widths)))
+    return { kept, transient: Math.max(inLayer + again, inTower + pixels - kept) } // the tower has nothing to keep
+  }
+}
+
+const matrix = (p: Parameter): string => p.name.replace(/\.weight$/, '')
 
 /** The loss: its rows and their gradient, a chunk of logits and its gradient, the head's own gradient. */
-function headTransient(c: LanguageShape, labelled: number, size: number, trained: boolean): number {
+function headTransient(
+  c: { vocab_size: number; hidden_size: number },
+  labelled: number,
+  size: number,
+  trained: boolean,
+): number {
   const chunk = Math.min(headChunk(c.vocab_size), labelled)
   const [h, logits] = [labelled * c.hidden_size, chunk * c.vocab_size]
   const own = trained ? tensors(4, c.vocab_size * c.hidden_size) : 0
   return tensors(size, h, h) + tensors(4, logits, labelled) + (size === 2 ? tensors(2, logits) : 0) + own
 }
 
-/** All micro-batches of a step are gathered before it is computed, so all of the next are decoded meanwhile. */
-export const microBatchesAhead = (batch: number, microBatch: number): number =>
-  Math.max(2, Math.ceil(batch / microBatch))
-
 /**
  * Bytes a training step takes, by what they are for.
  * The native allocator's peak on the CPU agrees within 5 % for a small model (ts/test/70.plan.test.ts). Not in it: kernels'
  * scratch, and blocks that lie idle.
- * @throws ERR_CONFIG for an unknown projector, ERR_ARGUMENT for sizes that are not positive integers
+ * @param of '7b' or '13b', a folder, the folders of a new model's towers, or a model
+ * @throws ERR_CONFIG for settings that cannot be read, ERR_ARGUMENT naming the option that is not as it should be
  */
-export function plan(m: PlanModel, o: PlanOptions): MemoryPlan {
-  for (const key of ['microBatch', 'textTokens'] as const)
-    if (!(Number.isInteger(o[key]) && o[key] > 0))
-      throw new AlignGPTError('ERR_ARGUMENT', `[plan] ${key}: expected an integer > 0, got ${o[key]}`)
-  const { llm, vision: v } = m
-  const size = o.dtype === 'bf16' ? 2 : 4
-  const [images, patches] = [o.microBatch, patchesOf(v)]
-  const rows = images * (1 + patches + o.textTokens)
-  const width = rows * llm.hidden_size
-  const projected = projectorShapes(m.projector, v.hidden_size, llm.hidden_size).length / 2 - 1
-  const state = stateBytes(m, o)
+export const plan = (of: Planned, o: PlanOptions): MemoryPlan => new Planner(of).plan(o)
 
-  const features = tensors(size, images * patches * v.hidden_size)
-  const hiddenLayers = new Array<number>(Math.max(0, 2 * projected)).fill(images * patches * llm.hidden_size)
-  const inputs = new Array<number>(llm.num_hidden_layers + 1).fill(width)
-  const layer = layerKeeps(llm, rows, size)
-  const base = features + tensors(size, ...hiddenLayers, ...inputs, width) // and the normed last state
-  const lora = adapted(llm, o)
-  const inner = lora.layers.map((matrices) => matrices.length * tensors(size, rows * lora.rank)) // x A^T
-  const downAdapted = lora.layers.flat().some(([name]) => name === 'mlp.down_proj')
-  const activations = base + (o.recompute ? 0 : llm.num_hidden_layers * layer + sum(inner))
-
-  const head = headTransient(llm, images * (o.labelledTokens ?? o.textTokens), size, o.phase === 'finetune' && !o.lora)
-  const again = o.recompute ? layer + Math.max(0, ...inner) + tensors(size, width) : 0 // one layer at a time, and its result
-  const transient = Math.max(
-    head,
-    layerTransient(llm, rows, size, downAdapted) + again,
-    visionTransient(v, images, size) - activations,
-  )
-  const kept = state.moments + state.masters
-  const host = o.offloadOptimizer ? kept : 0
-  const peak = state.weights + state.gradients + (kept - host) + activations + transient
-  const ahead = microBatchesAhead(o.batch ?? o.microBatch, o.microBatch)
-  const pictures = (ahead + 1) * o.microBatch * v.num_channels * v.image_size ** 2 // and those in use
-  const pinned = STAGING + (o.offloadOptimizer ? OFFLOAD_PLACES : 0)
-  return { ...state, activations, transient, peak, host, pictures, pinned }
-}
-
-/** The most samples at once whose step stays below `bytes`; 0 when not even one does. */
-export function largestMicroBatch(m: PlanModel, o: Omit<PlanOptions, 'microBatch'>, bytes: number): number {
-  const fits = (microBatch: number): boolean => plan(m, { ...o, microBatch }).peak <= bytes
-  if (!fits(1)) return 0
-  let [low, high] = [1, 2]
-  while (fits(high)) [low, high] = [high, 2 * high]
-  while (high - low > 1) {
-    const middle = Math.floor((low + high) / 2)
-    if (fits(middle)) low = middle
-    else high = middle
-  }
-  return low
-}
+/** The most samples at once whose step stays below `bytes`; 0 when not even one does. @throws as plan */
+export const largestMicroBatch = (of: Planned, o: Omit<PlanOptions, 'microBatch'>, bytes: number): number =>
+  new Planner(of).largestMicroBatch(o, bytes)

@@ -59,6 +59,12 @@ const FROZEN: Record<Alignment, readonly Part[]> = {
   none: ['table', 'gate'],
 }
 
+/** Parts that learn in a variant of the model; adapters in place of the language model, which is LLaVA's recipe. */
+export function learning(phase: PhaseDefinition, alignment: Alignment, lora: boolean): Part[] {
+  const parts = phase.trainable.map((part) => (lora && part === 'language' ? 'adapters' : part))
+  return parts.filter((part) => !FROZEN[alignment].includes(part))
+}
+
 /** A phase as this model goes through it. */
 export function phaseOf(
   model: AlignGPTNetwork,
@@ -70,14 +76,12 @@ export function phaseOf(
   if (o.projectorLr !== undefined && lr === 0)
     throw new AlignGPTError('ERR_ARGUMENT', '[train] projectorLr: expected an lr > 0 beside it, got 0')
   const { mm_alignment: alignment } = model.config
-  // LLaVA's recipe: the adapters learn in place of the language model
-  const parts = phase.trainable.map((part) => (lora && part === 'language' ? 'adapters' : part))
   return {
     ...phase,
     style: phase.style ?? o.conversation ?? model.conversation,
     // all variants learn their vectors level by level first; they part in instruction tuning
     mix: phase.name === 'finetune' || alignment === 'none' ? model.mix : phase.mix,
-    trainable: parts.filter((part) => !FROZEN[alignment].includes(part)),
+    trainable: learning(phase, alignment, lora),
     lr,
     projectorLr: o.projectorLr ?? (lora && o.lr === undefined ? phase.lr : undefined),
   }

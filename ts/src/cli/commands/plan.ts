@@ -1,20 +1,20 @@
 /** What a run will take of memory and time: memory from the settings alone, time from a few measured steps where that is asked for. */
 import { type Command, Option } from 'commander'
-import type { MemoryPlan, PlanModel, PlanOptions } from '../../train/memory-plan.js'
+import { PROJECTORS } from '../../models/config/variants.js'
+import type { NewModelOptions, PaperSize } from '../../models/settings.js'
+import type { MemoryPlan, Planned, PlanOptions } from '../../train/memory-plan.js'
 import { RUN_SETTINGS, type Values, withDefaults } from '../../train/run-settings.js'
 import { bytes, integer, jobOf, positive } from '../options.js'
 import { readConfig, resolveSettings } from '../settings.js'
 import type { TrainJob } from '../train-worker.js'
 
-interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'> {
-  preset?: keyof typeof VICUNA
+interface Options extends Omit<PlanOptions, 'lora' | 'batch'> {
+  preset?: PaperSize
   model?: string
   llm?: string
   clip?: string
-  projector: string
+  projector?: string
   levels?: number
-  microBatch?: number
-  textTokens?: number
   loraRank?: number
   loraTargets?: string[]
   memory?: number
@@ -24,36 +24,19 @@ interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'
   json?: boolean
 }
 
-const VICUNA = {
-  '7b': { hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, num_attention_heads: 32 },
-  '13b': { hidden_size: 5120, intermediate_size: 13824, num_hidden_layers: 40, num_attention_heads: 40 },
-}
-const VIT_L_14_336 = {
-  ...{ hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 24, num_attention_heads: 16 },
-  ...{ image_size: 336, patch_size: 14 },
+/** Which model is meant, of a run's settings those of a model too. */
+function planned(o: Options, settings: Values | null): Planned {
+  const { projector, levels } = o
+  const chosen = Object.fromEntries(
+    ['selectLayer', 'selectFeature', 'alignment', 'gate'].map((key) => [key, settings?.[key]]),
+  ) as NewModelOptions
+  if (o.model !== undefined) return { ...chosen, model: o.model, clip: o.clip, levels }
+  if (o.preset) return { ...chosen, size: o.preset, projector, levels }
+  return { ...chosen, llm: o.llm as string, clip: o.clip as string, projector, levels }
 }
 
-/** Sizes of the model that is meant, and the longest sequence its training lets through. */
-async function sizes(o: Options): Promise<{ model: PlanModel; longest: number }> {
-  const [config, clips, { parseLlamaConfig }, { readLanguageConfig }] = await Promise.all([
-    import('../../models/config/aligngpt.js'),
-    import('../../models/config/clip.js'),
-    import('../../models/config/llama.js'),
-    import('../../models/registry.js'),
-  ])
-  const { projector, levels = 8 } = o
-  if (o.model !== undefined) {
-    const c = config.readAlignGPTConfig(o.model)
-    const { vision } = clips.readClipConfig(config.visionTowerFolder(o.model, c, o.clip))
-    const own = { projector: c.mm_projector_type, levels: o.levels ?? c.n_indicators ?? 8, gate: c.mm_gate_type }
-    return { model: { llm: c.llm, vision, ...own }, longest: c.tokenizer_model_max_length }
-  }
-  const llm = o.preset ? parseLlamaConfig(VICUNA[o.preset]) : readLanguageConfig(o.llm as string)
-  const clip = o.preset
-    ? clips.parseClipConfig({ vision_config: VIT_L_14_336 })
-    : clips.readClipConfig(o.clip as string)
-  return { model: { llm, vision: clip.vision, projector, levels }, longest: 2048 }
-}
+/** Presets that name a model too. */
+const SIZES: readonly string[] = ['7b', '13b'] satisfies PaperSize[]
 
 const size = (n: number): string =>
   n < 2 ** 30 / 10 ? `${(n / 2 ** 20).toFixed(2).padStart(9)} MiB` : `${(n / 2 ** 30).toFixed(2).padStart(9)} GiB`
@@ -102,7 +85,8 @@ async function configured(command: Command, o: Options): Promise<Values | null> 
   const settings = await resolveSettings(o.phase, { config: o.config, preset: chosen, set: o.set })
   const lora = (settings.lora ?? {}) as { rank?: number; targets?: string[] }
   const found: Values = { ...settings, loraRank: lora.rank, loraTargets: lora.targets }
-  if (found.model === undefined && found.llm === undefined && preset && preset in VICUNA) found.preset = preset
+  const paper = preset !== undefined && SIZES.includes(preset)
+  if (found.model === undefined && found.llm === undefined && paper) found.preset = preset
   const model = ['preset', 'model', 'llm'].some(flagged) ? [] : ['preset', 'model', 'llm', 'clip']
   const training = ['projector', 'levels', 'dtype', 'microBatch', 'recompute', 'optimizerState', 'offloadOptimizer']
   for (const name of [...model, ...training, 'loraRank', 'loraTargets'])
@@ -170,29 +154,26 @@ async function run(this: Command, o: Options): Promise<void> {
   const settings = await configured(this, o)
   const wrong = complaint(o)
   if (wrong) this.error(`error: ${wrong}`)
-  const [{ model, longest }, { patchCount }, { largestMicroBatch, plan }] = await Promise.all([
-    sizes(o),
-    import('../../models/config/clip.js'),
-    import('../../train/memory-plan.js'),
-  ])
+  const { Planner } = await import('../../train/memory-plan.js')
+  const planner = new Planner(planned(o, settings))
   const { phase, dtype, recompute, optimizerState, offloadOptimizer, labelledTokens, memory, loraRank: rank } = o
-  const textTokens = o.textTokens ?? longest - patchCount(model.vision) - 1
+  const textTokens = o.textTokens ?? planner.room
   if (labelledTokens !== undefined && labelledTokens > textTokens)
     this.error(`error: --labelled-tokens: expected at most the ${textTokens} text tokens, got ${labelledTokens}`)
   const lora = rank === undefined ? undefined : { rank, targets: o.loraTargets }
   const batch = settings?.batch as number | undefined
   const step = { phase, dtype, recompute, optimizerState, offloadOptimizer, textTokens, labelledTokens, lora, batch }
-  const largest = memory === undefined ? null : largestMicroBatch(model, step, memory)
+  const largest = memory === undefined ? null : planner.largestMicroBatch(step, memory)
   const options = { ...step, microBatch: o.microBatch ?? Math.max(largest ?? 1, 1) }
-  const planned = plan(model, options)
+  const bytesOf = planner.plan(options)
   const described = settings?.data !== undefined && !o.preset
   if (o.measure && !described) this.error('error: --measure: expected a --config that names the model and the data')
   const length = described ? await runLength(jobOf(this, phase, settings), o.measure === true) : null
   if (o.json)
     console.log(
-      JSON.stringify({ options, plan: planned, memory: memory ?? null, largestMicroBatch: largest, run: length }),
+      JSON.stringify({ options, plan: bytesOf, memory: memory ?? null, largestMicroBatch: largest, run: length }),
     )
-  else console.log(lines(planned, options).join('\n'))
+  else console.log(lines(bytesOf, options).join('\n'))
   if (!length && !o.json) console.log('steps and time: with a --config that names the model and the data')
   if (length && !o.json)
     console.log(
@@ -200,8 +181,8 @@ async function run(this: Command, o: Options): Promise<void> {
     )
   if (memory === undefined) return
   if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)
-  if (planned.peak <= memory) return
-  console.error(`ERR_MEMORY [plan] step: expected at most ${size(memory).trim()}, got ${size(planned.peak).trim()}`)
+  if (bytesOf.peak <= memory) return
+  console.error(`ERR_MEMORY [plan] step: expected at most ${size(memory).trim()}, got ${size(bytesOf.peak).trim()}`)
   process.exitCode = 1
 }
 
@@ -211,12 +192,12 @@ export function plan(program: Command): void {
     .description(
       'memory of a training step, before anything is allocated, and the steps of a run; exit status 1 when --memory is too little',
     )
-    .addOption(new Option('--preset <size>', 'Vicuna 7B or 13B with ViT-L/14-336').choices(Object.keys(VICUNA)))
+    .addOption(new Option('--preset <size>', 'Vicuna 7B or 13B with ViT-L/14-336').choices(SIZES))
     .option('--model <dir>', 'AlignGPT folder; only its settings are read')
     .option('--llm <dir>', 'LLaMA in Hugging Face layout, with --clip')
     .option('--clip <dir>', 'CLIP in Hugging Face layout')
-    .option('--projector <type>', 'of a model that is not made yet: linear, mlpNx_gelu or identity', 'mlp2x_gelu')
-    .option('--levels <n>', 'number of alignment levels (default: those of --model, or 8)', integer)
+    .option('--projector <type>', `of a new model: ${PROJECTORS} (default: ${RUN_SETTINGS.projector.default})`)
+    .option('--levels <n>', `alignment levels (default: those of --model, or ${RUN_SETTINGS.levels.default})`, integer)
     .addOption(new Option('--phase <name>', 'which phase').choices(['pretrain', 'finetune']).default('finetune'))
     .addOption(new Option('--dtype <type>', 'of the weights').choices(['f32', 'bf16']).default('f32'))
     .option('--micro-batch <n>', 'samples run at once (default: the most that --memory takes, or 1)', positive)
