@@ -70,7 +70,7 @@ export interface MemoryPlan {
   pinned: number
 }
 
-/** As the native allocator rounds (native/core/tensor.cc). */
+/** As the native allocator rounds (native/core/allocator.cc). */
 function rounded(bytes: number): number {
   let step = 64
   if (bytes > 2 ** 20) step = 2 ** 16
@@ -92,7 +92,8 @@ interface Adapters {
   on: (name: string) => boolean
 }
 
-// Two pieces and 64 small places for all copies (native/cuda/device.cc); three places for a parameter and its gradient (native/ops/optim.cc).
+// Two pieces and 64 small places for all copies (native/cuda/device.cc); three places for a parameter and its gradient
+// (native/ops/offload.cc).
 const STAGING = 2 * 2 ** 23 + 64 * 2 ** 16
 const OFFLOAD_PLACES = 3 * 2 * 2 ** 22
 
