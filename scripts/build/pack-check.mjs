@@ -145,7 +145,9 @@ function fromSource(dir, env) {
   expect(info().status === 0, info().stderr)
   const built = path.join(folder, 'build', 'Release', 'aligngpt.node')
   fs.rmSync(built)
-  run('node-gyp', ['rebuild'], folder, { ...everything, ...ownHeaders() }) // npm has it on the PATH of its scripts
+  const nodeGyp = process.env.npm_config_node_gyp // npm's own, as every script of npm's has it
+  expect(nodeGyp, 'expected npm run pack:check: npm brings node-gyp')
+  run(process.execPath, [nodeGyp, 'rebuild'], folder, { ...everything, ...ownHeaders() })
   expect(fs.existsSync(built) && info().status === 0, `expected ${built} from node-gyp: ${info().stderr}`)
   return command
 }
