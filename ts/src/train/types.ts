@@ -2,9 +2,9 @@
 import type { Tensor } from '../core/tensor.js'
 import type { Dropped } from '../data/drop-log.js'
 import type { Best } from '../evaluation/held-out.js'
-import type { OptimizerState, Parameter } from '../nn/adamw.js'
+import type { Parameter } from '../nn/adamw.js'
 import type { AlignGPTError } from '../util/errors.js'
-import type { OutlierOptions } from './outliers.js'
+import type { RunSettings } from './run-settings.js'
 
 /** What a micro-batch gives; a model may add tensors of its own, which `LoopHooks.info` reads. */
 export interface MicroResult {
@@ -93,42 +93,34 @@ export interface LoopHooks<B, R extends MicroResult, X extends object, V> {
   outOfMemory?(cause: AlignGPTError, where: string, batches: readonly B[]): AlignGPTError
 }
 
-/** How a run goes, whatever it trains. */
-export interface LoopOptions {
+/** Settings of a run that the loop itself follows; the table says what each is and what holds without it (docs/config.md). */
+export type LoopSetting =
+  | 'warmupRatio'
+  | 'weightDecay'
+  | 'clipGradNorm'
+  | 'lossNorm'
+  | 'optimizerState'
+  | 'offloadOptimizer'
+  | 'seed'
+  | 'skipOutliers'
+  | 'out'
+  | 'saveEvery'
+  | 'keep'
+  | 'allowLongInterval'
+  | 'resume'
+
+/** How a run goes, whatever it trains. Without `out` nothing is written. */
+export interface LoopOptions extends Pick<RunSettings, LoopSetting> {
   steps: number
-  /** peak learning rate */
+  /** peak learning rate: a linear rise over `warmupRatio` of the steps, then half a cosine to 0 */
   lr: number
-  /** share of the steps in which the rate rises, default 0.03; then half a cosine to 0 */
-  warmupRatio?: number
-  weightDecay?: number
   /** of AdamW, default 0.9 */
   beta1?: number
   /** of AdamW, default 0.999 */
   beta2?: number
-  /** gradients are scaled down to this norm; default 1, null: never */
-  clipGradNorm?: number | null
-  /** full: 18 bytes for each trained bf16 parameter (default); compact: 10 */
-  optimizerState?: OptimizerState
-  /** the optimizer's state of a model on a GPU stays in main memory, and the CPU updates it (AdamWOptions.offload) */
-  offloadOptimizer?: boolean
-  seed?: number
-  /** batch: mean over the terms of the whole step (default); micro: mean of the micro-batches' means */
-  lossNorm?: 'batch' | 'micro'
-  /** leaves out the update of steps whose loss or gradient norm is far above those before (default: never) */
-  skipOutliers?: boolean | OutlierOptions
-  /** folder for log.jsonl, checkpoints and dumps; without one nothing is written */
-  out?: string
   /** of the run in its log, default `train` */
   name?: string
-  /** a checkpoint after so many steps, or a time ('90s', '10m', '2h'); default '30m'. null: only when the run is stopped */
-  saveEvery?: number | string | null
-  /** newest checkpoints that stay, at least 2 (default) */
-  keep?: number
-  /** an interval longer than the run is no mistake */
-  allowLongInterval?: boolean
-  /** goes on, bit for bit, from the newest checkpoint of `out` (true; from the beginning when it has none) or of another folder */
-  resume?: boolean | string
-  /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
+  /** takes what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
   onMessage?: (text: string) => void
   /** the step under way is finished, and in `out` saved */
   signal?: AbortSignal
