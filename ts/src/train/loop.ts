@@ -8,14 +8,14 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { native } from '../core/native.js'
 import { AdamW, type StateTensor } from '../nn/adamw.js'
 import { cosineRate } from '../nn/schedule.js'
-import { AlignGPTError } from '../util/errors.js'
+import { AlignGPTError, show } from '../util/errors.js'
 import { permutation } from '../util/rng.js'
 import { listCheckpoints, type Manifest, readCheckpoint } from './checkpoint.js'
 import { MicroSteps } from './micro-batches.js'
 import { type OutlierState, Outliers } from './outliers.js'
 import { checkpointFolder, checkpointTensors, findResume, maker, Schedule } from './resume.js'
 import { StepLog } from './run-log.js'
-import { problemIn, RUN_SETTINGS } from './run-settings.js'
+import { RUN_SETTINGS } from './run-settings.js'
 import { Saver } from './saver.js'
 import { dumpStep } from './step-dump.js'
 import type {
@@ -23,6 +23,7 @@ import type {
   LoopHooks,
   LoopOptions,
   LoopResult,
+  LoopSetting,
   LoopStep,
   MicroResult,
   RunSink,
@@ -36,42 +37,44 @@ interface LoopState {
   outliers: OutlierState | null
 }
 
-/** Options with what they are when not given. */
-type Resolved = LoopOptions & Required<Pick<LoopOptions, (typeof DEFAULTED)[number]>>
-const DEFAULTED = ['name', 'warmupRatio', 'clipGradNorm', 'seed', 'keep', 'onMessage'] as const
+/** Options with what holds for those not given. */
+type Resolved = LoopOptions & Required<Pick<LoopOptions, Exclude<LoopSetting, 'out' | 'resume'> | 'name' | 'onMessage'>>
 
-function resolve(o: LoopOptions): Resolved {
-  return {
-    ...o,
-    name: o.name ?? 'train',
-    warmupRatio: o.warmupRatio ?? RUN_SETTINGS.warmupRatio.default,
-    clipGradNorm: o.clipGradNorm === undefined ? RUN_SETTINGS.clipGradNorm.default : o.clipGradNorm,
-    seed: o.seed ?? RUN_SETTINGS.seed.default,
-    keep: o.keep ?? RUN_SETTINGS.keep.default,
-    onMessage: o.onMessage ?? ((text) => console.error(text)),
+function resolve(options: LoopOptions): Resolved {
+  const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined))
+  const usual = {
+    ...Object.fromEntries(DEFAULTED.map((key) => [key, RUN_SETTINGS[key].default])),
+    name: 'train',
+    onMessage: (text: string) => console.error(text),
   }
+  // the usual interval may be longer than the run, one that was asked for may not
+  const allowLongInterval = options.allowLongInterval || options.saveEvery === undefined
+  return { ...usual, ...given, allowLongInterval } as Resolved
 }
 
-/** The checks of the settings table. @throws AlignGPTError ERR_ARGUMENT naming the option */
+const REQUIRED = ['steps', 'lr'] as const
+/** The loop's own of the table. */
+const DEFAULTED = [
+  ...(['warmupRatio', 'weightDecay', 'clipGradNorm', 'lossNorm', 'optimizerState', 'offloadOptimizer'] as const),
+  ...(['seed', 'skipOutliers', 'saveEvery', 'keep'] as const),
+]
+
+/** @throws AlignGPTError ERR_ARGUMENT naming the option */
 function checkOptions(o: LoopOptions): void {
-  const missing = (['steps', 'lr'] as const).find((key) => o[key] === undefined)
-  const { kind } = RUN_SETTINGS[missing ?? 'steps']
-  const problem = missing ? { key: missing, expected: kind.expected, got: 'none' } : problemIn('finetune', o)
-  if (!problem) return
-  const { key, expected, got } = problem
-  throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected ${expected}, got ${got}`)
+  for (const key of [...REQUIRED, ...DEFAULTED]) {
+    const { kind } = RUN_SETTINGS[key]
+    if (kind.accepts(o[key]) || (o[key] === undefined && !REQUIRED.some((k) => k === key))) continue
+    throw new AlignGPTError('ERR_ARGUMENT', `[train] ${key}: expected ${kind.expected}, got ${show(o[key])}`)
+  }
 }
 
 /** What the numbers of a run depend on, as far as the loop knows. */
 function loopSettings(o: Resolved): Record<string, unknown> {
-  const { lr, steps, warmupRatio, clipGradNorm, seed, beta1, beta2 } = o
+  const { lr, steps, warmupRatio, clipGradNorm, seed, weightDecay, beta1, beta2 } = o
+  const { optimizerState, offloadOptimizer, lossNorm, skipOutliers } = o
   return {
-    ...{ lr, steps, warmupRatio, clipGradNorm, seed, beta1, beta2 },
-    weightDecay: o.weightDecay ?? RUN_SETTINGS.weightDecay.default,
-    optimizerState: o.optimizerState ?? RUN_SETTINGS.optimizerState.default,
-    offloadOptimizer: o.offloadOptimizer ?? RUN_SETTINGS.offloadOptimizer.default,
-    lossNorm: o.lossNorm ?? RUN_SETTINGS.lossNorm.default,
-    skipOutliers: o.skipOutliers ?? RUN_SETTINGS.skipOutliers.default,
+    ...{ lr, steps, warmupRatio, clipGradNorm, seed, weightDecay, beta1, beta2 },
+    ...{ optimizerState, offloadOptimizer, lossNorm, skipOutliers },
   }
 }
 
@@ -110,8 +113,7 @@ class Run<B, R extends MicroResult, X extends object, V> {
     this.#source = source
     this.#o = o
     this.#outliers = skipOutliers ? new Outliers(skipOutliers === true ? {} : skipOutliers) : null
-    const saveEvery = o.saveEvery === undefined ? RUN_SETTINGS.saveEvery.default : o.saveEvery
-    this.#schedule = new Schedule(saveEvery, o.steps, !!o.saveEvery && !o.allowLongInterval)
+    this.#schedule = new Schedule(o.saveEvery, o.steps, !o.allowLongInterval)
     this.#micro = new MicroSteps(model, o.lossNorm)
     this.#optimizer = new AdamW(model.parameters, { weightDecay, beta1, beta2, state, offload, seed })
   }

@@ -1,5 +1,4 @@
 /** What the training loop, its log and the two phases say to each other and to their callers. Types alone. */
-
 import type { Tensor } from '../core/tensor.js'
 import type { Dropped } from '../data/drop-log.js'
 import type { Best } from '../evaluation/held-out.js'
@@ -94,27 +93,26 @@ export interface LoopHooks<B, R extends MicroResult, X extends object, V> {
   outOfMemory?(cause: AlignGPTError, where: string, batches: readonly B[]): AlignGPTError
 }
 
-/** Settings of the table that hold for whatever is trained. */
-type LoopSettings = Pick<
-  RunSettings,
+/** Settings of a run that the loop itself follows; the table says what each is and what holds without it (docs/config.md). */
+export type LoopSetting =
   | 'warmupRatio'
   | 'weightDecay'
   | 'clipGradNorm'
+  | 'lossNorm'
   | 'optimizerState'
   | 'offloadOptimizer'
   | 'seed'
-  | 'lossNorm'
   | 'skipOutliers'
   | 'out'
   | 'saveEvery'
   | 'keep'
   | 'allowLongInterval'
   | 'resume'
->
-/** How a run goes, whatever it trains; docs/config.md says what each setting means. */
-export interface LoopOptions extends LoopSettings {
+
+/** How a run goes, whatever it trains. Without `out` nothing is written. */
+export interface LoopOptions extends Pick<RunSettings, LoopSetting> {
   steps: number
-  /** peak learning rate; the rate rises to it and falls as half a cosine to 0 */
+  /** peak learning rate: a linear rise over `warmupRatio` of the steps, then half a cosine to 0 */
   lr: number
   /** of AdamW, default 0.9 */
   beta1?: number
@@ -122,7 +120,7 @@ export interface LoopOptions extends LoopSettings {
   beta2?: number
   /** of the run in its log, default `train` */
   name?: string
-  /** what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
+  /** takes what a person should know, such as a checkpoint that could not be saved; default: a line on standard error */
   onMessage?: (text: string) => void
   /** the step under way is finished, and in `out` saved */
   signal?: AbortSignal
