@@ -2,6 +2,8 @@ import { defineConfig } from 'vitest/config'
 
 // One fork after the other: the native core uses every core by itself, and each file gets a fresh process.
 export default defineConfig({
+  // the public entries by their names, as tsconfig.json has them
+  resolve: { tsconfigPaths: true },
   test: {
     include: ['ts/test/**/*.test.ts'],
     pool: 'forks',

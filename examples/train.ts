@@ -1,6 +1,6 @@
 /** Both phases and an answer, on the reference models and pictures of the tests: replace the paths by your own. */
 import path from 'node:path'
-import { AlignGPT, evaluate, finetune, levels, loadDataset, pretrain } from '../ts/src/index.js'
+import { AlignGPT, evaluate, finetune, levels, loadDataset, pretrain } from 'aligngpt'
 
 const base = path.resolve('ts/test/golden/base')
 const out = path.resolve(process.argv[2] ?? 'runs/example')

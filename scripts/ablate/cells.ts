@@ -1,16 +1,19 @@
 /** The ablations of the paper as cells, variant by seed: how one is run, where results are kept, the table they make. */
-import { writeLevels } from '../../ts/src/levels/write-levels.js'
-import { type Question } from '../../ts/src/evaluation/questions.js'
 import fs from 'node:fs'
 import path from 'node:path'
-import { AlignGPT } from '../../ts/src/aligngpt.js'
-import { loadDataset } from '../../ts/src/data/dataset.js'
-import { evaluate } from '../../ts/src/evaluation/evaluate.js'
-import { type Buckets, bucketLevels } from '../../ts/src/levels/bucket.js'
-import type { Mix } from '../../ts/src/models/align.js'
-import type { AlignmentOptions, CreateOptions } from '../../ts/src/models/load.js'
-import { finetune, pretrain } from '../../ts/src/train/trainer.js'
-import { permutation } from '../../ts/src/util/rng.js'
+import {
+  AlignGPT,
+  type AlignmentOptions,
+  type CreateOptions,
+  evaluate,
+  finetune,
+  loadDataset,
+  type Mix,
+  pretrain,
+  type Question,
+} from 'aligngpt'
+import { permutation } from 'aligngpt/core'
+import { type Buckets, bucketLevels, writeLevels } from 'aligngpt/data'
 import { PHASE_1, PHASE_2 } from '../quickstart/settings.js'
 
 /** What stays the same in all cells: the two towers, the data, the test. */

@@ -37,8 +37,8 @@ export const FLOORS = {
   entries: [
     'the public subpaths: re-exports only',
     [
-      ...['convert', 'train', 'evaluation', 'inference', 'levels', 'data', 'models', 'processing', 'formats', 'nn'],
-      ...['core', 'util'],
+      ...['report', 'convert', 'train', 'evaluation', 'inference', 'levels', 'data', 'models', 'processing', 'formats'],
+      ...['nn', 'core', 'util'],
     ],
   ],
 }

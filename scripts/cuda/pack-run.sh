@@ -57,7 +57,7 @@ quickstart() { # name, command before it...: of what it writes only the numbers 
   local name=$1 folder
   folder=$(mktemp -d)
   shift
-  step "$name" 150 "$@" ./node scripts/quickstart.js --fast --out "$folder/quickstart"
+  step "$name" 150 "$@" ./node scripts/quickstart/main.js --fast --out "$folder/quickstart"
   cp "$folder/quickstart/result.json" "$out/${name// /-}.json" 2>/dev/null
   rm -rf "$folder"
 }

@@ -59,7 +59,7 @@ function packLibraries() {
 
 /** The TypeScript that runs there, as JavaScript in the same folders. */
 function packSources() {
-  const scripts = ['parity/goldens', 'quickstart', 'cuda/step'].map((name) => from('scripts', `${name}.ts`))
+  const scripts = ['parity/goldens', 'quickstart/main', 'cuda/step'].map((name) => from('scripts', `${name}.ts`))
   const settings = {
     extends: from('tsconfig.json'),
     compilerOptions: { noEmit: false, declaration: false, rootDir: root, outDir: files },
@@ -69,7 +69,9 @@ function packSources() {
   run(process.execPath, from('node_modules', 'typescript', 'bin', 'tsc'), '-p', to('tsconfig.json'))
   fs.rmSync(to('tsconfig.json'))
   const { name, version, type } = JSON.parse(fs.readFileSync(from('package.json'), 'utf8'))
-  fs.writeFileSync(to('package.json'), JSON.stringify({ name, version, type }))
+  const exports = { '.': './ts/src/index.js', './*': './ts/src/entries/*.js' } // the sources name the package's entries
+  fs.writeFileSync(to('package.json'), JSON.stringify({ name, version, type, exports }))
+  fs.cpSync(from('scripts', 'quickstart', 'towers'), to('scripts', 'quickstart', 'towers'), { recursive: true })
   fs.cpSync(from('ts', 'test', 'golden'), to('ts', 'test', 'golden'), { recursive: true })
 }
 
@@ -84,7 +86,7 @@ function packDependencies() {
 /** Of the emoji packages the words and those pictures that the quick start takes with --fast; with these alone it takes the same. */
 async function packPictures() {
   const load = (name) => import(pathToFileURL(to('scripts', 'quickstart', name)).href)
-  const { sourcePictures } = await load('emoji.js')
+  const { sourceImages } = await load('emoji.js')
   const { prepareData } = await load('data.js')
   const copied = (file) => copy(file, to(path.relative(root, file)))
   const modules = (...names) => from('node_modules', ...names)
@@ -92,7 +94,7 @@ async function packPictures() {
   try {
     const { emoji } = await prepareData(temp, { fast: true })
     for (const style of ['noto', 'twemoji', 'fluent']) {
-      const pictures = sourcePictures(style)
+      const pictures = sourceImages(style)
       for (const { id } of emoji) copied(pictures.get(id))
     }
   } finally {

@@ -1,5 +1,5 @@
 /** The quickstart's own charts, as text. Colours are CSS variables of the page, so they follow light and dark mode. */
-import { escapeHtml } from '../../ts/src/report/html.js'
+import { escapeHtml } from 'aligngpt/report'
 
 export interface Series {
   /** name of the CSS variable of its colour, without -- */

@@ -23,9 +23,9 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
-import type { DataRecord, Turn } from '../../ts/src/formats/record-file.js'
-import { render } from '../../ts/src/processing/conversation/styles.js'
-import { CATEGORIES, type Emoji, pictureName, selectEmoji, TRAINING_STYLES, writePictures } from './emoji.js'
+import type { DataRecord, Turn } from 'aligngpt'
+import { render } from 'aligngpt/data'
+import { CATEGORIES, type Emoji, imageName, selectEmoji, TRAINING_STYLES, writeImages } from './emoji.js'
 import {
   type LlavaRecord,
   makeConversations,
@@ -104,9 +104,9 @@ export async function prepareData(out: string, options: DataOptions = {}): Promi
   const talks = makeConversations(emoji, seed)
   const tests = makeTests(emoji, seed, fast)
   const tested = new Set(TESTS.flatMap((t) => tests[t].map((q) => q.image)))
-  for (const style of TRAINING_STYLES) await writePictures(images, style, emoji, signal)
-  const shown = emoji.filter((e) => tested.has(pictureName('fluent', e)))
-  await writePictures(images, 'fluent', shown, signal)
+  for (const style of TRAINING_STYLES) await writeImages(images, style, emoji, signal)
+  const shown = emoji.filter((e) => tested.has(imageName('fluent', e)))
+  await writeImages(images, 'fluent', shown, signal)
 
   const write = (name: string, value: unknown): void =>
     fs.writeFileSync(file(name), typeof value === 'string' ? value : `${JSON.stringify(value, null, 2)}\n`)

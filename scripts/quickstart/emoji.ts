@@ -14,8 +14,9 @@
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
+import { permutation } from 'aligngpt/core'
 import sharp from 'sharp'
-import { permutation } from '../../ts/src/util/rng.js'
+import { nameOf, plain } from './words.js'
 
 /** Emojibase groups and the one word each is called by here. */
 export const CATEGORIES = ['smiley', 'people', 'nature', 'food', 'travel', 'activity', 'object', 'symbol'] as const
@@ -33,8 +34,8 @@ const GROUPS: Record<number, Category> = {
 
 /** Noto and Twemoji are for training, Fluent is for testing only. */
 export const STYLES = ['noto', 'twemoji', 'fluent'] as const
-export type PictureStyle = (typeof STYLES)[number]
-export const TRAINING_STYLES: readonly PictureStyle[] = ['noto', 'twemoji']
+export type ImageStyle = (typeof STYLES)[number]
+export const TRAINING_STYLES: readonly ImageStyle[] = ['noto', 'twemoji']
 /** Side of every picture, pixels. */
 export const SIDE = 64
 
@@ -43,7 +44,7 @@ export interface Emoji {
   id: string
   /** the emoji as text */
   char: string
-  /** lower case, letters, digits, spaces and hyphens */
+  /** a noun phrase in lower case: letters, digits, spaces, hyphens and apostrophes */
   name: string
   /** single words, lower case; at least one */
   keywords: string[]
@@ -67,7 +68,7 @@ interface EmojibaseEntry {
 
 const require = createRequire(import.meta.url)
 const folderOf = (name: string): string => path.dirname(require.resolve(`${name}/package.json`))
-const FOLDERS: Record<PictureStyle, () => string> = {
+const FOLDERS: Record<ImageStyle, () => string> = {
   noto: () => path.join(folderOf('emoji-datasource-google'), 'img/google/64'),
   twemoji: () => path.join(folderOf('emoji-datasource-twitter'), 'img/twitter/64'),
   fluent: () => path.join(folderOf('@lobehub/fluent-emoji-3d'), 'assets'),
@@ -76,24 +77,13 @@ const FOLDERS: Record<PictureStyle, () => string> = {
 const idOf = (hexcode: string): string => hexcode.toLowerCase().replaceAll('-fe0f', '')
 
 /** Picture file of every emoji of a style, by id. */
-export function sourcePictures(style: PictureStyle): Map<string, string> {
+export function sourceImages(style: ImageStyle): Map<string, string> {
   const folder = FOLDERS[style]()
   const files = fs.readdirSync(folder).filter((f) => /\.(png|webp)$/.test(f))
   return new Map(files.map((f) => [idOf(f.replace(/\.\w+$/, '')), path.join(folder, f)]))
 }
 
 // ---- words ----------------------------------------------------------------------------------------------------------------
-
-/** Plain lower-case words: no accents, quotes or other signs. */
-const plain = (text: string): string =>
-  text
-    .normalize('NFKD')
-    .replace(/\p{M}/gu, '')
-    .replace(/['’“”"().!:]/g, '')
-    .replace(/[^A-Za-z0-9 -]+/g, ' ')
-    .replace(/\s+/g, ' ')
-    .trim()
-    .toLowerCase()
 
 /** Human keywords that are one word and not just the category. */
 function keywordsOf(tags: readonly string[], name: string): string[] {
@@ -109,27 +99,6 @@ const FILLING = new Set(['and', 'with', 'without', 'the', 'from', 'for', 'over',
 /** Every word that says something about an emoji. */
 export const wordsOf = (e: Emoji): Set<string> =>
   new Set([...e.name.split(/[ -]/), ...e.keywords, e.category].filter((w) => w.length > 2 && !FILLING.has(w)))
-
-const MASS = new Set(
-  'bacon bread butter cheese chocolate confetti fire fog fondue garlic ginger hair ice meat milk money music pasta rice salt seafood spaghetti sushi tempura tofu water wood'.split(
-    ' ',
-  ),
-)
-/** Whether a name wants no article: plural, or a substance. */
-function bare(name: string): 'plural' | 'mass' | null {
-  const last = name
-    .split(/ (?:with|of|in|on|for|from|showing|holding|above|wrestling|hugging)\b/)[0]
-    .split(' ')
-    .at(-1)
-  if (last === undefined || MASS.has(last)) return 'mass'
-  return last === 'people' || (/[a-z]s$/.test(last) && !/(ss|us|is|aries|ros)$/.test(last)) ? 'plural' : null
-}
-const article = (name: string): string => (/^[aeiou]/.test(name) && !/^(uni|u-|one|eu)/.test(name) ? 'an' : 'a')
-/** `a kite`, `an apple`, `cherries`. */
-export const withArticle = (name: string): string => (bare(name) ? name : `${article(name)} ${name}`)
-/** `Is there a kite in the picture?`, `Are there cherries in the picture?` */
-export const isThere = (name: string): string =>
-  `${bare(name) === 'plural' ? 'Are' : 'Is'} there ${withArticle(name)} in the picture?`
 
 // ---- selection --------------------------------------------------------------------------------------------------------
 
@@ -150,43 +119,50 @@ function assignHalves(list: Emoji[], seed: number): void {
   }
 }
 
-/**
- * The emoji of the quickstart, in the order of the Unicode charts.
- * @param perCategory at most so many of each category (a random choice); default: all
- */
-export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
+/** Everything with a name of its own, in the order of the Unicode charts, and in which half. The words alone decide. */
+function candidates(seed: number): Emoji[] {
   const data = require('emojibase-data/en/data.json') as EmojibaseEntry[]
   const { subgroups } = require('emojibase-data/meta/groups.json') as { subgroups: Record<string, string> }
-  const pictures = STYLES.map(sourcePictures)
   const names = new Set<string>()
   const list: Emoji[] = []
   for (const e of [...data].sort((a, b) => (a.order ?? 0) - (b.order ?? 0))) {
     const category = GROUPS[e.group ?? -1]
-    const id = idOf(e.hexcode)
-    const name = plain(e.label)
-    if (!category || !distinct(e) || names.has(name) || !pictures.every((p) => p.has(id))) continue
+    const name = nameOf(e.label)
+    if (!category || !distinct(e) || names.has(name)) continue
     names.add(name)
     const keywords = keywordsOf(e.tags ?? [], name)
-    list.push({ id, char: e.emoji, name, keywords, category, subgroup: subgroups[String(e.subgroup)], half: 0 })
+    const subgroup = subgroups[String(e.subgroup)]
+    list.push({ id: idOf(e.hexcode), char: e.emoji, name, keywords, category, subgroup, half: 0 })
   }
-  const room = new Map(CATEGORIES.map((c) => [c, perCategory]))
+  assignHalves(list, seed)
+  return list
+}
+
+/**
+ * The emoji of the quickstart, in the order of the Unicode charts. Each is in the same half whatever is chosen, because each
+ * of the shipped scoring CLIPs knows one half.
+ * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
+ */
+export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
+  const images = STYLES.map(sourceImages)
+  const list = candidates(seed).filter(({ id }) => images.every((m) => m.has(id)))
+  const taken = new Map<string, number>()
   const chosen = new Set<Emoji>()
   for (const i of permutation(list.length, seed, 0)) {
-    const left = room.get(list[i].category) as number
-    if (left > 0) chosen.add(list[i])
-    room.set(list[i].category, left - 1)
+    const pile = `${list[i].category} ${list[i].half}`
+    const n = (taken.get(pile) ?? 0) + 1
+    taken.set(pile, n)
+    if (n <= perCategory / 2) chosen.add(list[i])
   }
-  const out = list.filter((e) => chosen.has(e))
-  assignHalves(out, seed)
-  return out
+  return list.filter((e) => chosen.has(e))
 }
 
 // ---- pictures ---------------------------------------------------------------------------------------------------------
 
 /** Path of a picture below the image folder, as the JSON files name it. */
-export const pictureName = (style: PictureStyle, e: Emoji): string => `${style}/${e.id}.png`
+export const imageName = (style: ImageStyle, e: Emoji): string => `${style}/${e.id}.png`
 
-async function trainingPicture(source: string, target: string): Promise<void> {
+async function trainingImage(source: string, target: string): Promise<void> {
   const { data, info } = await sharp(source)
     .resize(SIDE, SIDE)
     .ensureAlpha()
@@ -198,7 +174,7 @@ async function trainingPicture(source: string, target: string): Promise<void> {
   await sharp(data, { raw }).png({ compressionLevel: 4 }).toFile(target)
 }
 
-async function testPicture(source: string, target: string): Promise<void> {
+async function testImage(source: string, target: string): Promise<void> {
   const flat = sharp(source).resize(SIDE, SIDE).flatten({ background: '#ffffff' })
   await flat.png({ compressionLevel: 4 }).toFile(target)
 }
@@ -216,18 +192,14 @@ async function forEachParallel<T>(items: readonly T[], task: (item: T) => Promis
 }
 
 /** Writes the pictures of some emoji in one style below the image folder. */
-export async function writePictures(
+export async function writeImages(
   images: string,
-  style: PictureStyle,
+  style: ImageStyle,
   list: readonly Emoji[],
   signal?: AbortSignal,
 ): Promise<void> {
   fs.mkdirSync(path.join(images, style), { recursive: true })
-  const sources = sourcePictures(style)
-  const write = TRAINING_STYLES.includes(style) ? trainingPicture : testPicture
-  await forEachParallel(
-    list,
-    (e) => write(sources.get(e.id) as string, path.join(images, pictureName(style, e))),
-    signal,
-  )
+  const sources = sourceImages(style)
+  const write = TRAINING_STYLES.includes(style) ? trainingImage : testImage
+  await forEachParallel(list, (e) => write(sources.get(e.id) as string, path.join(images, imageName(style, e))), signal)
 }

@@ -2,18 +2,9 @@
  * The records of the quickstart: captions, conversations, plain text and test questions, all from names, keywords and
  * categories of emoji. No files are touched here; everything is a pure function of the list and the seed.
  */
-import { permutation, Rng } from '../../ts/src/util/rng.js'
-import {
-  CATEGORIES,
-  type Category,
-  type Emoji,
-  isThere,
-  type PictureStyle,
-  pictureName,
-  TRAINING_STYLES,
-  withArticle,
-  wordsOf,
-} from './emoji.js'
+import { permutation, Rng } from 'aligngpt/core'
+import { CATEGORIES, type Category, type Emoji, type ImageStyle, imageName, TRAINING_STYLES, wordsOf } from './emoji.js'
+import { isThere, withArticle } from './words.js'
 
 /** full: name, mostly with keywords and category; keyword: one keyword; category: nothing else; wrong: of another thing. */
 export const QUALITIES = ['full', 'keyword', 'category', 'wrong'] as const
@@ -41,9 +32,9 @@ export type Test = (typeof TESTS)[number]
 /** Streams of random numbers, one for each purpose, so that a change in one place does not move the others. */
 const STREAM = { pairs: 10, wrong: 11, instructions: 12, textOnly: 13, text: 14, conversations: 15, tests: 16 }
 
-interface Picture {
+interface Drawing {
   emoji: Emoji
-  style: PictureStyle
+  style: ImageStyle
 }
 
 // ---- captions -----------------------------------------------------------------------------------------------------------
@@ -106,23 +97,23 @@ export interface PairData {
 }
 
 /** Two pairs of each training picture. */
-export function makePairs(list: readonly Emoji[], seed: number, perPicture = 2): PairData {
-  const pictures = TRAINING_STYLES.flatMap((style) => list.map((emoji) => ({ emoji, style })))
-  const n = pictures.length * perPicture
+export function makePairs(list: readonly Emoji[], seed: number, perImage = 2): PairData {
+  const drawings = TRAINING_STYLES.flatMap((style) => list.map((emoji) => ({ emoji, style })))
+  const n = drawings.length * perImage
   const qualities = qualityList(n)
   const order = permutation(n, seed, STREAM.pairs)
   const rng = new Rng(seed, STREAM.wrong)
   const data: PairData = { records: [], quality: {}, halves: {} }
   for (let i = 0; i < n; i++) {
-    const { emoji, style } = pictures[i % pictures.length]
+    const { emoji, style } = drawings[i % drawings.length]
     const quality = qualities[order[i]]
-    const id = `${style}-${emoji.id}-${Math.floor(i / pictures.length)}`
+    const id = `${style}-${emoji.id}-${Math.floor(i / drawings.length)}`
     const text = caption(quality === 'wrong' ? other(emoji, list, rng) : emoji, quality, rng)
     const conversations: LlavaRecord['conversations'] = [
       { from: 'human', value: '<image>\nDescribe the picture.' },
       { from: 'gpt', value: text },
     ]
-    data.records.push({ id, image: pictureName(style, emoji), conversations })
+    data.records.push({ id, image: imageName(style, emoji), conversations })
     data.quality[id] = quality
     data.halves[id] = emoji.half
   }
@@ -160,7 +151,7 @@ function categoryTurn(e: Emoji, rng: Rng): Asked {
 function yesNoQuestion(about: Emoji, kind: (typeof YES_NO_KINDS)[number], rng: Rng): string {
   if (kind === 'name') return isThere(about.name)
   if (kind === 'category') return `Is this in the category ${about.category}?`
-  return `Is the picture about ${rng.pick(about.keywords)}?`
+  return `Does the keyword ${rng.pick(about.keywords)} fit the picture?`
 }
 
 /**
@@ -225,20 +216,20 @@ const toTurns = (asked: readonly Asked[], before: string): LlavaRecord['conversa
 
 /** Questions about training pictures, and a tenth without pictures. */
 export function makeInstructions(list: readonly Emoji[], seed: number, rounds = 2): LlavaRecord[] {
-  const pictures: Picture[] = TRAINING_STYLES.flatMap((style) => list.map((emoji) => ({ emoji, style })))
-  const things = pictures.map((p) => p.emoji)
+  const drawings: Drawing[] = TRAINING_STYLES.flatMap((style) => list.map((emoji) => ({ emoji, style })))
+  const things = drawings.map((d) => d.emoji)
   const rng = new Rng(seed, STREAM.instructions)
   const records: LlavaRecord[] = []
   for (let round = 0; round < rounds; round++)
     for (const [i, j] of pairAcross(things, seed, 100 + round)) {
       const questions = yesAndNo(things[i], things[j], rng)
       for (const [side, k] of [i, j].entries()) {
-        const { emoji, style } = pictures[k]
+        const { emoji, style } = drawings[k]
         const talks = conversations(emoji, questions[side].yes, questions[side].no, rng)
         for (const [n, talk] of talks.entries())
           records.push({
             id: `ask-${style}-${emoji.id}-${4 * round + n}`,
-            image: pictureName(style, emoji),
+            image: imageName(style, emoji),
             conversations: toTurns(talk, '<image>\n'),
           })
       }
@@ -260,11 +251,11 @@ function aboutAThing(e: Emoji, list: readonly Emoji[], rng: Rng, id: string): Ll
   const category = right ? e.category : other(e, list, rng).category
   const turns: Asked[] = [
     {
-      question: `Which category is ${withArticle(e.name)}: ${options.slice(0, -1).join(', ')} or ${options.at(-1)}?`,
+      question: `Which category fits ${withArticle(e.name)}: ${options.slice(0, -1).join(', ')} or ${options.at(-1)}?`,
       answer: e.category,
     },
-    { question: `Is ${withArticle(e.name)} in the category ${category}?`, answer: right ? 'Yes' : 'No' },
-    { question: `Name a word for ${withArticle(e.name)}.`, answer: rng.pick(e.keywords) },
+    { question: `Does the category ${category} fit ${withArticle(e.name)}?`, answer: right ? 'Yes' : 'No' },
+    { question: `Name a keyword for ${withArticle(e.name)}.`, answer: rng.pick(e.keywords) },
   ]
   return { id, conversations: toTurns(shuffled(turns, rng).slice(0, 1 + rng.int(2)), '') }
 }
@@ -291,11 +282,11 @@ export function makeText(list: readonly Emoji[], seed: number): string[] {
     const a = withArticle(e.name)
     const [k1, k2 = k1] = keywords(e, 2, rng)
     const sentences = [
-      `This is ${a}.`,
+      `A picture of ${a}.`,
       `The picture shows ${a}.`,
       `The category of ${a} is ${e.category}.`,
-      `${e.name} has to do with ${k1} and ${k2}.`,
-      `The word ${rng.pick(e.keywords)} fits ${a}.`,
+      `The keywords ${k1} and ${k2} fit ${a}.`,
+      `The keyword ${rng.pick(e.keywords)} fits ${a}.`,
       `A thing in the category ${e.category}: ${e.name}.`,
     ]
     documents.push(shuffled(sentences, rng).slice(0, 2).join(' '))
@@ -362,7 +353,7 @@ class Deck {
   }
 }
 
-const image = (e: Emoji): string => pictureName('fluent', e)
+const image = (e: Emoji): string => imageName('fluent', e)
 
 /**
  * Two things of different categories, four questions: is there this one, is there the other one, on both pictures. So each

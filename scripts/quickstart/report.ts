@@ -1,8 +1,7 @@
 /** The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no font. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { CHART_STYLE, lineChart } from '../../ts/src/report/charts.js'
-import { escapeHtml, htmlPage, PAGE_STYLE } from '../../ts/src/report/html.js'
+import { CHART_STYLE, escapeHtml, htmlPage, lineChart, PAGE_STYLE } from 'aligngpt/report'
 import { barWithMarks, legend, type Series, stackedColumns, weightBars } from './charts.js'
 import { QUALITIES, type Quality, TESTS, type Test } from './records.js'
 
@@ -28,22 +27,35 @@ export interface QuickstartResult {
     byQuality: Record<Quality, number[]>
   }
   seconds: Record<string, number>
-  loss: { clip: number[]; llm: number[]; pretrain: number[]; finetune: number[] }
+  towers: TowersMade
+  /** by step; of the towers only where they were trained in this run */
+  loss: { clip?: number[]; llm?: number[]; pretrain: number[]; finetune: number[] }
+}
+
+/** Where CLIP, the scoring CLIPs and the language model come from. */
+export interface TowersMade {
+  made: 'shipped' | 'here'
+  /** CPU code path they were made with */
+  isa: string
+  /** day the shipped ones were made */
+  date?: string
+  /** whether those made here are the shipped ones, byte for byte */
+  sameAsShipped?: boolean
 }
 
 /** A picture: a file, or its bytes. */
-export type ReportPicture = string | Uint8Array
+export type ReportImage = string | Uint8Array
 
 export interface LevelExample {
   level: number
-  image: ReportPicture
+  image: ReportImage
   caption: string
   score: number
   quality: Quality
 }
 export interface AnswerExample {
   /** null for a question without a picture */
-  image: ReportPicture | null
+  image: ReportImage | null
   question: string
   /** what would be right */
   expected: string
@@ -70,8 +82,12 @@ export interface ReportExtras {
 const percent = (v: number, digits = 1): string => (Number.isFinite(v) ? `${(100 * v).toFixed(digits)} %` : 'none')
 const points = (v: number): string =>
   Number.isFinite(v) ? `${v < 0 ? '−' : '+'}${Math.abs(100 * v).toFixed(1)}` : 'none'
-const duration = (s: number): string =>
-  s < 90 ? `${s.toFixed(1)} s` : `${Math.floor(Math.round(s) / 60)}:${String(Math.round(s) % 60).padStart(2, '0')} min`
+/** Number and unit. */
+function duration(s: number): [string, string] {
+  if (s < 90) return [s.toFixed(1), 's']
+  const whole = Math.round(s)
+  return [`${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, '0')}`, 'min']
+}
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
 
 const TEST_NAMES: Record<Test, string> = {
@@ -87,25 +103,26 @@ const QUALITY_NAMES: Record<Quality, string> = {
 }
 
 /** data: URI of a picture. */
-function dataUri(picture: ReportPicture): string {
-  const bytes = Buffer.from(typeof picture === 'string' ? fs.readFileSync(picture) : picture)
+function dataUri(image: ReportImage): string {
+  const bytes = Buffer.from(typeof image === 'string' ? fs.readFileSync(image) : image)
   const head = bytes.subarray(0, 12).toString('latin1')
   const type = head.startsWith('\xff\xd8') ? 'jpeg' : head.startsWith('RIFF') ? 'webp' : 'png'
   return `data:image/${type};base64,${bytes.toString('base64')}`
 }
-const img = (picture: ReportPicture, size: number): string =>
-  `<img src="${dataUri(picture)}" width="${size}" height="${size}" alt="">`
+const img = (image: ReportImage, size: number): string =>
+  `<img src="${dataUri(image)}" width="${size}" height="${size}" alt="">`
 
-function headline({ accuracy, blind, levels, seconds }: QuickstartResult): string {
-  const tile = (value: string, name: string, note: string): string =>
-    `<div class="tile"><strong>${value}</strong><span>${name}</span><small>${note}</small></div>`
+function headline({ accuracy, blind, levels, seconds, towers }: QuickstartResult): string {
+  const tile = ([value, unit]: readonly string[], name: string, note: string): string =>
+    `<div class="tile"><strong>${value} <em>${unit}</em></strong><span>${name}</span><small>${note}</small></div>`
+  const share = (v: number): string[] => (Number.isFinite(v) ? [(100 * v).toFixed(1), '%'] : ['none', ''])
   const total = Object.values(seconds).reduce((a, b) => a + b, 0)
   const tests = TESTS.map((t) =>
-    tile(percent(accuracy[t]), TEST_NAMES[t], `${points(accuracy[t] - blind[t])} points over the blind control`),
+    tile(share(accuracy[t]), TEST_NAMES[t], `${points(accuracy[t] - blind[t])} points over the blind control`),
   )
   return `<div class="tiles">${tests.join('')}
-${tile(percent(levels.wrongInLowestQuarter), 'of the wrong captions found', 'among the lowest quarter of the scores; 25 % would be luck')}
-${tile(duration(total), 'from nothing', 'tokenizers, CLIP, language model and both phases')}</div>`
+${tile(share(levels.wrongInLowestQuarter), 'of the wrong captions found', 'in the lowest quarter of the scores; 25 % would be luck')}
+${tile(duration(total), 'for this run', towers.made === 'here' ? 'all towers, scores, both phases and the test' : 'scores, both phases and the test')}</div>`
 }
 
 function accuracyTable({ accuracy, blind, chance, questions }: QuickstartResult): string {
@@ -139,8 +156,8 @@ ${lineChart([{ points: values.map((v, i) => [i, v]), colour: 'var(--accent)' }],
   }
   return `<section><h2>Learning</h2><p>Loss by step: thin, every step; bold, its moving average. The end is the mean of the
 last twentieth.</p><div class="panels">
-${panel(loss.clip, 'CLIP', 'pictures and captions find each other (contrastive)')}
-${panel(loss.llm, 'Language model', 'plain text and conversations')}
+${loss.clip ? panel(loss.clip, 'CLIP', 'pictures and captions find each other (contrastive)') : ''}
+${loss.llm ? panel(loss.llm, 'Language model', 'plain text and conversations') : ''}
 ${panel(loss.pretrain, 'Phase 1, pre-training', 'projector and alignment vectors')}
 ${panel(loss.finetune, 'Phase 2, instruction tuning', 'language model, projector and gate')}
 </div></section>`
@@ -210,15 +227,28 @@ const ATTRIBUTION = `<section class="small"><h2>Where the pictures and words com
 <li>Names, keywords and categories: Emojibase, Miles Johnson, MIT License, with data of the Unicode Consortium</li>
 </ul><p>The method: Zhao et al., AlignGPT, arXiv 2405.14129.</p></section>`
 
-function facts(extras: ReportExtras): string {
+/** What this run trained and what it took ready-made. */
+function parts({ towers }: QuickstartResult): [string, string][] {
+  const made = 'CLIP, two scoring CLIPs, language model'
+  const phases: [string, string] = [
+    'Trained in this run',
+    'projector, alignment vectors, gate, language model (phase 2)',
+  ]
+  if (towers.made === 'shipped')
+    return [phases, ['Taken from the repository', `${made}; made on ${towers.date}, CPU code path ${towers.isa}`]]
+  const same =
+    towers.sameAsShipped === undefined ? '' : `; ${towers.sameAsShipped ? 'the' : 'not the'} shipped ones bit for bit`
+  return [phases, ['Trained in this run before', `${made}, with tokenizers${same}`]]
+}
+
+function facts(result: QuickstartResult, extras: ReportExtras): string {
   const rows: [string, string][] = [
     ['Run', `${extras.date}, seed ${extras.seed}${extras.fast ? ', --fast' : ''}`],
     ['Machine', extras.machine],
+    ...parts(result),
     ...extras.facts,
   ]
-  const cells = rows.map(
-    ([k, v]) => `<tr><th scope="row">${escapeHtml(k)}</th><td class="number">${escapeHtml(v)}</td></tr>`,
-  )
+  const cells = rows.map(([k, v]) => `<tr><th scope="row">${escapeHtml(k)}</th><td>${escapeHtml(v)}</td></tr>`)
   return `<section><h2>What was trained</h2><table>${cells.join('\n')}</table></section>`
 }
 
@@ -229,7 +259,8 @@ const STYLE = `${PAGE_STYLE}${CHART_STYLE}
 h3{font-size:14px;margin:0;white-space:nowrap}h3 small{display:block;font-weight:400;color:var(--muted);font-size:12px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:24px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;display:flex;flex-direction:column}
-.tile strong{font-size:29px;line-height:1.15;letter-spacing:-.02em;white-space:nowrap}.tile span{font-weight:600;margin-top:2px}
+.tile strong{font-size:29px;line-height:1.15;letter-spacing:-.02em;white-space:nowrap}
+.tile em{font-style:normal;font-size:17px;letter-spacing:0}.tile span{font-weight:600;margin-top:2px}
 .tile small{font-size:12.5px;line-height:1.35;margin-top:4px}
 td.wide{width:38%}.scroll>svg{min-width:560px}
 .track{position:relative;height:14px;border-radius:4px;background:var(--line)}
@@ -245,7 +276,7 @@ td.wide{width:38%}.scroll>svg{min-width:560px}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:14px}
 .answer{display:flex;gap:14px;border:1px solid var(--line);border-radius:10px;padding:14px}.answer img{flex:none}
 .answer>div{flex:1;min-width:0}.question{color:var(--muted);margin:0 0 2px;overflow-wrap:anywhere}.given{font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
-.given span{font-weight:400;font-size:13px;margin-left:6px}.right{color:var(--good)}.wrong{color:var(--badink)}
+.given span{font-weight:400;font-size:13px;margin-left:6px}.right{color:var(--good);white-space:nowrap}.wrong{color:var(--badink)}
 .weights{display:flex;gap:5px;max-width:260px}.weight{flex:1;text-align:center;line-height:1.2}
 .weight i{display:flex;align-items:flex-end;height:34px;border-bottom:1px solid var(--muted)}
 .weight b{display:block;width:100%;max-width:22px;margin:0 auto;background:var(--accent);border-radius:3px 3px 0 0;min-height:1px}
@@ -257,11 +288,15 @@ td.wide{width:38%}.scroll>svg{min-width:560px}
 /** JSON inside a script element: no tag can begin in it. */
 const embedded = (value: unknown): string => JSON.stringify(value).replaceAll('<', '\\u003c')
 
+const PAPER = `AlignGPT's alignment levels, pre-training and instruction tuning, and a test on pictures it has never seen`
+const INTRODUCTION: Record<TowersMade['made'], string> = {
+  here: `A small multimodal model, everything from random numbers on: tokenizers, CLIPs, a language model, then ${PAPER}.`,
+  shipped: `A small multimodal model: on a small CLIP and a small language model that come with the repository, ${PAPER}.`,
+}
+
 /** The report as text. */
 export function renderReport(result: QuickstartResult, extras: ReportExtras): string {
-  const body = `<header><h1>AlignGPT, trained on this machine</h1>
-<p>A small multimodal model, everything from random numbers on: two tokenizers, a CLIP, a language model, then AlignGPT's
-alignment levels, pre-training and instruction tuning, and a test on pictures it has never seen.</p></header>
+  const body = `<header><h1>AlignGPT, trained on this machine</h1><p>${INTRODUCTION[result.towers.made]}</p></header>
 ${headline(result)}
 ${accuracyTable(result)}
 ${answers(extras.answers)}
@@ -269,7 +304,7 @@ ${levelChart(result)}
 ${levelExamples(result, extras.levelExamples)}
 ${lossCurves(result)}
 ${stages(result.seconds)}
-${facts(extras)}
+${facts(result, extras)}
 ${ATTRIBUTION}
 <script type="application/json" id="result">${embedded(result)}</script>`
   return htmlPage('AlignGPT quickstart', STYLE, body)

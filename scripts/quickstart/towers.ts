@@ -1,33 +1,34 @@
 /**
- * The small models the quickstart starts from. No weights can be downloaded, so a CLIP is trained contrastively and a
- * LLaMA on text, with this same package, and both are written as ordinary Hugging Face folders.
+ * How the small models are trained that the quickstart starts from: a CLIP contrastively and a LLaMA on text, with the
+ * tensors and layers of this same package. Both become ordinary Hugging Face folders with weights in bf16.
  */
 
 import fs from 'node:fs'
 import path from 'node:path'
-import { resolveDevice } from '../../ts/src/core/device.js'
-import { native } from '../../ts/src/core/native.js'
-import { add, contrastiveLoss, embedding, l2Normalize, lmHeadLoss, scale } from '../../ts/src/core/ops.js'
-import { backward, scope, type Tensor, tensor } from '../../ts/src/core/tensor.js'
-import type { DataRecord } from '../../ts/src/formats/record-file.js'
-import { writeSafetensors } from '../../ts/src/formats/safetensors.js'
-import { CLIPModel, offsetsOf } from '../../ts/src/models/clip.js'
-import { parseClipConfig } from '../../ts/src/models/config/clip.js'
-import { parseLlamaConfig } from '../../ts/src/models/config/llama.js'
-import { LlamaModel } from '../../ts/src/models/llama.js'
-import { initSource } from '../../ts/src/models/parameter-sources.js'
-import { AdamW, type Parameter } from '../../ts/src/nn/adamw.js'
-import type { Module } from '../../ts/src/nn/module.js'
-import { RopeTable } from '../../ts/src/nn/rope.js'
-import { cosineRate } from '../../ts/src/nn/schedule.js'
-import { render } from '../../ts/src/processing/conversation/styles.js'
-import { augment } from '../../ts/src/processing/image/augment.js'
-import { decodeImage, type RgbImage } from '../../ts/src/processing/image/decode.js'
-import { normaliseInto, normaliseTable, preprocessImage } from '../../ts/src/processing/image/preprocess.js'
-import type { PreprocessorConfig } from '../../ts/src/processing/preprocessor-config.js'
-import { encodePieces, IGNORE } from '../../ts/src/processing/sample.js'
-import { Tokenizer } from '../../ts/src/processing/tokenizer.js'
-import { permutation, Rng } from '../../ts/src/util/rng.js'
+import type { DataRecord } from 'aligngpt'
+import { backward, ops, type Parameter, Rng, type Tensor, tensor } from 'aligngpt/core'
+import {
+  augment,
+  decodeImage,
+  encodePieces,
+  IGNORE,
+  normaliseInto,
+  normaliseTable,
+  preprocessImage,
+  type RgbImage,
+  render,
+} from 'aligngpt/data'
+import {
+  type CLIPModel,
+  createClip,
+  createLanguageModel,
+  hiddenStates,
+  type LanguageModel,
+  type PreprocessorConfig,
+  saveWeights,
+  Tokenizer,
+} from 'aligngpt/models'
+import { type LoopStep, shuffled, train } from 'aligngpt/train'
 import { CATEGORIES, type Category, type Emoji } from './emoji.js'
 
 /** A loss every now and then, for the report. */
@@ -40,53 +41,30 @@ export interface Budget {
 
 const write = (file: string, value: unknown): void => fs.writeFileSync(file, `${JSON.stringify(value, null, 2)}\n`)
 
-function saveWeights(folder: string, parameters: readonly Parameter[]): void {
-  writeSafetensors(
-    path.join(folder, 'model.safetensors'),
-    parameters.map(({ name, tensor: t }) => ({
-      name,
-      dtype: 'F32' as const,
-      shape: t.shape,
-      write: (file: string, offset: number) => native.writeFile(t.h, file, offset),
-    })),
-  )
-}
-const parametersOf = (m: Module): Parameter[] => [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
+const parametersOf = (m: CLIPModel | LanguageModel): Parameter[] =>
+  [...m.namedParameters()].map(([name, t]) => ({ name, tensor: t }))
 
-/**
- * Trains on random batches of `count` samples.
- * @param lossOf runs a step's batch forward and back; what it returns is for the report
- */
-async function descend(
-  parameters: readonly Parameter[],
-  count: number,
-  o: Budget & { batch: number; lr: number; seed: number; weightDecay: number; beta2: number },
-  lossOf: (chosen: Int32Array, step: number) => number,
-): Promise<Curve> {
-  const optimizer = new AdamW(parameters, o)
-  const curve: Curve = []
-  const perEpoch = Math.max(1, Math.floor(count / o.batch))
-  let order = permutation(count, o.seed, 0)
-  for (let step = 0; step < o.steps; step++) {
-    if (step % perEpoch === 0) order = permutation(count, o.seed, step / perEpoch)
-    const at = (step % perEpoch) * o.batch
-    const loss = scope(() => lossOf(order.subarray(at, at + o.batch), step))
-    optimizer.update(cosineRate(step, { lr: o.lr, totalSteps: o.steps, warmupRatio: 0.05 }), 1)
-    curve.push(loss)
-    o.onStep?.(step, loss)
-    if (step % 8 === 0) await new Promise((resolve) => setImmediate(resolve))
-  }
-  optimizer.dispose()
-  return curve
-}
+/** Of both kinds; half a cosine to 0 follows. */
+const WARMUP_RATIO = 0.05
+
+/** The run of a tower's training. */
+const runOptions = ({ steps, lr, seed, onStep }: Budget & { lr: number; seed: number }) => ({
+  ...{ steps, lr, seed, warmupRatio: WARMUP_RATIO, clipGradNorm: 1 },
+  onStep: (s: LoopStep) => onStep?.(s.step, s.loss),
+})
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
-// Pictures of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never saw.
-const CLIP = { width: 128, layers: 4, heads: 4, textLayers: 2, side: 24, patch: 8, projection: 128 }
+// Images of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never saw.
+const CLIP = { width: 128, heads: 4, side: 24, patch: 8, projection: 128 }
+export interface ClipSize {
+  vocab: number
+  layers: number
+  textLayers: number
+}
 
-/** Settings of the small CLIP; the tokenizer is already in the folder. */
-export function writeClipConfig(folder: string, vocab: number): void {
+/** Settings of a small CLIP; the tokenizer is already in the folder. */
+export function writeClipConfig(folder: string, { vocab, layers, textLayers }: ClipSize): void {
   const tower = {
     hidden_size: CLIP.width,
     intermediate_size: 4 * CLIP.width,
@@ -102,7 +80,7 @@ export function writeClipConfig(folder: string, vocab: number): void {
       ...tower,
       model_type: 'clip_text_model',
       vocab_size: vocab,
-      num_hidden_layers: CLIP.textLayers,
+      num_hidden_layers: textLayers,
       max_position_embeddings: CLIP_TEXT_LENGTH,
       bos_token_id: vocab - 2,
       eos_token_id: vocab - 1,
@@ -111,11 +89,11 @@ export function writeClipConfig(folder: string, vocab: number): void {
     vision_config: {
       ...tower,
       model_type: 'clip_vision_model',
-      num_hidden_layers: CLIP.layers,
+      num_hidden_layers: layers,
       image_size: CLIP.side,
       patch_size: CLIP.patch,
     },
-    torch_dtype: 'float32',
+    torch_dtype: 'bfloat16',
   })
   write(path.join(folder, 'preprocessor_config.json'), {
     do_center_crop: true,
@@ -130,19 +108,21 @@ export function writeClipConfig(folder: string, vocab: number): void {
 }
 
 /** Training pictures in memory, each in several augmented versions made once. */
-export class Pictures {
-  private constructor(
-    /** uint8 [side, side, 3] by picture and version; version 0 is the picture as it is */
-    private readonly bytes: Map<string, Uint8Array[]>,
-    private readonly table: Float32Array,
-  ) {}
+export class TrainingImages {
+  /** uint8 [side, side, 3] by image and version; version 0 is the image as it is */
+  readonly #bytes: Map<string, Uint8Array[]>
+  readonly #table: Float32Array
+  private constructor(bytes: Map<string, Uint8Array[]>, table: Float32Array) {
+    this.#bytes = bytes
+    this.#table = table
+  }
   static async load(
     images: string,
     names: readonly string[],
     versions: number,
     p: PreprocessorConfig,
     seed: number,
-  ): Promise<Pictures> {
+  ): Promise<TrainingImages> {
     const bytes = new Map<string, Uint8Array[]>()
     const one = async (name: string, i: number): Promise<void> => {
       const image: RgbImage = await decodeImage(path.join(images, name), { alpha: true })
@@ -152,11 +132,11 @@ export class Pictures {
       bytes.set(name, made)
     }
     for (let i = 0; i < names.length; i += 32) await Promise.all(names.slice(i, i + 32).map((n, k) => one(n, i + k)))
-    return new Pictures(bytes, normaliseTable(p))
+    return new TrainingImages(bytes, normaliseTable(p))
   }
   fill(name: string, version: number, out: Float32Array, offset: number): void {
-    const list = this.bytes.get(name) as Uint8Array[]
-    normaliseInto(list[version % list.length], this.table, out, offset)
+    const list = this.#bytes.get(name) as Uint8Array[]
+    normaliseInto(list[version % list.length], this.#table, out, offset)
   }
 }
 
@@ -182,40 +162,53 @@ export function clipCaptions(e: Emoji): string[] {
 
 /** Cross-entropy of picking the right one of the categories: captions hardly ever ask for what things have in common. */
 function categoryLoss(model: CLIPModel, image: Tensor, categories: readonly Int32Array[], kinds: Int32Array): Tensor {
-  const text = l2Normalize(model.textEmbeds(categories))
+  const text = ops.l2Normalize(model.textEmbeds(categories))
   const rows = tensor(Int32Array.from(kinds.keys()))
-  return lmHeadLoss(scale(l2Normalize(image), 10), text, rows, tensor(kinds), kinds.length).loss
+  return ops.lmHeadLoss(ops.scale(ops.l2Normalize(image), 10), text, rows, tensor(kinds), kinds.length).loss
+}
+
+interface ClipBatch {
+  /** [B, 3, side, side] */
+  pixels: Float32Array
+  captions: Int32Array[]
+  /** [B] category of each, -1: none */
+  kinds: Int32Array
 }
 
 /** Trains a CLIP on pairs and writes it to `folder`. */
 export async function trainClip(
   folder: string,
-  pictures: Pictures,
+  images: TrainingImages,
   pairs: readonly ClipPair[],
   o: Budget & { batch: number; lr: number; seed: number },
 ): Promise<Curve> {
-  const config = parseClipConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
   const tokenizer = Tokenizer.load(folder)
-  const place = { dtype: 'f32', device: resolveDevice() } as const
-  const model = new CLIPModel(initSource(o.seed, place), config)
-  const parameters = parametersOf(model)
+  const model = createClip(folder, { seed: o.seed })
   const texts = pairs.map((p) => p.captions.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH)))
   const categories = CATEGORIES.map((c) => tokenizer.encodeClip(c, CLIP_TEXT_LENGTH))
   const { side } = CLIP
   const plane = 3 * side * side
-  const settings = { ...o, weightDecay: 0.1, beta2: 0.98 }
-  const curve = await descend(parameters, pairs.length, settings, (chosen, step) => {
+  const order = shuffled(pairs.length, o.batch, o.seed)
+  const batches = (step: number): ClipBatch[] => {
+    const chosen = order(step)
     const rng = new Rng(o.seed, 0x10000 + step)
     const pixels = new Float32Array(chosen.length * plane)
-    for (const [i, k] of chosen.entries()) pictures.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
-    const image = model.imageEmbeds(tensor(pixels, [chosen.length, 3, side, side], 'f32', place.device))
-    const text = model.textEmbeds(Array.from(chosen, (k) => rng.pick(texts[k])))
-    const loss = contrastiveLoss(image, text, model.logit_scale)
+    for (const [i, k] of chosen.entries()) images.fill(pairs[k].image, 1 + rng.int(1000), pixels, i * plane)
+    const captions = Array.from(chosen, (k) => rng.pick(texts[k]))
     const kinds = Int32Array.from(chosen, (k) => CATEGORIES.indexOf(pairs[k].category as Category))
-    backward(kinds.includes(-1) ? loss : add(loss, scale(categoryLoss(model, image, categories, kinds), 0.3)))
-    return loss.item()
-  })
-  saveWeights(folder, parameters)
+    return [{ pixels, captions, kinds }]
+  }
+  const lossAndGradients = ({ pixels, captions, kinds }: ClipBatch): { loss: Tensor } => {
+    const { logit_scale: scale } = model
+    const image = model.imageEmbeds(tensor(pixels, [kinds.length, 3, side, side], 'f32', scale.device))
+    const loss = ops.contrastiveLoss(image, model.textEmbeds(captions), scale)
+    const named = !kinds.includes(-1)
+    backward(named ? ops.add(loss, ops.scale(categoryLoss(model, image, categories, kinds), 0.3)) : loss)
+    return { loss }
+  }
+  const options = { ...runOptions(o), weightDecay: 0.1, beta2: 0.98 }
+  const { loss: curve } = await train({ parameters: parametersOf(model), lossAndGradients }, batches, options)
+  saveWeights(folder, model, 'bf16')
   model.dispose()
   return curve
 }
@@ -244,9 +237,11 @@ export function writeLlamaConfig(folder: string, vocab: number): void {
     bos_token_id: 1,
     eos_token_id: 2,
     pad_token_id: 0,
-    torch_dtype: 'float32',
+    torch_dtype: 'bfloat16',
   })
 }
+
+type TextSample = ReturnType<typeof encodePieces>
 
 /** Trains a LLaMA on plain texts and on conversations without pictures, and writes it to `folder`. */
 export async function trainLlama(
@@ -255,38 +250,34 @@ export async function trainLlama(
   conversations: readonly DataRecord[],
   o: Budget & { batch: number; lr: number; seed: number },
 ): Promise<Curve> {
-  const config = parseLlamaConfig(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')), folder)
   const tokenizer = Tokenizer.load(folder)
-  const place = { dtype: 'f32', device: resolveDevice() } as const
-  const source = initSource(o.seed, place)
-  const model = new LlamaModel(source.at('model'), config)
-  const words = model.embed_tokens.weight
-  const parameters = [...model.namedParameters('model.')].map(([name, t]) => ({ name, tensor: t }))
+  const model = createLanguageModel(folder, { seed: o.seed })
   // Of plain text everything is learned, of conversations the answers.
   const samples = [
     ...texts.map((text) => encodePieces([{ text, loss: true }], tokenizer)),
     ...conversations.map((r) => encodePieces(render(r, { style: 'vicuna_v1' }), tokenizer)),
   ]
-  const rope = new RopeTable(config, place.dtype, place.device)
-  const settings = { ...o, weightDecay: 0.05, beta2: 0.95 }
-  const curve = await descend(parameters, samples.length, settings, (chosen) => {
-    const batch = Array.from(chosen, (i) => samples[i])
+  const order = shuffled(samples.length, o.batch, o.seed)
+  const lossAndGradients = (batch: readonly TextSample[]): { loss: Tensor } => {
     const ids = Int32Array.from(batch.flatMap((s) => [...s.ids]))
     const labels = batch.flatMap((s) => [...s.labels])
     const positions = Int32Array.from(batch.flatMap((s) => Array.from(s.ids, (_, i) => i)))
     // BOS, the first of each sample, is never a target: no row predicts the next sample
     const rows = Int32Array.from([...labels.keys()].filter((i) => i + 1 < labels.length && labels[i + 1] !== IGNORE))
-    const lengths = batch.map((s) => s.ids.length)
-    const packing = { offsets: offsetsOf(lengths), positions: tensor(positions), ...rope.get(Math.max(...lengths)) }
-    const h = model.layers.reduce((x, layer, i) => layer.forward(x, packing, i), embedding(tensor(ids), words))
+    const offsets = new Int32Array(batch.length + 1)
+    for (const [i, s] of batch.entries()) offsets[i + 1] = offsets[i] + s.ids.length
+    const rotary = model.rotary(Math.max(...batch.map((s) => s.ids.length)))
+    const packing = { offsets: tensor(offsets), positions: tensor(positions), ...rotary }
+    const h = hiddenStates(model, ops.embedding(tensor(ids), model.embeddings), packing)
     const targets = tensor(rows.map((r) => labels[r + 1]))
-    // tied: what reads a word also writes it
-    const { loss } = lmHeadLoss(model.norm.forward(h), words, tensor(rows), targets, rows.length)
+    const { loss } = ops.lmHeadLoss(h, model.headWeight, tensor(rows), targets, rows.length)
     backward(loss)
-    return loss.item()
-  })
-  saveWeights(folder, parameters)
-  rope.dispose()
+    return { loss }
+  }
+  const batches = (step: number): TextSample[][] => [Array.from(order(step), (i) => samples[i])]
+  const options = { ...runOptions(o), weightDecay: 0.05, beta2: 0.95 }
+  const { loss: curve } = await train({ parameters: parametersOf(model), lossAndGradients }, batches, options)
+  saveWeights(folder, model, 'bf16')
   model.dispose()
   return curve
 }

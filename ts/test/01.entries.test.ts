@@ -5,15 +5,22 @@ import { expect, test } from 'vitest'
 const ENTRIES: Record<string, string[]> = {
   aligngpt: ['AlignGPT', 'AlignGPTError', 'evaluate', 'finetune', 'levels', 'loadDataset', 'plan', 'pretrain'],
   'aligngpt/core': [
-    ...['AdamW', 'Tensor', 'backward', 'cosineRate', 'memory', 'nn', 'noGrad', 'ops', 'resolveDevice', 'scope'],
-    ...['tensor', 'zeros'],
+    ...['AdamW', 'Rng', 'Tensor', 'backward', 'cosineRate', 'cpuInfo', 'memory', 'nn', 'noGrad', 'ops', 'permutation'],
+    ...['resolveDevice', 'scope', 'tensor', 'zeros'],
   ],
-  'aligngpt/data': ['Dataset', 'PROBLEMS', 'bucketLevels', 'checkDataset', 'writeLevels'],
+  'aligngpt/data': [
+    ...['Dataset', 'IGNORE', 'PROBLEMS', 'augment', 'bucketLevels', 'checkDataset', 'decodeImage', 'encodePieces'],
+    ...['normaliseInto', 'normaliseTable', 'preprocessImage', 'render', 'writeLevels'],
+  ],
   'aligngpt/train': [
-    ...['addLora', 'evaluateLoss', 'findCheckpoint', 'largestMicroBatch', 'listCheckpoints', 'loadAdapter'],
-    ...['mergeLora', 'saveAdapter', 'verifyCheckpoint'],
+    ...['PRESETS', 'addLora', 'evaluateLoss', 'findCheckpoint', 'largestMicroBatch', 'listCheckpoints', 'loadAdapter'],
+    ...['mergeLora', 'saveAdapter', 'shuffled', 'train', 'verifyCheckpoint'],
   ],
-  'aligngpt/models': ['CLIPModel', 'Tokenizer', 'clipScores', 'loadClip', 'saveTokenizer', 'trainBpe', 'trainClipBpe'],
+  'aligngpt/models': [
+    ...['CLIPModel', 'Tokenizer', 'clipScores', 'createClip', 'createLanguageModel', 'hiddenStates', 'loadClip'],
+    ...['readPreprocessor', 'saveTokenizer', 'saveWeights', 'trainBpe', 'trainClipBpe'],
+  ],
+  'aligngpt/report': ['CHART_STYLE', 'PAGE_STYLE', 'escapeHtml', 'htmlPage', 'lineChart'],
   'aligngpt/convert': ['downloadRepo', 'exportModel', 'importModel'],
 }
 const file = (entry: string): string =>

@@ -15,8 +15,9 @@ import { backward, Graph, memory, scope, type Tensor, tensor, zeros } from '../s
 import { loadDataset } from '../src/data/dataset.js'
 import { generateBatch } from '../src/inference/generate.js'
 import type { LlamaModel } from '../src/models/llama.js'
+import type { PackedBatch } from '../src/models/packed-batch.js'
 import { AdamW } from '../src/nn/adamw.js'
-import { MicroSteps } from '../src/train/micro-batches.js'
+import { PhaseModel } from '../src/train/phase-model.js'
 import { finetune, pretrain, type StepInfo, type TrainOptions } from '../src/train/trainer.js'
 
 const found = native.probeCuda()
@@ -299,10 +300,11 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
       const model = await load()
       const batch = makeBatch(model, [7, 9])
       const parameters = [{ name: 'lm_head', tensor: model.headWeight.requiresGrad() }]
-      const steps = new MicroSteps(model, { mode: 'gate' }, parameters)
-      for (const _ of [1, 2]) steps.run(batch, 1)
+      const steps = new PhaseModel(model, { mode: 'gate' }, parameters)
+      const run = (b: PackedBatch) => scope(() => void steps.lossAndGradients(b, { denominator: 1, micro: 0 }))
+      for (const _ of [1, 2]) run(batch)
       const lossTargets = batch.lossTargets.with(0, 1e6)
-      expect(() => steps.run({ ...batch, lossTargets }, 1)).toThrow(/lossTargets, expected ids below \d+, got 1000000/)
+      expect(() => run({ ...batch, lossTargets })).toThrow(/lossTargets, expected ids below \d+, got 1000000/)
       steps.dispose()
       model.dispose()
     })

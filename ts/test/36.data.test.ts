@@ -7,6 +7,7 @@ import fc from 'fast-check'
 import sharp from 'sharp'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { type Dataset, loadDataset } from '../src/data/dataset.js'
+import { DropLog } from '../src/data/drop-log.js'
 import { type LoadedBatch, type LoaderOptions, openLoader } from '../src/data/loader.js'
 import { groupByModalityLength } from '../src/data/order.js'
 import { wordCount } from '../src/formats/record-file.js'
@@ -440,20 +441,21 @@ describe('loader', () => {
       const o: Partial<LoaderOptions> = { workers, micro: undefined, steps: undefined, maxBad: 0.2 }
       const good = await collect(o, await broken({}))
       const d = await broken({ 3: 'missing.png', 11: '../ok.png', 20: 'text.png' })
-      const got = await collect(o, d)
-      expect(d.state.bad.map((x) => [x.index, x.id, x.image]).sort()).toEqual([
+      const dropped = new DropLog(d)
+      const got = await collect({ ...o, dropped }, d)
+      expect(dropped.state.bad.map((x) => [x.index, x.id, x.image]).sort()).toEqual([
         [11, 'r11', '../ok.png'],
         [20, 'r20', 'text.png'],
         [3, 'r3', 'missing.png'],
       ])
-      expect(d.state.bad.find((x) => x.index === 3)?.reason).toMatch(/missing\.png, expected a file, got ENOENT/)
+      expect(dropped.state.bad.find((x) => x.index === 3)?.reason).toMatch(/missing\.png, expected a file, got ENOENT/)
       const lost = new Set(['r3', 'r11', 'r20'])
       expect(got.map((b) => b.packed?.ids)).toEqual(good.map((b) => b.packed?.ids.filter((id) => !lost.has(id))))
-      const again = await broken({})
-      again.restore(d.state)
-      expect(again.state).toEqual(d.state)
+      const again = new DropLog(await broken({}))
+      again.restore(dropped.state)
+      expect(again.state).toEqual(dropped.state)
       await refuses(
-        () => collect({ ...o, maxBad: 0.05 }, d),
+        () => collect({ ...o, maxBad: 0.05, dropped }, d),
         'ERR_DATA',
         /at most 5 % of the records, got 3 of 30:\n {2}r\d+: .*\n {2}r\d+: .*\n/,
       )
@@ -471,12 +473,12 @@ describe('loader', () => {
         (b.packed as PackedBatch).positions.reduce((n, p) => Math.max(n, p + 1), 0),
       ),
     )
-    await collect({ steps: undefined, maxLength: fits - 1, micro: undefined }, d)
-    expect(d.state.truncated.length).toBe(30)
-    const e = await broken({})
-    await collect({ steps: undefined, maxLength: 20, micro: undefined }, e)
-    expect(e.state.skipped.length).toBe(30)
-    expect(e.state.skipped[0].reason).toMatch(/picture ends/)
+    const [cut, left] = [new DropLog(d), new DropLog(d)]
+    await collect({ steps: undefined, maxLength: fits - 1, micro: undefined, dropped: cut }, d)
+    expect(cut.state.truncated.length).toBe(30)
+    await collect({ steps: undefined, maxLength: 20, micro: undefined, dropped: left }, d)
+    expect(left.state.skipped.length).toBe(30)
+    expect(left.state.skipped[0].reason).toMatch(/picture ends/)
   })
   it('reports a record that cannot be rendered, misuse, and an empty data set', async () => {
     const bad = await loadDataset(

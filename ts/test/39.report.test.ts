@@ -27,6 +27,7 @@ const RESULT: QuickstartResult = {
     byQuality: { full: [11, 22, 33, 44], keyword: [5, 6, 7, 8], category: [1, 2, 3, 4], wrong: [19, 9, 4, 0] },
   },
   seconds: { data: 6.43, CLIP: 110.27, 'phase <1>': 25.16 },
+  towers: { made: 'here', isa: 'avx512', sameAsShipped: true },
   loss: {
     clip: falling(50, 5.512, 1.1),
     llm: falling(60, 7.625, 1.2),
@@ -68,7 +69,7 @@ describe('report', () => {
     for (const n of ['86.3 %', '71.3 %', '58.8 %', '50.3 %', '24.8 %', '9.4 %', '50.0 %', '25.0 %', '10.0 %'])
       expect(visible).toContain(n)
     for (const n of ['+35.9', '+46.5', '+49.4', '608', '404', '320', '45.7 %', '0.742']) expect(visible).toContain(n)
-    for (const n of ['6.4 s', '110.3 s', '25.2 s', '2:22 min']) expect(visible).toContain(n)
+    for (const n of ['6.4 s', '110.3 s', '25.2 s', '2:22 <em>min</em>']) expect(visible).toContain(n)
     for (const n of ['5.512', '7.625', '6.218', '3.241', '50 steps', '80 steps']) expect(visible).toContain(n)
     // levels: totals, edges, share of wrong captions, scores
     for (const n of ['>36<', '>39<', '>47<', '>56<', '0.101 to 0.202', '0.404 to 0.505', '53 % wrong', '0 % wrong'])
@@ -111,6 +112,17 @@ describe('report', () => {
     }
     expect(open).toEqual([])
     expect(html).not.toMatch(/NaN|undefined|Infinity/)
+  })
+  it('says which parts were trained in the run', () => {
+    expect(visible).toContain('everything from random numbers on')
+    expect(visible).toContain('with tokenizers; the shipped ones bit for bit')
+    const towers = { made: 'shipped', isa: 'avx512', date: '2026-01-01' } as const
+    const { pretrain, finetune } = RESULT.loss
+    const text = renderReport({ ...RESULT, towers, loss: { pretrain, finetune } }, EXTRAS)
+    expect(text).toContain('come with the repository')
+    expect(text).toContain('made on 2026-01-01, CPU code path avx512')
+    expect(text).not.toContain('from random numbers')
+    expect(text.match(/loss by step"/g)).toHaveLength(2)
   })
   it('bears a run that recorded nothing', () => {
     const nothing = { clip: [], llm: [Number.NaN], pretrain: [1], finetune: [2, 2] }

@@ -13,8 +13,8 @@ import { type ClipVisionConfig, readClipConfig } from '../src/models/config/clip
 import type { LlamaConfig } from '../src/models/config/llama.js'
 import { AdamW } from '../src/nn/adamw.js'
 import { largestMicroBatch, type PlanModel, type PlanOptions, plan } from '../src/train/memory-plan.js'
-import { FINETUNE, PRETRAIN, phaseOf, trainable } from '../src/train/phases.js'
-import { savedTensors } from '../src/train/resume.js'
+import { FINETUNE, PRETRAIN, phaseOf, savedWeights, trainable } from '../src/train/phases.js'
+import { checkpointTensors } from '../src/train/resume.js'
 import { Saver } from '../src/train/saver.js'
 
 const temp = fs.mkdtempSync(path.join(os.tmpdir(), 'aligngpt-plan-'))
@@ -100,7 +100,7 @@ test('the snapshot of a checkpoint is planned as it is taken', async () => {
         native.resetPeak()
         const before = native.memory().inUse
         const content = { step: 1, config: {}, state: {}, maker: { version: '', build: '', level: '' } }
-        await saver.save(content, savedTensors(model, phase, optimizer))
+        await saver.save(content, checkpointTensors(savedWeights(model, phase), optimizer))
         const real = native.memory().peak - before
         await saver.close()
         expect(problems).toEqual([])

@@ -329,7 +329,7 @@ describe('pictures in shards', () => {
       const out = []
       for await (const b of loader) out.push(b)
       await loader.close()
-      return { out, bad: data.state.bad }
+      return { out, bad: loader.dropped.state.bad }
     }
     const want = await collect(caseDir('base', 'images'), 0)
     expect(want.out.flatMap((b) => b.packed?.images ?? []).length).toBeGreaterThan(10)

@@ -18,7 +18,7 @@ import type { LossOptions } from '../src/models/aligngpt.js'
 import { type PackedBatch, padBatch } from '../src/models/packed-batch.js'
 import { AdamW } from '../src/nn/adamw.js'
 import { FINETUNE, PRETRAIN, trainable } from '../src/train/phases.js'
-import { finetune, pretrain } from '../src/train/trainer.js'
+import { finetune, pretrain, type TrainOptions } from '../src/train/trainer.js'
 import type { AlignGPTError } from '../src/util/errors.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
@@ -464,4 +464,26 @@ test('evaluation: yes/no, choices, letters and generated answers, each with its 
   expect(tokens).toBe(94)
   expect(loss).toBeCloseTo(6.469256, 4)
   model.dispose()
+})
+
+test('a data set that served a run serves the next one as if it were new', async () => {
+  const records = JSON.parse(fs.readFileSync(path.join(base, 'data_phase1.json'), 'utf8'))
+  const file = path.join(scratch, 'one bad.json')
+  fs.writeFileSync(file, JSON.stringify([{ ...records[0], image: 'missing.png' }, ...records.slice(1)]))
+  const data = await loadDataset(file, { images })
+  const run = async (d: typeof data, o: TrainOptions) => {
+    const model = await AlignGPT.load(folder)
+    const result = await pretrain(model, d, { batch: 4, workers: 0, progress: false, saveEvery: null, ...o })
+    model.dispose()
+    return result
+  }
+  const all = await run(data, { maxBad: 1 })
+  expect(all.bad.map((d) => d.image)).toEqual(['missing.png'])
+  // two steps that the bad picture is in neither of, where none may be bad
+  const seed = [0, 1, 2, 3, 4].find((s) => !data.order({ batch: 4, seed: s, epoch: 0 }).slice(0, 8).includes(0))
+  const again = await run(data, { maxBad: 0, steps: 2, seed })
+  const fresh = await run(await loadDataset(file, { images }), { maxBad: 0, steps: 2, seed })
+  expect(again.bad).toEqual([])
+  expect(again.loss).toEqual(fresh.loss)
+  expect((await run(data, { maxBad: 1 })).bad).toEqual(all.bad)
 })

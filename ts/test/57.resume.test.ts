@@ -17,8 +17,8 @@ import {
   verifyCheckpoint,
   writeCheckpoint,
 } from '../src/train/checkpoint.js'
-import { PRETRAIN, trainable } from '../src/train/phases.js'
-import { parseInterval, Schedule, savedTensors } from '../src/train/resume.js'
+import { PRETRAIN, savedWeights, trainable } from '../src/train/phases.js'
+import { checkpointTensors, parseInterval, Schedule } from '../src/train/resume.js'
 import { finetune, pretrain, type TrainOptions, type TrainResult } from '../src/train/trainer.js'
 
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
@@ -249,7 +249,7 @@ test('another CPU level or build is a warning', async () => {
   // the same state under another maker's name
   const model = await AlignGPT.load(folder)
   const optimizer = new AdamW(trainable(model, PRETRAIN))
-  const tensors = savedTensors(model, PRETRAIN, optimizer)
+  const tensors = checkpointTensors(savedWeights(model, PRETRAIN), optimizer)
   readCheckpoint(path.join(checkpoints, 'step-3'), tensors)
   const stored = tensors.map((t) => ({ ...t, dtype: storedDtype(t), shape: t.tensor.shape, handle: t.tensor.h }))
   writeCheckpoint(checkpoints, { ...m, maker: { ...m.maker, level: 'abacus' } }, stored, 2)

@@ -220,7 +220,7 @@ test('the command line loads no native code before a command runs', async () => 
 
 test('an interrupted quickstart says so and can be started again', async () => {
   const out = path.join(dir, 'quickstart')
-  const script = fileURLToPath(new URL('scripts/quickstart.ts', root))
+  const script = fileURLToPath(new URL('scripts/quickstart/main.ts', root))
   /** Interrupts a run as soon as it prints something. */
   const run = (until: string): Promise<{ status: number | null; text: string }> =>
     new Promise((resolve) => {
@@ -234,7 +234,7 @@ test('an interrupted quickstart says so and can be started again', async () => {
       child.stderr.on('data', listen)
       child.on('close', (status) => resolve({ status, text }))
     })
-  const first = await run('== Augmenting')
+  const first = await run('== Alignment scores')
   expect(first.status).toBe(130)
   expect(first.text).toContain(`Interrupted: ${out} is unfinished. Start again with the same command`)
   const second = await run('== Data')

@@ -289,7 +289,7 @@ test('ablate leaves the cell that runs and keeps those before it', async () => {
   fs.copyFileSync(`${base}/data_phase1.json`, path.join(data, 'pairs.json'))
   fs.copyFileSync(`${base}/data_phase2.json`, path.join(data, 'instructions.json'))
   const ended = await node(
-    ['scripts/ablate.ts', '--fast', '--base', dir, '--out', out],
+    ['scripts/ablate/main.ts', '--fast', '--base', dir, '--out', out],
     when('adaptive, seed 1:', (child) => child.kill('SIGINT')),
   )
   expect(ended.err).toContain('stopped: the same command goes on from the finished cells')

@@ -7,6 +7,7 @@ import { afterAll, describe, expect, test } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { memory } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
+import { DropLog } from '../src/data/drop-log.js'
 import { type EvaluationInfo, taskOf } from '../src/evaluation/held-out.js'
 import { evaluateLoss } from '../src/evaluation/likelihood.js'
 import type { DataRecord, Turn } from '../src/formats/record-file.js'
@@ -121,12 +122,13 @@ describe('a share that is held out', () => {
     const data = await loadDataset(write('no ids.json', rawRecords(files.pretrain).map(({ id, ...r }) => r)), { images }) // biome-ignore format: one line
     expect([...data.subset([3, 11]).subset([1])].map((r) => r.id)).toEqual(['11'])
     const part = data.subset([3, 11])
-    part.noteBad({ index: 1, id: '11', image: 'x', reason: 'why' })
-    part.noteTruncated(0)
-    expect(part.state).toMatchObject({ bad: [{ index: 11 }], truncated: [3] })
-    const again = data.subset([3, 11])
-    again.restore(part.state)
-    expect(again.state).toEqual(part.state)
+    const dropped = new DropLog(part)
+    dropped.noteBad({ index: 1, id: '11', image: 'x', reason: 'why' })
+    dropped.noteTruncated(0)
+    expect(dropped.state).toMatchObject({ bad: [{ index: 11 }], truncated: [3] })
+    const again = new DropLog(data.subset([3, 11]))
+    again.restore(dropped.state)
+    expect(again.state).toEqual(dropped.state)
     for (const d of [data, part]) d.close()
   })
 })
@@ -434,11 +436,11 @@ test('the command says what came out, and hears a signal in the middle of an eva
 
 test('options that do not go together are refused', async () => {
   for (const [o, message] of [
-    [{ evalShare: 1 }, /evalShare, expected a number between 0 and 1, got 1/],
-    [{ evalShare: 0.1, evalData: 'x' }, /evalData, expected none beside evalShare/],
-    [{ evalEvery: 2 }, /evalEvery, expected evalShare or evalData beside it, got 2/],
-    [{ evalShare: 0.1, evalEvery: 0 }, /evalEvery, expected an integer > 0, got 0/],
-    [{ evalShare: 0.1, evalImages: 'x' }, /evalImages, expected evalData beside it/],
+    [{ evalShare: 1 }, /evalShare: expected a number between 0 and 1, got 1/],
+    [{ evalShare: 0.1, evalData: 'x' }, /evalData: expected none beside evalShare/],
+    [{ evalEvery: 2 }, /evalEvery: expected evalShare or evalData beside it, got 2/],
+    [{ evalShare: 0.1, evalEvery: 0 }, /evalEvery: expected an integer > 0, got 0/],
+    [{ evalShare: 0.1, evalImages: 'x' }, /evalImages: expected evalData beside it/],
   ] as const)
     await expect(run('pretrain', 'refused', o)).rejects.toThrow(message)
 })

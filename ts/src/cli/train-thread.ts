@@ -5,10 +5,10 @@
  */
 import type { Worker } from 'node:worker_threads'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
-import type { StepInfo, TrainResult } from '../train/trainer.js'
+import { Bar } from '../train/progress-bar.js'
+import type { StepInfo, TrainResult } from '../train/types.js'
 import { AlignGPTError } from '../util/errors.js'
 import { startThread } from '../util/worker.js'
-import { Bar } from './progress.js'
 import { Signals } from './signals.js'
 import type { StopRequest, TrainJob, TrainNews } from './train-worker.js'
 
@@ -34,7 +34,7 @@ class Progress {
     this.#bar?.step(s)
   }
   evaluation({ step, loss, best }: EvaluationInfo): void {
-    if (process.stderr.isTTY) this.#bar?.evaluation(loss)
+    if (process.stderr.isTTY) this.#bar?.evaluation({ loss })
     else console.log(`step ${step + 1}: held-out loss ${loss.toFixed(4)}${best ? ', the best so far' : ''}`)
   }
   async end(): Promise<void> {

@@ -2,6 +2,12 @@
 import { AlignGPTError } from '../util/errors.js'
 import { type Device, type Dtype, native } from './native.js'
 
+/** The CPU as the core uses it: the code path chosen at load (`avx512`, ...), and how many threads there are. */
+export function cpuInfo(): { isa: string; threads: number } {
+  const { level, threads } = native.capabilities()
+  return { isa: level, threads }
+}
+
 /**
  * The device a model goes to. auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one that computes in `dtype`,
  * else the CPU.

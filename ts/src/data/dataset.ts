@@ -20,26 +20,6 @@ import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
 import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
 
-/** A record that was left out of its batch, and why. */
-export interface Dropped {
-  /** its place in the file, from 0 */
-  index: number
-  id: string
-  /** file name of the picture, null for text */
-  image: string | null
-  reason: string
-}
-
-/** What a run remembers about its data; plain JSON. */
-export interface DatasetState {
-  /** pictures that could not be used */
-  bad: Dropped[]
-  /** samples that do not fit the length limit */
-  skipped: Dropped[]
-  /** places of samples whose text was cut */
-  truncated: number[]
-}
-
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
   readonly #pictures: Pictures | null
@@ -51,9 +31,6 @@ export class Dataset {
   /** of a part of the file: the place of each record in the file */
   #numbers: Uint32Array | null = null
   #fd: number | null = null
-  readonly #bad = new Map<number, Dropped>()
-  readonly #skipped = new Map<number, Dropped>()
-  readonly #truncated = new Set<number>()
 
   /** Use loadDataset. */
   constructor(
@@ -126,7 +103,7 @@ export class Dataset {
   }
 
   /** Place of a record in the file. */
-  #number(index: number): number {
+  place(index: number): number {
     return this.#numbers ? this.#numbers[index] : index
   }
 
@@ -136,7 +113,7 @@ export class Dataset {
     part.#offsets = Float64Array.from(indices, (i) => this.#offsets[i])
     part.#sizes = Uint32Array.from(indices, (i) => this.#sizes[i])
     part.#words = Int32Array.from(indices, (i) => this.#words[i])
-    part.#numbers = Uint32Array.from(indices, (i) => this.#number(i))
+    part.#numbers = Uint32Array.from(indices, (i) => this.place(i))
     return part
   }
 
@@ -182,7 +159,7 @@ export class Dataset {
         throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${offset + done}`, 'the record seen before', 'the end')
       done += n
     }
-    return parseRecord(parseBytes(b, this.file, offset), this.file, this.#number(index))
+    return parseRecord(parseBytes(b, this.file, offset), this.file, this.place(index))
   }
 
   /** Every record in file order. */
@@ -214,52 +191,6 @@ export class Dataset {
     for (let i = (options.start ?? 0) * options.batch; i < order.length; i += options.batch)
       yield order.slice(i, i + options.batch)
   }
-
-  /** Notes a picture that could not be used; `index` is that of the record here, the state has its place in the file. */
-  noteBad(d: Dropped): void {
-    note(this.#bad, { ...d, index: this.#number(d.index) })
-  }
-  /** Notes a sample that does not fit. */
-  noteSkipped(d: Dropped): void {
-    note(this.#skipped, { ...d, index: this.#number(d.index) })
-  }
-  /** Notes a sample whose text was cut. */
-  noteTruncated(index: number): void {
-    this.#truncated.add(this.#number(index))
-  }
-  /** What was left out so far. */
-  get state(): DatasetState {
-    return { bad: [...this.#bad.values()], skipped: [...this.#skipped.values()], truncated: [...this.#truncated] }
-  }
-  /** Continues from a saved state. */
-  restore(state: DatasetState): void {
-    for (const d of state.bad) note(this.#bad, d)
-    for (const d of state.skipped) note(this.#skipped, d)
-    for (const i of state.truncated) this.#truncated.add(i)
-  }
-  /**
-   * Stops a run whose data is broken.
-   * @param maxBad share of the records that may have unusable pictures
-   * @throws AlignGPTError ERR_DATA with the list
-   */
-  checkBad(maxBad: number): void {
-    const n = this.#bad.size
-    if (n <= maxBad * this.length) return
-    const list = [...this.#bad.values()].slice(0, 50).map((d) => `\n  ${d.id}: ${d.image}: ${d.reason}`)
-    const more = n > list.length ? `\n  ... and ${n - list.length} more` : ''
-    const got = `${n} of ${this.length}:${list.join('')}${more}`
-    throw mismatch(
-      'ERR_DATA',
-      'data',
-      `${this.file}: unusable pictures`,
-      `at most ${100 * maxBad} % of the records`,
-      got,
-    )
-  }
-}
-
-function note(list: Map<number, Dropped>, d: Dropped): void {
-  if (!list.has(d.index)) list.set(d.index, d)
 }
 
 export interface DatasetOptions extends SavedOptions {

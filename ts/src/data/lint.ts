@@ -13,6 +13,7 @@ import {
   splitRecords,
   wordCount,
 } from '../formats/record-file.js'
+import { MODEL_DEFAULTS } from '../models/config/variants.js'
 import { render, type Style, styleOf } from '../processing/conversation/styles.js'
 import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
 import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image/source.js'
@@ -136,7 +137,7 @@ class Checker {
   constructor(file: string, o: CheckOptions) {
     this.#file = file
     this.#o = o
-    const { style = styleOf(o.tokenizer), patches = 576, maxLength = 2048 } = o
+    const { style = styleOf(o.tokenizer), patches = MODEL_DEFAULTS.patches, maxLength = MODEL_DEFAULTS.maxLength } = o
     this.#sample = { style, patches, maxLength }
   }
 

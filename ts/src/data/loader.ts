@@ -11,7 +11,8 @@ import { normaliseInto, normaliseTable, type Preprocess } from '../processing/im
 import { buildSample, type Sample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { mismatch, show } from '../util/errors.js'
-import type { Dataset, Dropped } from './dataset.js'
+import type { Dataset } from './dataset.js'
+import { DropLog, type Dropped } from './drop-log.js'
 import { ImagePool } from './image-pool.js'
 import { augmentStream } from './order.js'
 
@@ -34,6 +35,8 @@ export interface LoaderOptions extends SampleOptions {
   align?: boolean
   /** share of records that may have unusable pictures before the run stops; default 0.01 */
   maxBad?: number
+  /** takes note of records that are left out; default: a log of the loader's own */
+  dropped?: DropLog
   /** augment pictures (random numbers of seed, epoch and record) */
   augment?: boolean
   /** decode threads; 0: in this thread. Default: at most 4, one less than the processors */
@@ -94,6 +97,8 @@ function checkOptions(o: LoaderOptions): void {
 
 /** Micro-batch after micro-batch. Open it with openLoader, close it when done. */
 export class Loader {
+  /** what was left out so far */
+  readonly dropped: DropLog
   /** steps of the whole run */
   readonly steps: number
   readonly stepsPerEpoch: number
@@ -116,6 +121,7 @@ export class Loader {
     this.#dataset = dataset
     this.#options = options
     const { batch, micro = batch, preprocess, ahead = 2 } = options
+    this.dropped = options.dropped ?? new DropLog(dataset)
     this.stepsPerEpoch = dataset.stepsPerEpoch(batch)
     this.steps = options.steps ?? this.stepsPerEpoch
     if (this.steps > 0 && dataset.length === 0)
@@ -207,16 +213,16 @@ export class Loader {
     job.samples.forEach((sample, k) => {
       const u8 = job.picture[k] < 0 ? null : result(job.picture[k])
       if (u8 instanceof Error) {
-        this.#dataset.noteBad({ index: job.indices[k], id: sample.id, image: sample.image, reason: u8.message })
+        this.dropped.noteBad({ index: job.indices[k], id: sample.id, image: sample.image, reason: u8.message })
         return
       }
       kept.push(sample)
       indices.push(job.indices[k])
       pixels.push(u8)
     })
-    for (const d of job.skipped) this.#dataset.noteSkipped(d)
-    for (const i of job.truncated) this.#dataset.noteTruncated(i)
-    this.#dataset.checkBad(maxBad)
+    for (const d of job.skipped) this.dropped.noteSkipped(d)
+    for (const i of job.truncated) this.dropped.noteTruncated(i)
+    this.dropped.check(maxBad)
     const fill = (out: Float32Array, offset: number, b: number): void =>
       normaliseInto(pixels[b] as Uint8Array, this.#table, out, offset)
     const packed = kept.length ? packBatch(kept, patches, { gateText, align, size: preprocess.crop, fill }) : null

@@ -2,26 +2,22 @@
  * Evaluation while a run goes on, on records that it does not train on: their loss, by alignment level or by task, the gate's weights by
  * task, what the model answers to a few of them, and the best model so far. Nothing of it touches what training computes.
  */
-
-import fs from 'node:fs'
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import { type Dataset, type DatasetState, loadDataset } from '../data/dataset.js'
+import { type Dataset, loadDataset } from '../data/dataset.js'
+import { DropLog, type DropState } from '../data/drop-log.js'
 import { type Loader, openLoader } from '../data/loader.js'
 import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
 import { generateBatch } from '../inference/generate.js'
 import { loadPixels } from '../inference/request.js'
-import { hasLora } from '../models/adapters.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
-import type { GateText } from '../models/config/aligngpt.js'
-import { saveAdapter } from '../models/peft.js'
-import { saveModel } from '../models/save.js'
+import type { GateText } from '../models/config/variants.js'
+import type { Style } from '../processing/conversation/styles.js'
 import { readPicture } from '../processing/image/source.js'
+import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
-import { thumbnail } from '../report/html.js'
-import type { Phase } from '../train/phases.js'
-import { mismatch, show } from '../util/errors.js'
+import { mismatch } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 import { sampleLosses } from './likelihood.js'
@@ -74,7 +70,7 @@ export interface HeldOutState {
   /** steps that were done at the last evaluation */
   evaluated: number
   best: Best | null
-  dropped: DatasetState
+  dropped: DropState
 }
 
 /** Records that are shown with what the model says to them. */
@@ -133,27 +129,22 @@ interface Shown {
 }
 
 /** What an evaluation needs to know of the run. */
-interface Settings extends EvaluationOptions {
+export interface HeldOutSettings extends EvaluationOptions {
+  /** prompt style */
+  style: Style
+  /** images padded to a square first */
+  pad: boolean
+  mix: Mix
+  /** folder that samples.json is written to */
   out?: string
   microBatch: number
   steps: number
-  mix: Mix
   gateText: GateText
   workers?: number
   onMessage: (text: string) => void
   signal?: AbortSignal
-}
-
-function checkOptions(o: EvaluationOptions): void {
-  const wrong = (key: keyof EvaluationOptions, expected: string): Error =>
-    mismatch('ERR_ARGUMENT', 'train', key, expected, show(o[key]))
-  const { evalShare: share, evalData: file, evalEvery: every } = o
-  if (share !== undefined && !(share > 0 && share < 1)) throw wrong('evalShare', 'a number between 0 and 1')
-  if (share !== undefined && file !== undefined) throw wrong('evalData', 'none beside evalShare')
-  if (every !== undefined && !(Number.isInteger(every) && every > 0)) throw wrong('evalEvery', 'an integer > 0')
-  if (every !== undefined && share === undefined && file === undefined)
-    throw wrong('evalEvery', 'evalShare or evalData beside it')
-  if (o.evalImages !== undefined && file === undefined) throw wrong('evalImages', 'evalData beside it')
+  /** keeps the model as the best one so far; says whether that could be done */
+  keep: (step: number) => boolean
 }
 
 /**
@@ -165,7 +156,6 @@ export async function holdOut(
   seed: number,
   o: EvaluationOptions,
 ): Promise<{ trained: Dataset; held: Dataset | null }> {
-  checkOptions(o)
   if (o.evalShare !== undefined) {
     const { rest, held } = data.holdOut(o.evalShare, seed)
     return { trained: rest, held }
@@ -178,96 +168,82 @@ export async function holdOut(
 
 /** The evaluations of one run. */
 export class HeldOut {
+  readonly #model: AlignGPTNetwork
+  readonly #data: Dataset
+  readonly #o: HeldOutSettings
+  readonly #dropped: DropLog
   readonly #every: number
   #loader: Loader | null = null
   #shown: Shown[] | null = null
   #evaluated = 0
   #best: Best | null = null
 
-  constructor(
-    private readonly model: AlignGPTNetwork,
-    private readonly phase: Phase,
-    private readonly data: Dataset,
-    private readonly o: Settings,
-  ) {
+  constructor(model: AlignGPTNetwork, data: Dataset, o: HeldOutSettings) {
+    this.#model = model
+    this.#data = data
+    this.#o = o
+    this.#dropped = new DropLog(data)
     this.#every = o.evalEvery ?? Math.max(1, Math.ceil(o.steps / 10))
   }
 
   /** What decides about the numbers. */
   get settings(): Record<string, unknown> {
-    const { evalShare: share, evalData } = this.o
-    const data = evalData === undefined ? null : digestFile(this.data.file)
-    return { share: share ?? null, every: this.#every, records: this.data.length, data }
+    const { evalShare: share, evalData } = this.#o
+    const data = evalData === undefined ? null : digestFile(this.#data.file)
+    return { share: share ?? null, every: this.#every, records: this.#data.length, data }
+  }
+  /** Steps that were done at the last evaluation. */
+  get evaluated(): number {
+    return this.#evaluated
   }
   get best(): Best | null {
     return this.#best
   }
   get state(): HeldOutState {
-    return { evaluated: this.#evaluated, best: this.#best, dropped: this.data.state }
+    return { evaluated: this.#evaluated, best: this.#best, dropped: this.#dropped.state }
   }
 
-  /** @param out folder of the run that is continued; its best model is taken over when it is another one */
-  restore({ evaluated, best, dropped }: HeldOutState, out: string): void {
+  restore({ evaluated, best, dropped }: HeldOutState): void {
     this.#evaluated = evaluated
     this.#best = best
-    this.data.restore(dropped)
-    if (!best || !this.o.out) return
-    const [from, to] = [bestFolder(out), bestFolder(this.o.out)]
-    if (!fs.existsSync(from)) this.o.onMessage(`${from} is gone, the best model so far, of step ${best.step}`)
-    else if (path.resolve(from) !== path.resolve(to)) copyFolder(from, to)
+    this.#dropped.restore(dropped)
   }
 
   /** Whether an evaluation is missing after so many steps. */
   due(done: number): boolean {
-    return done > this.#evaluated && (done % this.#every === 0 || done === this.o.steps)
+    return done > this.#evaluated && (done % this.#every === 0 || done === this.#o.steps)
   }
 
   /** The evaluation that is due after so many steps, else null; null too when the signal came meanwhile: it is still due then. */
   async evaluate(done: number): Promise<EvaluationInfo | null> {
     if (!this.due(done)) return null
-    const { steps } = this.o
+    const { steps } = this.#o
     const from = performance.now()
     const losses = await this.#losses()
     const answers = losses && (await this.#answers())
     if (!losses || !answers) return null
     const { loss } = losses
     if (loss === null)
-      throw mismatch('ERR_DATA', 'train', `${this.data.file}: held-out records`, 'one that can be used', 'none')
+      throw mismatch('ERR_DATA', 'train', `${this.#data.file}: held-out records`, 'one that can be used', 'none')
     this.#evaluated = done
     const step = done - 1
-    const best = loss < (this.#best?.loss ?? Number.POSITIVE_INFINITY) && (await this.#keep(step))
+    const best = loss < (this.#best?.loss ?? Number.POSITIVE_INFINITY) && this.#o.keep(step)
     if (best) this.#best = { step, loss }
     return { step, steps, ...losses, loss, best, answers, seconds: (performance.now() - from) / 1000 }
   }
 
   async close(): Promise<void> {
     await this.#loader?.close()
-    this.data.close()
-  }
-
-  /** Saves the model as the best one. @returns whether that could be done */
-  async #keep(step: number): Promise<boolean> {
-    const { o, model } = this
-    if (!o.out) return true
-    const folder = bestFolder(o.out)
-    try {
-      removeUnfinished(folder)
-      saveModel(model, folder)
-      if (hasLora(model)) saveAdapter(model, path.join(folder, 'adapter'))
-      return true
-    } catch (e) {
-      o.onMessage(`${folder}: the model of step ${step} was not saved: ${(e as Error).message}; training goes on`)
-      return false
-    }
+    this.#data.close()
   }
 
   async #open(): Promise<Loader> {
-    const { model, phase, data, o } = this
+    const [model, data, o] = [this.#model, this.#data, this.#o]
     const evaluations = Math.ceil((o.steps - this.#evaluated) / this.#every)
     return openLoader(data, {
       tokenizer: model.tokenizer,
-      preprocess: model.preprocess(phase.pad),
-      style: phase.style,
+      preprocess: model.preprocess(o.pad),
+      style: o.style,
       patches: model.patches,
       maxLength: model.config.tokenizer_model_max_length,
       batch: o.microBatch,
@@ -276,13 +252,14 @@ export class HeldOut {
       seed: 0,
       gateText: o.gateText,
       workers: o.workers,
+      dropped: this.#dropped,
       align: o.mix.mode !== 'none',
       maxBad: 1, // a few records: one bad picture may be a large share of them
     })
   }
 
   async #losses(): Promise<(HeldOutGroup & Pick<EvaluationInfo, 'levels' | 'tasks'>) | null> {
-    const { model, o } = this
+    const [model, o] = [this.#model, this.#o]
     this.#loader ??= await this.#open()
     const all = new Tally()
     const levels = Array.from({ length: model.levels }, () => new Tally())
@@ -295,7 +272,7 @@ export class HeldOut {
       const level = new Map([...packed.imageSamples].map((sample, m) => [sample, packed.levels[m]]))
       for (const [i, { nll, tokens, coefficients }] of sampleLosses(model, packed, o.mix).entries()) {
         const sample = { samples: 1, nll, tokens, coefficients, pictures: Number(level.has(i)) }
-        const task = taskOf(this.data.record(indices[i]))
+        const task = taskOf(this.#data.record(indices[i]))
         if (!tasks.has(task)) tasks.set(task, new Tally())
         for (const tally of [all, levels[level.get(i) ?? -1], tasks.get(task)]) tally?.add(sample)
       }
@@ -314,39 +291,39 @@ export class HeldOut {
       for (const { record } of this.#shown) answers.push({ id: record.id, text: await this.#answer(record) })
       return answers
     } catch (e) {
-      if (this.o.signal?.aborted) return null
+      if (this.#o.signal?.aborted) return null
       throw e
     }
   }
 
   async #answer(record: DataRecord): Promise<string> {
-    const { o, phase, model } = this
+    const [model, o] = [this.#model, this.#o]
     const [system] = record.conversations
-    const image = record.image === null ? undefined : readPicture(this.data.picture(record.image))
+    const image = record.image === null ? undefined : readPicture(this.#data.picture(record.image))
     const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
     const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
-      style: phase.style,
-      pad: phase.pad,
+      style: o.style,
+      pad: o.pad,
       mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
       temperature: 0, // the most likely answer, whatever generation_config.json says
       maxNewTokens: SAMPLE_TOKENS,
       signal: o.signal,
       ...(system.from === 'system' && { system: system.value }),
-      ...(phase.style === 'plain' && { stop: ['\n'] }), // a caption ends with its line
+      ...(o.style === 'plain' && { stop: ['\n'] }), // a caption ends with its line
     })
     return text
   }
 
   /** Records from all over the held-out ones, and samples.json with their pictures. Those that cannot be used are left out. */
   async #choose(): Promise<Shown[]> {
-    const { data, o } = this
+    const [data, o] = [this.#data, this.#o]
     const count = Math.min(SAMPLES, data.length)
     const candidates = Array.from({ length: count }, (_, i) => data.record(Math.floor((i * data.length) / count)))
     const shown: Shown[] = []
     for (const record of candidates) if (this.#fits(record)) shown.push(...(await this.#look(record)))
     const described = shown.map(({ record, picture }) => {
       const { question: asked, answer: expected } = firstTurns(record)
-      const question = this.phase.style === 'plain' ? '' : asked // which leaves questions out
+      const question = this.#o.style === 'plain' ? '' : asked // which leaves questions out
       return { id: record.id, task: taskOf(record), level: record.similarity, question, expected, picture }
     })
     if (o.out) writeJsonFile(path.join(o.out, 'samples.json'), described)
@@ -354,37 +331,21 @@ export class HeldOut {
   }
 
   #fits(record: DataRecord): boolean {
-    const { model, phase } = this
-    const { fullLength } = buildSample(record, model.tokenizer, { style: phase.style, patches: model.patches })
+    const [model, o] = [this.#model, this.#o]
+    const { fullLength } = buildSample(record, model.tokenizer, { style: o.style, patches: model.patches })
     return fullLength <= model.config.tokenizer_model_max_length
   }
 
   async #look(record: DataRecord): Promise<Shown[]> {
     if (record.image === null) return [{ record, picture: null }]
-    const source = this.data.picture(record.image)
+    const source = this.#data.picture(record.image)
     try {
-      await loadPixels(this.model, readPicture(source))
+      await loadPixels(this.#model, readPicture(source))
       return [{ record, picture: await thumbnail(source, THUMBNAIL) }]
     } catch {
       return [] // among the bad ones, as the loader found it
     }
   }
-}
-
-/** Where the best model of a run is. */
-const bestFolder = (out: string): string => path.join(out, 'best')
-
-/** What a killed save left beside the files that count. */
-function removeUnfinished(folder: string): void {
-  const names = fs.existsSync(folder) ? fs.readdirSync(folder) : []
-  for (const n of names) if (/\.tmp-\d+-[0-9a-f]+$/.test(n)) fs.rmSync(path.join(folder, n))
-}
-
-function copyFolder(from: string, to: string): void {
-  const temporary = `${to}.tmp`
-  for (const old of [temporary, to]) fs.rmSync(old, { recursive: true, force: true })
-  fs.cpSync(from, temporary, { recursive: true })
-  fs.renameSync(temporary, to)
 }
 
 /** The tasks with the most samples, the others as one. */

@@ -7,11 +7,11 @@ import { backward, type Device, type Dtype, noGrad, scope, type Tensor, tensor, 
 import type { Linear } from '../nn/layers.js'
 import { isAdapter } from '../nn/lora.js'
 import { type Init, Module, ParameterSource } from '../nn/module.js'
-import type { ChatStyle } from '../processing/conversation/styles.js'
+import { CHAT_STYLES, type ChatStyle } from '../processing/conversation/styles.js'
 import type { Preprocess } from '../processing/image/preprocess.js'
 import type { PreprocessorConfig } from '../processing/preprocessor-config.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
-import { AlignGPTError } from '../util/errors.js'
+import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import {
   AlignIndicators,
   type BatchTensors,
@@ -109,7 +109,7 @@ export class AlignGPTNetwork extends Module {
   readonly #language: LanguageModel
   readonly #vision: VisionTower
   readonly #projector: Projector
-  readonly #parts: Parts
+  #parts: Parts
   readonly dtype: Dtype
   /** where the weights are and the work is done */
   readonly device: Device
@@ -182,6 +182,12 @@ export class AlignGPTNetwork extends Module {
   /** The style of instruction tuning and of answers (config.json's `conversation`). */
   get conversation(): ChatStyle {
     return this.#parts.conversation
+  }
+  /** A model that is tuned in another style answers in it from then on, and is saved so. */
+  set conversation(style: ChatStyle) {
+    if (!CHAT_STYLES.includes(style))
+      throw mismatch('ERR_ARGUMENT', 'AlignGPT', 'conversation', CHAT_STYLES.join(' or '), show(style))
+    this.#parts = { ...this.#parts, conversation: style }
   }
   /**
    * Rows that a prompt and its answer may have together: what the tokenizer's settings (`tokenizer_model_max_length`, the longest

@@ -43,9 +43,12 @@ export function readTensor(e: TensorEntry, shape: readonly number[], { dtype, de
   return t
 }
 
-/** A tensor for a safetensors file, under a name; `value` makes what is written in its place when its turn has come. */
-export function tensorToWrite(name: string, t: Tensor, value: () => Tensor = () => t): TensorToWrite {
-  const dtype = t.dtype === 'bf16' ? 'BF16' : t.dtype === 'f64' ? 'F64' : 'F32'
+/**
+ * A tensor for a safetensors file, under a name; `value` makes what is written in its place when its turn has come.
+ * @param as what `value` has, by default the dtype of `t`
+ */
+export function tensorToWrite(name: string, t: Tensor, value = (): Tensor => t, as = t.dtype): TensorToWrite {
+  const dtype = as === 'bf16' ? 'BF16' : as === 'f64' ? 'F64' : 'F32'
   const write = (file: string, offset: number): void => scope(() => native.writeFile(value().h, file, offset))
   return { name, dtype, shape: t.shape, write }
 }

@@ -1,10 +1,13 @@
 /** AlignGPT models as folders in the official layout. */
 import fs from 'node:fs'
 import path from 'node:path'
+import { cast } from '../core/ops.js'
 import { writeSafetensors } from '../formats/safetensors.js'
+import type { Module } from '../nn/module.js'
 import { mergedWeights } from './adapters.js'
 import type { AlignGPTNetwork } from './aligngpt.js'
 import { writeAlignGPTConfig } from './config/aligngpt.js'
+import { tensorToWrite } from './parameter-sources.js'
 
 const torchNames: Record<string, string> = { f32: 'float32', bf16: 'bfloat16', f64: 'float64' }
 
@@ -24,6 +27,17 @@ export function copyFiles(from: string, to: string, names: readonly string[]): v
     const file = path.join(from, name)
     if (fs.existsSync(file)) fs.copyFileSync(file, path.join(to, name))
   }
+}
+
+/**
+ * Writes the parameters of a module under their own names into `dir`/model.safetensors.
+ * @param dtype of the file; by default that of each parameter
+ */
+export function saveWeights(dir: string, module: Module, dtype?: 'f32' | 'bf16'): void {
+  const tensors = [...module.namedParameters()].map(([name, t]) =>
+    tensorToWrite(name, t, () => (dtype ? cast(t, dtype) : t), dtype),
+  )
+  writeSafetensors(path.join(dir, 'model.safetensors'), tensors)
 }
 
 /**

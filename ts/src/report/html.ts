@@ -1,5 +1,4 @@
 /** What the HTML pages share. A page holds all it shows: no script, no link, no font, so it can be kept and passed on. */
-import { type PictureSource, readPicture } from '../processing/image/source.js'
 
 /** Text that can stand anywhere in HTML; control characters and changes of direction become spaces. */
 export const escapeHtml = (text: string): string =>
@@ -34,11 +33,3 @@ export const htmlPage = (title: string, style: string, body: string): string => 
 ${body}
 </main></body></html>
 `
-
-/** The picture, at most so many pixels wide and high, as a data URI. @throws ERR_IMAGE, or sharp's error when it is none */
-export async function thumbnail(source: PictureSource, side: number): Promise<string> {
-  const { default: sharp } = await import('sharp') // a page without pictures does not need it
-  const resize = { width: side, height: side, fit: 'inside', withoutEnlargement: true } as const
-  const small = sharp(readPicture(source)).resize(resize).webp({ quality: 80 })
-  return `data:image/webp;base64,${(await small.toBuffer()).toString('base64')}`
-}

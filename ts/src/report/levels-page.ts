@@ -3,7 +3,8 @@ import fs from 'node:fs'
 import path from 'node:path'
 import type { Buckets, Levels } from '../levels/bucket.js'
 import type { LevelExample } from '../levels/clip-scores.js'
-import { escapeHtml, htmlPage, thumbnail } from './html.js'
+import { thumbnail } from '../processing/image/thumbnail.js'
+import { escapeHtml, htmlPage } from './html.js'
 
 export interface LevelsPage extends Pick<Levels, 'edges' | 'histogram'> {
   data: string

@@ -1,200 +1,67 @@
-/**
- * Forward and backward of micro-batches. On a GPU one of them can be launched as a graph (ALIGNGPT_CUDA_GRAPHS=1): batches are padded so
- * that few shapes occur (padBatch), and each shape is recorded when it is met first.
- */
+/** Forward and backward of the micro-batches of a step. */
+import { setImmediate as turn } from 'node:timers/promises'
+import { scope, Tensor } from '../core/tensor.js'
+import type { MicroResult, TrainableModel } from './types.js'
 
-import { native } from '../core/native.js'
-import { Graph, scope, type Tensor, tensor, wantsGraphs, zeros } from '../core/tensor.js'
-import { checkLevels, type Mix, pixelShape } from '../models/align.js'
-import type { AlignGPTNetwork, LossOptions } from '../models/aligngpt.js'
-import { BATCH_TENSORS, type BatchTensor, type PackedBatch, padBatch } from '../models/packed-batch.js'
-import type { Parameter } from '../nn/adamw.js'
-import { mismatch } from '../util/errors.js'
-
-/** Recorded shapes that are kept. */
-const GRAPHS = 16
-
-/** What a micro-batch gave: its share of the step's loss, and the weights [N] of the alignment vectors summed over its pictures. */
-export interface MicroStep {
+/** What a step's micro-batches gave. */
+export interface Accumulated<B> {
+  /** of the step */
   loss: number
-  coefficients: number[]
+  /** the shares of those that were run */
+  losses: number[]
+  /** those that were run: the others have no term of the loss */
+  ran: B[]
 }
 
-/** Results on the device, read when the step has been enqueued. */
-interface Pending {
-  loss: Tensor
-  coefficients: Tensor
-}
+const tensorsOf = (result: MicroResult): Tensor[] =>
+  Object.values(result).filter((value): value is Tensor => value instanceof Tensor)
 
-type Inputs = Required<Pick<LossOptions, 'tensors' | 'scale'>>
+/** Runs micro-batches one step after the other; gradients are collected in the parameters. */
+export class MicroSteps<B, R extends MicroResult> {
+  readonly #model: TrainableModel<B, R>
+  readonly #lossNorm: 'batch' | 'micro'
+  #results: R[] = []
 
-/** Whether all that a micro-batch computes can be launched again: weights that are given, and a gate that is assembled from parts, come from the host. */
-const recordable = (model: AlignGPTNetwork, mix: Mix): boolean =>
-  (mix.mode === 'level' && mix.level === undefined) || (mix.mode === 'gate' && model.config.mm_gate_type === 'mlp')
-
-/** Forward and backward of the micro-batches of one step after the other, gradients collected in the parameters. */
-export class MicroSteps {
-  readonly #graphs: Graphs | null
-  #pending: Pending[] = []
-
-  constructor(
-    readonly model: AlignGPTNetwork,
-    private readonly mix: Mix,
-    private readonly parameters: readonly Parameter[],
-    private readonly recompute = false,
-  ) {
-    this.#graphs = wantsGraphs(model.device) && recordable(model, mix) ? new Graphs(model, mix, recompute) : null
+  /** @param lossNorm mean over the terms of the step, or mean of the micro-batches' means */
+  constructor(model: TrainableModel<B, R>, lossNorm: 'batch' | 'micro' = 'batch') {
+    this.#model = model
+    this.#lossNorm = lossNorm
   }
 
-  /** Enqueues a micro-batch; its loss is the sum over its labelled rows divided by `denominator`. */
-  run(batch: PackedBatch, denominator: number): void {
-    const { model, mix, recompute } = this
-    // A graph adds to the gradients always: they begin as zeros, which grad() makes of those that count no longer.
-    if (this.#graphs && !this.#pending.length) for (const p of this.parameters) scope(() => void p.tensor.grad())
-    const result = this.#graphs
-      ? this.#graphs.run(batch, denominator)
-      : model.lossAndGradients(batch, mix, { denominator, recompute })
-    this.#pending.push({ loss: result.loss.persist(), coefficients: result.coefficients.persist() })
+  /** What the micro-batches since `clear` gave; their tensors live until the next one. */
+  get results(): readonly R[] {
+    return this.#results
   }
 
-  /** The results of the micro-batches since the last time. */
-  read(): MicroStep[] {
-    const { levels } = this.model
-    try {
-      return this.#pending.map(({ loss, coefficients }) => {
-        const sums = new Array<number>(levels).fill(0)
-        for (const [i, c] of coefficients.toFloats().entries()) sums[i % levels] += c
-        return { loss: loss.item(), coefficients: sums }
-      })
-    } finally {
-      this.#drop()
+  /** All of a step; others get their turn in between. */
+  async accumulate(batches: readonly B[]): Promise<Accumulated<B>> {
+    const model = this.#model
+    const counted = batches.map((batch) => ({ batch, terms: model.terms ? model.terms(batch) : 1 }))
+    const ran = counted.filter(({ terms }) => terms > 0)
+    const total = ran.reduce((n, { terms }) => n + terms, 0)
+    for (const [i, { batch, terms }] of ran.entries()) {
+      if (i) await turn()
+      this.run(batch, this.#lossNorm === 'micro' ? ran.length * terms : total)
     }
+    // a GPU is waited for here, when all of the step is under way
+    const losses = this.#results.map((r) => r.loss.item())
+    return { loss: losses.reduce((a, b) => a + b, 0), losses, ran: ran.map(({ batch }) => batch) }
   }
 
-  #drop(): void {
-    for (const { loss, coefficients } of this.#pending) for (const t of [loss, coefficients]) t.dispose()
-    this.#pending = []
-  }
-
-  dispose(): void {
-    this.#drop()
-    this.#graphs?.dispose()
-  }
-}
-
-interface Recorded {
-  graph: Graph<Pending>
-  rows: number
-  /** the tables that the recorded work reads, whichever the model has by then */
-  rotary: Tensor[]
-}
-
-/** Recorded micro-batches, one for each shape, which all work in the same memory. */
-class Graphs {
-  /** the one launched last at the end */
-  readonly #recorded = new Map<string, Recorded>()
-  readonly #inputs = new Map<string, Tensor>()
-  #warm = false
-
-  constructor(
-    private readonly model: AlignGPTNetwork,
-    private readonly mix: Mix,
-    private readonly recompute: boolean,
-  ) {}
-
-  /** Results in the scope of the call. */
-  run(batch: PackedBatch, denominator: number): Pending {
-    const b = padBatch(batch)
-    if (!this.#warm) {
-      this.#warm = true // what is loaded and chosen when it is used first is there before anything is recorded
-      return this.model.lossAndGradients(b, this.mix, { denominator, recompute: this.recompute })
+  /** Enqueues one micro-batch. */
+  run(batch: B, denominator: number): void {
+    const micro = this.#results.length
+    const one = (): R => {
+      const result = this.#model.lossAndGradients(batch, { denominator, micro })
+      for (const t of tensorsOf(result)) t.persist()
+      return result
     }
-    const { graph } = this.#recordedFor(b, this.#write(b, denominator))
-    graph.launch()
-    return scope(() => ({ loss: copyOf(graph.result.loss), coefficients: copyOf(graph.result.coefficients) }))
+    this.#results.push(scope(one))
   }
 
-  /** Puts the batch where the recorded work finds it. What ops check when they are recorded, and a batch may have otherwise, is checked here. */
-  #write(b: PackedBatch, denominator: number): Inputs {
-    if (this.mix.mode === 'level') checkLevels(b, this.model.levels)
-    this.#checkIds(b)
-    const at = new Map(BATCH_TENSORS.map((key) => [key, this.#input(key, b)]))
-    const scale = this.#kept('scale', () => zeros([1], 'f32', this.model.device))
-    scale.write(Float32Array.of(1 / denominator))
-    return { tensors: (key) => at.get(key) as Tensor, scale }
+  /** Frees the results of a step. */
+  clear(): void {
+    for (const result of this.#results) for (const t of tensorsOf(result)) t.dispose()
+    this.#results = []
   }
-
-  /** A tokenizer may know more than the embedding table has. */
-  #checkIds(b: PackedBatch): void {
-    const [vocabulary] = this.model.language.embeddings.shape
-    for (const key of ['tokens', 'lossTargets', 'gateIds'] as const) {
-      const highest = b[key].reduce((a, id) => Math.max(a, id), 0)
-      if (highest >= vocabulary) throw mismatch('ERR_RANGE', 'AlignGPT', key, `ids below ${vocabulary}`, `${highest}`)
-    }
-  }
-
-  #input(key: BatchTensor, b: PackedBatch): Tensor {
-    if (key !== 'pixels') {
-      const t = this.#kept(`${key} ${b[key].length}`, () => tensor(b[key]))
-      t.write(b[key])
-      return t
-    }
-    const t = this.#kept(`pixels ${b.pixels.length}`, () => zeros(pixelShape(b), 'f32', this.model.device))
-    t.write(b.pixels)
-    return t
-  }
-
-  #kept(name: string, make: () => Tensor): Tensor {
-    const t = this.#inputs.get(name) ?? make().persist()
-    this.#inputs.set(name, t)
-    return t
-  }
-
-  #recordedFor(b: PackedBatch, inputs: Inputs): Recorded {
-    const key = BATCH_TENSORS.map((k) => b[k].length).join()
-    let recorded = this.#recorded.get(key)
-    if (!recorded) {
-      // The largest is recorded first, for the others find their memory there: fewer bytes in blocks that are large enough.
-      if ([...this.#recorded.values()].some(({ rows }) => rows < b.tokens.length)) this.#forget(GRAPHS)
-      else this.#forget(this.#recorded.size + 1 - GRAPHS)
-      recorded = this.#record(b, inputs)
-    }
-    this.#recorded.delete(key)
-    this.#recorded.set(key, recorded)
-    return recorded
-  }
-
-  #record(b: PackedBatch, inputs: Inputs): Recorded {
-    const { model, mix, recompute } = this
-    const { cos, sin } = model.language.rotary(model.config.tokenizer_model_max_length)
-    const rotary = [cos, sin].map((t) => t.detach().persist())
-    const [beside] = this.#recorded.values()
-    if (!beside) native.trim(model.device) // blocks of other sizes are of no use to it
-    const work = (): Pending => {
-      const { loss, coefficients } = model.lossAndGradients(b, mix, { denominator: 1, ...inputs, recompute })
-      return { loss: loss.persist(), coefficients: coefficients.persist() }
-    }
-    return { graph: new Graph(model.device, work, beside?.graph), rows: b.tokens.length, rotary }
-  }
-
-  /** Drops those that were launched longest ago. */
-  #forget(count: number): void {
-    for (const [key, { graph, rotary }] of [...this.#recorded].slice(0, Math.max(count, 0))) {
-      graph.dispose()
-      for (const t of [graph.result.loss, graph.result.coefficients, ...rotary]) t.dispose()
-      this.#recorded.delete(key)
-    }
-  }
-
-  dispose(): void {
-    this.#forget(GRAPHS)
-    for (const t of this.#inputs.values()) t.dispose()
-    this.#inputs.clear()
-  }
-}
-
-function copyOf(t: Tensor): Tensor {
-  const copy = zeros(t.shape, t.dtype, t.device)
-  native.copy(copy.h, t.h)
-  return copy
 }

@@ -1,13 +1,5 @@
-/** What watches over the steps of a run: outliers are skipped, and what was not a number can be looked at. */
-import fs from 'node:fs'
-import path from 'node:path'
-import { native } from '../core/native.js'
-import { scope } from '../core/tensor.js'
-import { type StoredDtype, type TensorToWrite, writeSafetensors } from '../formats/safetensors.js'
-import type { PackedBatch } from '../models/packed-batch.js'
-import type { Parameter } from '../nn/adamw.js'
+/** Steps that are out of the ordinary, found by their loss and gradient norm. */
 import { AlignGPTError } from '../util/errors.js'
-import { writeJsonFile } from '../util/json.js'
 
 export interface OutlierOptions {
   /** steps that are compared with, default 100 */
@@ -86,65 +78,4 @@ export class Outliers {
     if (out) this.#state.skipped++
     return out
   }
-}
-
-/** Records of some batches with their pictures, for a message. */
-export function describeRecords(batches: readonly PackedBatch[]): string {
-  const names = batches.flatMap((b) => {
-    const pictures = new Map([...b.imageSamples].map((sample, m) => [sample, b.images[m]]))
-    return b.ids.map((id, i) => (pictures.has(i) ? `${id} (${pictures.get(i)})` : id))
-  })
-  return `${names.slice(0, 32).join(', ')}${names.length > 32 ? ` and ${names.length - 32} more` : ''}`
-}
-
-const FIELDS = ['tokens', 'labels', 'offsets', 'positions', 'imageRows', 'alignRows', 'levels', 'pixels'] as const
-
-function batchTensors(b: PackedBatch): TensorToWrite[] {
-  return FIELDS.map((name) => {
-    const data = b[name]
-    const shape = name === 'pixels' ? [b.imageRows.length, 3, b.imageSize, b.imageSize] : [data.length]
-    const dtype: StoredDtype = data instanceof Float32Array ? 'F32' : 'I32'
-    return { name, dtype, shape, data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength) }
-  })
-}
-
-/** Norm of a tensor; where it is not finite, how many elements are not. */
-function finiteness(handle: number): { norm: number; notFinite: number } {
-  return scope(() => {
-    const norm = Math.sqrt((native.read(native.sumSquares([handle])) as Float64Array)[0])
-    let notFinite = 0
-    if (!Number.isFinite(norm))
-      for (const x of native.read(handle) as Float32Array) if (!Number.isFinite(x)) notFinite++
-    return { norm, notFinite }
-  })
-}
-
-/**
- * Leaves in a folder what a step consisted of: step.json with the numbers, the records and the norm of each parameter and its
- * gradient, and a safetensors file with the rows and pixels of each micro-batch.
- */
-export function dumpStep(
-  folder: string,
-  numbers: Record<string, unknown>,
-  batches: readonly PackedBatch[],
-  parameters: readonly Parameter[],
-): void {
-  fs.mkdirSync(folder, { recursive: true })
-  for (const [i, b] of batches.entries()) writeSafetensors(path.join(folder, `batch-${i}.safetensors`), batchTensors(b))
-  // JSON has no NaN: numbers that are not finite are written as text
-  const plain = (x: number): number | string => (Number.isFinite(x) ? x : String(x))
-  const shown = (handle: number | null) => {
-    if (handle === null) return null
-    const { norm, notFinite } = finiteness(handle)
-    return { norm: plain(norm), notFinite }
-  }
-  writeJsonFile(path.join(folder, 'step.json'), {
-    ...Object.fromEntries(Object.entries(numbers).map(([k, v]) => [k, typeof v === 'number' ? plain(v) : v])),
-    batches: batches.map((b) => ({ ids: b.ids, images: b.images })),
-    parameters: parameters.map(({ name, tensor }) => ({
-      name,
-      weight: shown(tensor.h),
-      gradient: scope(() => shown(native.grad(tensor.h))),
-    })),
-  })
 }

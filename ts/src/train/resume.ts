@@ -4,27 +4,26 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { type Device, native, nativeFile } from '../core/native.js'
-import type { AlignGPTNetwork } from '../models/aligngpt.js'
+import type { Tensor } from '../core/tensor.js'
 import type { AdamW, StateTensor } from '../nn/adamw.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { version } from '../util/package.js'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
-import type { Phase } from './phases.js'
-
-const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
+import { intervalOf } from './run-settings.js'
 
 /** Steps, or milliseconds. @throws AlignGPTError ERR_ARGUMENT */
 export function parseInterval(value: number | string): { steps: number } | { ms: number } {
-  const [, count, unit] = /^(\d+(?:\.\d+)?)([smh]?)$/.exec(String(value)) ?? []
-  const n = Number(count)
-  if (n > 0 && unit) return { ms: n * UNITS[unit] }
-  if (n > 0 && Number.isInteger(n)) return { steps: n }
+  const found = intervalOf(value)
+  if (found) return found
   throw mismatch('ERR_ARGUMENT', 'train', 'saveEvery', "a number of steps or a time such as '10m'", show(value))
 }
 
 /** When to save. */
 export class Schedule {
+  readonly #saveEvery: number | string | null
+  readonly #steps: number
+  readonly #refuse: boolean
   readonly #every: ReturnType<typeof parseInterval> | null
   #from = performance.now()
 
@@ -34,11 +33,10 @@ export class Schedule {
    * @param refuse an interval that the run ends before
    * @throws AlignGPTError ERR_ARGUMENT
    */
-  constructor(
-    private readonly saveEvery: number | string | null,
-    private readonly steps: number,
-    private readonly refuse: boolean,
-  ) {
+  constructor(saveEvery: number | string | null, steps: number, refuse: boolean) {
+    this.#saveEvery = saveEvery
+    this.#steps = steps
+    this.#refuse = refuse
     this.#every = saveEvery === null ? null : parseInterval(saveEvery)
     if (this.#every && 'steps' in this.#every && this.#every.steps > steps) this.#tooLong(`one of ${steps} steps`)
   }
@@ -46,13 +44,13 @@ export class Schedule {
   /** The time of one step, as soon as it is known. @throws AlignGPTError ERR_ARGUMENT */
   measured(seconds: number): void {
     if (!this.#every || !('ms' in this.#every)) return
-    const whole = seconds * this.steps
+    const whole = seconds * this.#steps
     if (whole * 1000 < this.#every.ms) this.#tooLong(`one of about ${whole.toFixed(0)} s`)
   }
 
   #tooLong(run: string): void {
-    if (!this.refuse) return
-    const got = `${this.saveEvery}: nothing would be saved before the end (allowLongInterval: true if that is meant)`
+    if (!this.#refuse) return
+    const got = `${this.#saveEvery}: nothing would be saved before the end (allowLongInterval: true if that is meant)`
     throw mismatch('ERR_ARGUMENT', 'train', 'saveEvery', `an interval within the run, ${run}`, got)
   }
 
@@ -76,18 +74,14 @@ export function maker(device: Device): Maker {
   return { version: version(), build, level: `${name} ${level}` }
 }
 
-/** Saved whatever a phase trains: what AlignGPT adds to its two towers. */
-const ALWAYS_SAVED = ['projector', 'table', 'gate'] as const
-
-/** Every tensor that a run changes or that must not get lost. */
-export function savedTensors(
-  model: AlignGPTNetwork,
-  { trainable }: Pick<Phase, 'trainable'>,
+/** The tensors of a checkpoint: weights, and what the optimizer needs besides. */
+export const checkpointTensors = (
+  weights: readonly { name: string; tensor: Tensor }[],
   optimizer: AdamW,
-): StateTensor[] {
-  const weights = model.partParameters(...trainable, ...ALWAYS_SAVED)
-  return [...weights.map(([name, tensor]): StateTensor => ({ file: 'weights', name, tensor })), ...optimizer.state()]
-}
+): StateTensor[] => [
+  ...weights.map(({ name, tensor }): StateTensor => ({ file: 'weights', name, tensor })),
+  ...optimizer.state(),
+]
 
 /** Where the checkpoints of a run are. */
 export const checkpointFolder = (out: string): string => path.join(out, 'checkpoints')

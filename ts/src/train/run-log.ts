@@ -1,19 +1,10 @@
-/** What a run says of each step: log.jsonl always, TensorBoard's event files where asked for, a bar on a terminal. */
+/** What a run writes of each step and evaluation: log.jsonl, and TensorBoard's event files where asked for. */
 import fs from 'node:fs'
 import path from 'node:path'
-import { Bar } from '../cli/progress.js'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
 import { EventFile } from '../formats/tfevents.js'
 import { writeAtomicText } from '../util/files.js'
-import type { StepInfo } from './trainer.js'
-
-interface LogOptions {
-  out?: string
-  tensorboard?: boolean
-  progress?: boolean
-  steps: number
-  onMessage: (text: string) => void
-}
+import type { LoopStep, RunSink, StepInfo } from './types.js'
 
 /** The numbers of a step that TensorBoard draws. */
 function scalars(s: StepInfo): Record<string, number> {
@@ -34,64 +25,86 @@ function evaluationScalars({ loss, levels = [], tasks = {} }: EvaluationInfo): R
   return Object.fromEntries([['eval/loss', loss], ...losses, ...gate])
 }
 
-export class Log {
-  #bar: Bar | undefined
-  #events: EventFile | undefined
-  #broken = false
-  #eventsBroken = false
-  private constructor(
-    private readonly phase: string,
-    private readonly file: string | undefined,
-    private readonly tell: (text: string) => void,
-  ) {}
+/** Says once that writing fails, until it works again: a full disk is no reason to stop training. */
+class Careful {
+  readonly #file: string
+  readonly #tell: (text: string) => void
+  /** whether the last attempt failed */
+  broken = false
+
+  constructor(file: string, tell: (text: string) => void) {
+    this.#file = file
+    this.#tell = tell
+  }
+  try(write: () => void): void {
+    try {
+      write()
+      this.broken = false
+    } catch (e) {
+      if (!this.broken) this.#tell(`${this.#file}: ${(e as Error).message}; training goes on`)
+      this.broken = true
+    }
+  }
+}
+
+interface LogOptions {
+  /** folder of the run */
+  out: string
+  tell: (text: string) => void
+}
+
+/** log.jsonl: a line of JSON for each step and each evaluation. */
+export class StepLog implements RunSink {
+  readonly #file: string
+  readonly #phase: string
+  readonly #careful: Careful
 
   /**
    * @param start steps a continued run has done: what the log says of them stays, what a killed run did beyond them goes
    * @param evaluated of those, at the last evaluation
    */
-  static async open(phase: string, o: LogOptions, start: number, evaluated = 0): Promise<Log> {
-    const log = new Log(phase, o.out && path.join(o.out, 'log.jsonl'), o.onMessage)
-    if (o.out && log.file) {
-      fs.mkdirSync(o.out, { recursive: true })
-      writeAtomicText(log.file, start > 0 && fs.existsSync(log.file) ? linesBefore(log.file, start, evaluated) : '')
-      if (o.tensorboard) log.#events = new EventFile(o.out, start)
-    }
-    if (o.progress ?? process.stderr.isTTY) log.#bar = await Bar.open(phase, o.steps, start)
-    return log
+  constructor(o: LogOptions & { phase: string }, start: number, evaluated = 0) {
+    this.#file = path.join(o.out, 'log.jsonl')
+    this.#phase = o.phase
+    this.#careful = new Careful(this.#file, o.tell)
+    const kept = start > 0 && fs.existsSync(this.#file) ? linesBefore(this.#file, start, evaluated) : ''
+    writeAtomicText(this.#file, kept)
+  }
+  step(s: LoopStep): void {
+    this.#append({ phase: this.#phase, ...s })
+  }
+  /** @param info with the step it came after, which a continued run looks for */
+  evaluation(info: unknown): void {
+    const { step, steps, ...evaluation } = info as Record<string, unknown>
+    this.#append({ phase: this.#phase, step, steps, evaluation })
+  }
+  end(): void {}
+
+  #append(line: Record<string, unknown>): void {
+    const text = JSON.stringify({ ...line, time: new Date().toISOString() })
+    const careful = this.#careful
+    careful.try(() => fs.appendFileSync(this.#file, `${careful.broken ? '\n' : ''}${text}\n`))
+  }
+}
+
+/** TensorBoard's event files of a phase. */
+export class EventLog implements RunSink<StepInfo, EvaluationInfo> {
+  readonly #events: EventFile
+  readonly #careful: Careful
+
+  /** @param start steps a continued run has done */
+  constructor({ out, tell }: LogOptions, start: number) {
+    this.#events = new EventFile(out, start)
+    this.#careful = new Careful(this.#events.file, tell)
   }
   step(s: StepInfo): void {
-    if (this.file) this.#append(this.file, JSON.stringify({ phase: this.phase, ...s, time: new Date().toISOString() }))
-    if (this.#events) this.#addEvent(this.#events, s.step, scalars(s))
-    this.#bar?.step(s)
+    this.#careful.try(() => this.#events.step(s.step, scalars(s)))
   }
-  evaluation({ step, steps, ...evaluation }: EvaluationInfo): void {
-    const line = { phase: this.phase, step, steps, evaluation, time: new Date().toISOString() }
-    if (this.file) this.#append(this.file, JSON.stringify(line))
-    if (this.#events) this.#addEvent(this.#events, step, evaluationScalars({ step, steps, ...evaluation }))
-    this.#bar?.evaluation(evaluation.loss)
-  }
-  /** A full disk is no reason to stop training. */
-  #append(file: string, line: string): void {
-    try {
-      fs.appendFileSync(file, `${this.#broken ? '\n' : ''}${line}\n`)
-      this.#broken = false
-    } catch (e) {
-      if (!this.#broken) this.tell(`${file}: ${(e as Error).message}; training goes on`)
-      this.#broken = true
-    }
-  }
-  #addEvent(events: EventFile, step: number, values: Record<string, number>): void {
-    try {
-      events.step(step, values)
-      this.#eventsBroken = false
-    } catch (e) {
-      if (!this.#eventsBroken) this.tell(`${events.file}: ${(e as Error).message}; training goes on`)
-      this.#eventsBroken = true
-    }
+  evaluation(e: EvaluationInfo): void {
+    this.#careful.try(() => this.#events.step(e.step, evaluationScalars(e)))
   }
   end(): void {
-    this.#events?.close()
-    this.#bar?.end()
+    this.#events.close()
   }
 }
 

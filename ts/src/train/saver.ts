@@ -16,6 +16,9 @@ import type { SaveAnswer, SaveJob } from './saver-worker.js'
 const MAX_FAILURES = 3
 
 export class Saver {
+  readonly folder: string
+  readonly #keep: number
+  readonly #tell: (text: string) => void
   #thread: Worker | null = null
   #flight: Promise<void> | null = null
   #failures = 0
@@ -27,11 +30,10 @@ export class Saver {
    * @param keep newest checkpoints that stay, at least 2
    * @param tell is told of a save that failed
    */
-  constructor(
-    readonly folder: string,
-    private readonly keep: number,
-    private readonly tell: (text: string) => void,
-  ) {
+  constructor(folder: string, keep: number, tell: (text: string) => void) {
+    this.folder = folder
+    this.#keep = keep
+    this.#tell = tell
     removeLeftovers(folder)
   }
 
@@ -53,8 +55,7 @@ export class Saver {
     } catch (e) {
       return this.#done(content.step, e instanceof Error ? e.message : String(e))
     }
-    const { folder, keep } = this
-    this.#flight = this.#write({ folder, keep, content, tensors: snapshot })
+    this.#flight = this.#write({ folder: this.folder, keep: this.#keep, content, tensors: snapshot })
   }
 
   /** Waits until nothing is being saved. @throws AlignGPTError ERR_SAVE after the third failure in a row */
@@ -114,7 +115,7 @@ export class Saver {
     }
     this.#failures++
     this.#reason = problem
-    this.tell(`checkpoint step-${step} was not saved (${this.#failures} in a row): ${problem}; training goes on`)
+    this.#tell(`checkpoint step-${step} was not saved (${this.#failures} in a row): ${problem}; training goes on`)
   }
 }
 

@@ -1,9 +1,13 @@
-/** A bar on the terminal. */
+/** A bar on the terminal, for a run in this thread and for one whose news come from another. */
 import type { SingleBar } from 'cli-progress'
-import type { StepInfo } from '../train/trainer.js'
+import type { RunSink, StepInfo } from './types.js'
 
-export class Bar {
-  private constructor(private readonly bar: SingleBar) {}
+export class Bar implements RunSink<StepInfo, { loss: number }> {
+  readonly #bar: SingleBar
+  /** Use open. */
+  constructor(bar: SingleBar) {
+    this.#bar = bar
+  }
 
   /** @param start steps that are done already */
   static async open(name: string, steps: number, start: number): Promise<Bar> {
@@ -14,13 +18,13 @@ export class Bar {
     return new Bar(bar)
   }
   step(s: StepInfo): void {
-    this.bar.update(s.step + 1, { loss: s.loss.toFixed(4), rate: s.tokensPerSecond.toFixed(0) })
+    this.#bar.update(s.step + 1, { loss: s.loss.toFixed(4), rate: s.tokensPerSecond.toFixed(0) })
   }
-  /** @param loss on held-out records */
-  evaluation(loss: number): void {
-    this.bar.update({ heldOut: ` (held out ${loss.toFixed(4)})` })
+  /** @param e loss on held-out records */
+  evaluation(e: { loss: number }): void {
+    this.#bar.update({ heldOut: ` (held out ${e.loss.toFixed(4)})` })
   }
   end(): void {
-    this.bar.stop()
+    this.#bar.stop()
   }
 }

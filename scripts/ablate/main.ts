@@ -10,13 +10,11 @@ import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { Command } from 'commander'
-import { complain, integer } from '../ts/src/cli/options.js'
-import { hearing } from '../ts/src/cli/signals.js'
-import { AlignGPTError } from '../ts/src/util/errors.js'
-import { type Base, type Cell, runCell, runCells, type Steps, table, VARIANTS, type Variant } from './ablate/cells.js'
-import { TESTS } from './quickstart/records.js'
-import { SCORES, VISION } from './quickstart/settings.js'
+import { AlignGPTError } from 'aligngpt'
+import { Command, InvalidArgumentError } from 'commander'
+import { TESTS } from '../quickstart/records.js'
+import { SCORES, VISION } from '../quickstart/settings.js'
+import { type Base, type Cell, runCell, runCells, type Steps, table, VARIANTS, type Variant } from './cells.js'
 
 const STEPS: Record<'full' | 'fast', Steps> = {
   full: { pretrain: 100, finetune: 800 },
@@ -47,18 +45,40 @@ function openBase(dir: string, fast: boolean): Base {
 
 function quickstart(dir: string, fast: boolean): void {
   console.log(`${dir} holds no finished quickstart: running it first`)
-  const script = fileURLToPath(new URL('quickstart.ts', import.meta.url))
+  const script = fileURLToPath(new URL('../quickstart/main.ts', import.meta.url))
   const args = ['--import', 'tsx', script, '--out', dir, ...(fast ? ['--fast'] : [])]
   const { status, signal } = spawnSync(process.execPath, args, { stdio: 'inherit' })
   if (status !== 0)
     throw new AlignGPTError('ERR_DATA', `[ablate] quickstart: expected status 0, got ${signal ?? status}`)
 }
 
+function count(text: string): number {
+  const n = Number(text)
+  if (!Number.isInteger(n) || n < 1) throw new InvalidArgumentError('expected an integer > 0')
+  return n
+}
+
+/** Aborted by the first SIGINT or SIGTERM, which is then the process's exit status; the second ends the process. */
+function interruptible(): AbortSignal {
+  const controller = new AbortController()
+  for (const [name, status] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const)
+    process.on(name, () => {
+      if (controller.signal.aborted) process.exit(status)
+      process.exitCode = status
+      console.error(`\n${name}: leaving the cell that runs; those before it are kept (once more to stop at once)`)
+      controller.abort()
+    })
+  return controller.signal
+}
+
 async function main(): Promise<void> {
   const command = new Command('ablate')
     .description('the ablations of the paper on the data of the quickstart')
     .option('--fast', 'few steps on little data: shows the way, its numbers mean nothing', false)
-    .option('--seeds <n>', 'seeds of each variant', integer, 3)
+    .option('--seeds <n>', 'seeds of each variant', count, 3)
     .option('--only <names>', `some of ${VARIANTS.map((v) => v.name).join(', ')}`)
     .option('--out <dir>', 'where results and table go (runs/ablate)')
     .option('--base <dir>', 'folder of a quickstart (runs/quickstart)')
@@ -68,8 +88,7 @@ async function main(): Promise<void> {
   const [out, dir] = [o.out ?? `runs/ablate${suffix}`, o.base ?? `runs/quickstart${suffix}`].map((d) => path.resolve(d))
   const names: string[] | undefined = o.only?.split(',')
   const unknown = names?.find((n) => !VARIANTS.some((v) => v.name === n))
-  if (unknown !== undefined || o.seeds < 1)
-    command.error(unknown !== undefined ? `--only: ${unknown} is no variant` : '--seeds: expected at least 1')
+  if (unknown !== undefined) command.error(`--only: ${unknown} is no variant`)
   const variants = VARIANTS.filter((v) => names?.includes(v.name) ?? true)
   const seeds = Array.from({ length: o.seeds }, (_, i) => i + 1)
 
@@ -84,13 +103,12 @@ async function main(): Promise<void> {
     return cell
   }
   const file = path.join(out, 'cells.jsonl')
-  const cells = await hearing('leaving the cell that runs; those before it are kept', ({ signal }) =>
-    runCells(variants, seeds, steps, file, (v, seed) => one(v, seed, signal)).catch((e) => {
-      if (e !== signal.reason) throw e
-      console.error('stopped: the same command goes on from the finished cells')
-      return null
-    }),
-  )
+  const signal = interruptible()
+  const cells = await runCells(variants, seeds, steps, file, (v, seed) => one(v, seed, signal)).catch((e) => {
+    if (e !== signal.reason) throw e
+    console.error('stopped: the same command goes on from the finished cells')
+    return null
+  })
   if (!cells) return
   const text = table(cells)
   fs.writeFileSync(path.join(out, 'table.md'), `${text}\n`)
@@ -103,6 +121,7 @@ async function main(): Promise<void> {
 try {
   await main()
 } catch (e) {
-  complain(e)
+  const known = e instanceof AlignGPTError || (e as NodeJS.ErrnoException).syscall !== undefined
+  console.error(known ? `${(e as { code: string }).code} ${(e as Error).message}` : e)
   process.exitCode = 1
 }
