@@ -8,6 +8,7 @@ import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
 import { otherImages } from '../src/evaluation/blind.js'
 import { evaluate } from '../src/evaluation/evaluate.js'
+import { evaluateLoss } from '../src/evaluation/likelihood.js'
 import type { Question } from '../src/evaluation/questions.js'
 import type { Turn } from '../src/formats/record-file.js'
 import { generateBatch } from '../src/inference/generate.js'
@@ -119,13 +120,67 @@ describe('a question after other turns', () => {
     expect(answers.map((a) => a.given)).toEqual(said.map((g) => g.text))
     expect(said[0].text).not.toBe(said[1].text)
   })
-  test('a conversation that is too long is not asked and counts as wrong; the others are', async () => {
-    const long = turns(...new Array<string>(400).fill('word word word word word word'))
-    const question = { id: 'q', question: 'What colour?', answer: '?' }
-    const { answers, accuracy } = await evaluate(model, [{ ...question, history: long }, question], { maxNewTokens: 2 })
-    expect(answers[0]).toMatchObject({ given: '', correct: false })
-    expect(answers[0].problem).toMatch(/^a prompt of \d+ rows, the limit is \d+$/)
-    expect(answers[1].problem).toBeUndefined()
-    expect(accuracy).toBe(Number(answers[1].correct) / 2)
+})
+
+describe('what is too long is treated as in training', () => {
+  const asked = turns('word '.repeat(40))[0].value
+  const short = { id: 'short', question: 'Red?', answer: 'Yes', image: 'a00.png' }
+  /** The model with another `tokenizer_model_max_length`. */
+  async function limited(limit: number): Promise<AlignGPT> {
+    const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'evaluate-'))
+    fs.cpSync(path.join(base, 'model/aligngpt'), dir, { recursive: true })
+    const file = path.join(dir, 'config.json')
+    const config = JSON.parse(fs.readFileSync(file, 'utf8'))
+    fs.writeFileSync(file, JSON.stringify({ ...config, tokenizer_model_max_length: limit }))
+    const m = await AlignGPT.load(dir, { device: 'cpu', clip: path.join(base, 'model/clip') })
+    fs.rmSync(dir, { recursive: true })
+    return m
+  }
+  const record = (id: string, question: string, answer: string, image: string | null = 'a00.png') => ({
+    ...{ id, image, similarity: null, conversations: turns(question, answer) },
+  })
+  const lengthOf = (r: ReturnType<typeof record>): number =>
+    buildSample(r, model.tokenizer, { style: 'vicuna_v1', patches: model.patches }).fullLength
+
+  test('questions: closed ones and open ones are left out, named and not counted', async () => {
+    const m = await limited(lengthOf(record('r', 'Red?', 'Yes, it is.')) + 2)
+    const questions: Question[] = [
+      { ...short, id: 'closed', question: asked },
+      short,
+      { ...short, id: 'open', question: asked, answer: 'a cat' },
+      { ...short, id: 'said', answer: 'a cat' },
+    ]
+    const e = await evaluate(m, questions, { images, maxNewTokens: 64 })
+    const { answers, count, accuracy, leftOut, cut, blindAnswers } = e
+    m.dispose()
+    expect(leftOut.map((l) => l.id)).toEqual(['closed', 'open'])
+    expect(leftOut[0].reason).toMatch(/^no answer is left within \d+ rows$/)
+    expect(leftOut[1].reason).toMatch(/^a prompt of \d+ rows, the limit is \d+$/)
+    expect(answers.map((a) => a.problem)).toEqual([leftOut[0].reason, undefined, leftOut[1].reason, undefined])
+    expect(blindAnswers).toBeNull() // there is one picture only
+    expect(cut).toEqual(['said']) // its answer ends with the context
+    expect(count).toBe(2)
+    expect(accuracy).toBe(answers.filter((a) => a.correct).length / 2)
+  })
+  test('the loss of a data set: cut and left out as the samples of a run', async () => {
+    const records = [
+      record('fits', 'Red?', 'Yes.'),
+      record('cut', 'Red?', 'word '.repeat(40)),
+      record('out', asked, 'Yes.'),
+    ]
+    const limit = lengthOf(records[0]) + 4
+    const m = await limited(limit)
+    const picture = (name: string) => ({ root: images, name })
+    const dataOf = (list: typeof records) => ({ length: list.length, record: (i: number) => list[i], picture })
+    const { loss, ...found } = await evaluateLoss(m, dataOf(records))
+    const o = { style: 'vicuna_v1', patches: m.patches, maxLength: limit } as const
+    const samples = records.map((r) => buildSample(r, m.tokenizer, o))
+    const tokens = samples.slice(0, 2).map((s) => s.labels.filter((l) => l !== IGNORE).length)
+    const leftOut = [{ id: 'out', reason: samples[2].skip }]
+    expect(found).toEqual({ tokens: tokens[0] + tokens[1], records: 2, cut: ['cut'], leftOut })
+    const alone = [await evaluateLoss(m, dataOf([records[0]])), await evaluateLoss(m, dataOf([records[1]]))]
+    m.dispose()
+    const mean = (alone[0].loss * tokens[0] + alone[1].loss * tokens[1]) / found.tokens
+    expect(loss).toBeCloseTo(mean, 5)
   })
 })

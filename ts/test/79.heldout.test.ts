@@ -367,6 +367,28 @@ test('what it shows: samples with their pictures, and what the model says to the
   model.dispose()
 })
 
+test('what it shows in pre-training sees pictures as that phase does, without padding', async () => {
+  const { evaluations } = await run('pretrain', 'unpadded', { evalData: files.pretrain, steps: 2, lr: 1e-2 })
+  const model = await AlignGPT.load(path.join(scratch, 'unpadded'))
+  const shown = JSON.parse(fs.readFileSync(path.join(scratch, 'unpadded/samples.json'), 'utf8')) as { id: string }[]
+  const records = JSON.parse(fs.readFileSync(files.pretrain, 'utf8')) as DataRecord[]
+  const ask = async (pad: boolean): Promise<{ id: string; text: string }[]> => {
+    const answers: { id: string; text: string }[] = []
+    for (const { id } of shown) {
+      const { image, similarity } = records.find((r) => r.id === id) as DataRecord
+      const mix = { mode: 'level', level: similarity ?? 0 } as const
+      const o = { style: 'plain', pad, mix, maxNewTokens: 32, stop: ['\n'] } as const
+      const [{ text }] = await generateBatch(model, [{ prompt: '', image: path.join(images, image as string) }], o)
+      answers.push({ id, text })
+    }
+    return answers
+  }
+  const [plain, padded] = [await ask(false), await ask(true)]
+  model.dispose()
+  expect(evaluations[evaluations.length - 1].answers).toEqual(plain)
+  expect(padded).not.toEqual(plain)
+})
+
 /** `aligngpt pretrain` on the small model; `watch` sees what it prints. */
 function command(out: string, args: string[], watch: (text: string, kill: () => void) => void = () => {}) {
   const from = ['--llm', `${base}/model/llm`, '--clip', `${base}/model/clip`, '--images', images, '--out', out]
