@@ -37,8 +37,8 @@ export interface PromptOptions {
 
 /**
  * Renders turns as pieces.
- * @param open ends with the opening of an answer (inference): the last turn must be a question then
- * @param eos text of the end token (vicuna_v1 and llama_2 end answers with it)
+ * @param options.open ends with the opening of an answer (inference): the last turn must be a question then
+ * @param options.eos text of the end token (vicuna_v1 and llama_2 end answers with it)
  * @throws AlignGPTError ERR_DATA: two placeholders, turns that do not alternate, nothing to render
  */
 export function render(record: Rendered, options: PromptOptions & { open?: boolean; eos?: string }): Piece[] {
