@@ -1,9 +1,13 @@
-// Queries, keys and values as one product.
+// Queries, keys and values as one product. Three matrices that lie behind each other in memory (fuseQkv of
+// nn/attention.ts) are one to a product, forward and on both ways back, and so are their gradients in the optimizer's
+// buffer. The op finds that out from the addresses; matrices that lie apart are three products. The rows
+// [queries | keys | values] are never split: RoPE turns them in place and writes keys and values to the cache in the
+// same pass, attention reads columns of them and leaves its gradients as such columns. An adapter's update is added
+// before the rotation.
 #include "linear.h"
 
 namespace ag::ops {
 
-// Matrices that lie behind each other in memory are one matrix to a product, and so are their gradients.
 struct QkvColumns {
   int64_t dim, at[4];  // where queries, keys and values begin, and the end
   int64_t width(int first, int end) const { return at[end] - at[first]; }

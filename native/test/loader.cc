@@ -65,6 +65,12 @@ int main(int argc, char** argv) {
   AgCapabilities caps;
   device->backend->capabilities(&caps);
   want(contains(caps.products, "own kernels: ALIGNGPT_CUBLASLT=/nowhere/lt.so"), "what products run on", caps.products);
+  AgBackend table = *device->backend;
+  want(!ag::missing_kernel(table), "a whole table", "every kernel is there");
+  table.norm_grad.workspace = nullptr;
+  const char* missing = ag::missing_kernel(table);
+  want(missing && !std::strcmp(missing, "norm_grad"), "a table without the scratch of a kernel",
+       missing ? missing : "-");
   const int64_t rows = 3, cols = 5;
   ag::Tensor x = ag::zeros(device, ag::Shape{rows, cols}, AG_F32);
   std::vector<float> host(size_t(rows * cols), 1);

@@ -1,7 +1,7 @@
 /** Whole training steps and decoding against PyTorch's best variant. */
 
 import { AlignGPT } from '../../ts/src/aligngpt.js'
-import { Decoding } from '../../ts/src/inference/generate.js'
+import { Decoding } from '../../ts/src/inference/engine.js'
 import { packBatch } from '../../ts/src/models/packed-batch.js'
 import { IGNORE, type Sample } from '../../ts/src/processing/sample.js'
 import { assertSame, type Digest, digest, integers, TOLERANCE } from './data.js'

@@ -14,7 +14,8 @@ console.log(answer)`
 const FILES = {
   // one state, whoever asks: the classes are the same objects, and what one allocates the other counts
   'both.cjs': `
-const { AlignGPTError, memory } = require('aligngpt')
+const { AlignGPTError } = require('aligngpt')
+const { memory } = require('aligngpt/core')
 const train = require('aligngpt/train')
 import('aligngpt').then(async (esm) => {
   const { pretrain } = await import('aligngpt/train')

@@ -33,11 +33,12 @@ function buildCuda() {
   return true
 }
 
+process.chdir(root) // prebuildify's own paths are then relative: a shell would take one with a space apart
 Object.assign(process.env, ownHeaders())
 if (cross) process.env.GYP_DEFINES = `build_script=build:${values.arch}`
 const cuda = buildCuda() // prebuildify copies every library that it finds beside the addon
 await promisify(prebuildify)({
-  ...{ cwd: root, napi: true, strip: true, tagLibc: platform === 'linux', targets: [process.versions.node] },
+  ...{ napi: true, strip: true, tagLibc: platform === 'linux', targets: [process.versions.node] },
   ...{ arch: values.arch, platform },
   ...(cuda && { postinstall: `cmake -E copy build-native/cuda/native/cuda/${library} build/Release/` }),
   ...(cross && { stripBin: 'aarch64-linux-gnu-strip' }),

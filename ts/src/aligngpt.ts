@@ -1,12 +1,13 @@
 /** The model as its users have it: the network, and how to get, keep and ask one. */
+
 import {
   type Generated,
   type GeneratedPiece,
   type GenerateOptions,
-  type GenerateRequest,
   generate,
   generateBatch,
 } from './inference/generate.js'
+import type { GenerateRequest } from './inference/request.js'
 import { AlignGPTNetwork } from './models/aligngpt.js'
 import type { CLIPModel } from './models/clip.js'
 import {

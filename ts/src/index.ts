@@ -1,27 +1,19 @@
 /** AlignGPT for Node: train, evaluate and run a multimodal large language model (arXiv 2405.14129). */
+
 export { AlignGPT } from './aligngpt.js'
 export { type Dataset, type DatasetOptions, loadDataset } from './data/dataset.js'
 export type { Dropped } from './data/drop-log.js'
-export {
-  type Answer,
-  type EvaluateOptions,
-  type Evaluation,
-  evaluate,
-  type Judge,
-  type Question,
-} from './evaluation/evaluate.js'
+export { type Answer, type EvaluateOptions, type Evaluation, evaluate } from './evaluation/evaluate.js'
 export type { Best, EvaluationInfo, EvaluationOptions, HeldOutGroup } from './evaluation/held-out.js'
+export type { Judge } from './evaluation/judge.js'
+export type { Question } from './evaluation/questions.js'
 export type { DataRecord, Turn } from './formats/record-file.js'
-export type {
-  Generated,
-  GeneratedPiece,
-  GenerateOptions,
-  GenerateRequest,
-  Sampling,
-} from './inference/generate.js'
+export type { Generated, GeneratedPiece, GenerateOptions } from './inference/generate.js'
+export type { GenerateRequest } from './inference/request.js'
+export type { Sampling } from './inference/sampling.js'
 export { type LevelsOptions, levels } from './levels/clip-scores.js'
 export type { Mix } from './models/align.js'
-export type { Alignment, Gate, GateText } from './models/config/aligngpt.js'
+export type { Alignment, Gate, GateText } from './models/config/variants.js'
 export type { AlignmentOptions, CreateOptions, LoadOptions, ModelOptions } from './models/load.js'
 export type { LoraOptions } from './nn/lora.js'
 export type { ChatStyle, Style } from './processing/conversation/styles.js'

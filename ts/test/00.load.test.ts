@@ -63,8 +63,8 @@ const PREBUILT = `prebuilds/${process.platform}-${process.arch}`
 /** What the loader says in a package that has these files and nothing else: `file` of the native core, or its error. */
 function loadIn(name: string, files: Record<string, Buffer>): string {
   const dir = path.join(scratch, name)
-  for (const source of ['src/core/native.ts', 'src/util/errors.ts', 'src/util/package.ts'])
-    fs.cpSync(fileURLToPath(new URL(`ts/${source}`, root)), path.join(dir, source))
+  for (const folder of ['src/core', 'src/util'])
+    fs.cpSync(fileURLToPath(new URL(`ts/${folder}`, root)), path.join(dir, folder), { recursive: true })
   fs.writeFileSync(path.join(dir, 'package.json'), '{ "name": "aligngpt", "type": "module" }')
   fs.symlinkSync(fileURLToPath(new URL('node_modules', root)), path.join(dir, 'node_modules'))
   for (const [file, bytes] of Object.entries(files)) {

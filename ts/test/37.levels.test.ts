@@ -1,9 +1,10 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import fc from 'fast-check'
-import { afterAll, describe, expect, it } from 'vitest'
+import { afterAll, describe, expect, it, vi } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
-import { type Buckets, bucketLevels, readLevels, withSimilarity, writeLevels } from '../src/levels/bucket.js'
+import { type Buckets, bucketLevels } from '../src/levels/bucket.js'
+import { readLevels, withSimilarity, writeLevels } from '../src/levels/write-levels.js'
 import { CASES, caseDir, expectedOf, refuses, tempDir } from './data-cases.js'
 
 const dir = tempDir()
@@ -133,6 +134,26 @@ describe('writing levels', () => {
     expect(fs.lstatSync(link).isSymbolicLink()).toBe(true)
     expect(fs.statSync(file).mode & 0o777).toBe(0o640)
     expect(readLevels(d)).toEqual([1, 2])
+  })
+  it('a disk that gives less at once than it is asked for changes nothing', async () => {
+    const records = Array.from({ length: 40 }, (_, id) => ({
+      id,
+      conversations: [{ from: 'human', value: `é${'word '.repeat(id)}` }],
+    }))
+    const levels = records.map((_, i) => i % 8)
+    const d = await loadDataset(put(JSON.stringify(records)))
+    const read = fs.readSync
+    const spy = vi
+      .spyOn(fs, 'readSync')
+      .mockImplementation(((fd: number, b: Uint8Array, at: number, length: number, position: number) =>
+        read(fd, b, at, Math.min(length, 7), position)) as typeof fs.readSync)
+    try {
+      await writeLevels(d, levels)
+    } finally {
+      spy.mockRestore()
+    }
+    const written = JSON.parse(fs.readFileSync(d.file, 'utf8'))
+    expect(written).toEqual(records.map((r, i) => ({ ...r, similarity: levels[i] })))
   })
   it('refuses wrong numbers and leaves the file alone', async () => {
     const text = '[{"id":1,"conversations":[{"from":"human","value":"a"}]}]'

@@ -3,9 +3,10 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
-import { readLevels } from '../src/levels/bucket.js'
 import { type LevelsOptions, levels } from '../src/levels/clip-scores.js'
 import { FeatureFile } from '../src/levels/score-store.js'
+import { readLevels } from '../src/levels/write-levels.js'
+import { writeLevelsPage } from '../src/report/levels-page.js'
 import { caseDir, expectedOf, tempDir } from './data-cases.js'
 
 const clip = caseDir('base', 'model', 'clip')
@@ -124,7 +125,10 @@ describe('levels', () => {
     list[0].conversations[1].value = '<script>alert(1)</script>'
     fs.writeFileSync(file, JSON.stringify(list))
     const report = path.join(dir, 'new', 'levels.html')
-    const { histogram, edges, scores } = await run(file, { report, write: false, levels: 4, buckets: 'quantile' })
+    const o = { write: false, levels: 4, buckets: 'quantile' } as const
+    const result = await run(file, { ...o, examples: 8 })
+    await writeLevelsPage(report, { data: file, clip, buckets: o.buckets, ...result })
+    const { histogram, edges, scores } = result
     const html = fs.readFileSync(report, 'utf8')
     for (let l = 0; l < 4; l++) expect(html).toContain(`<h2>Level ${l}`)
     for (const x of [...histogram.map((n) => `<td>${n}</td>`), edges[1].toFixed(4)]) expect(html).toContain(x)

@@ -8,8 +8,8 @@ import { AlignGPT } from '../src/aligngpt.js'
 import { memory } from '../src/core/tensor.js'
 import { loadDataset } from '../src/data/dataset.js'
 import { DropLog } from '../src/data/drop-log.js'
-import { evaluateLoss } from '../src/evaluation/evaluate.js'
 import { type EvaluationInfo, taskOf } from '../src/evaluation/held-out.js'
+import { evaluateLoss } from '../src/evaluation/likelihood.js'
 import type { DataRecord, Turn } from '../src/formats/record-file.js'
 import { generateBatch } from '../src/inference/generate.js'
 import { verifyCheckpoint } from '../src/train/checkpoint.js'
@@ -414,11 +414,11 @@ test('the command says what came out, and hears a signal in the middle of an eva
 
 test('options that do not go together are refused', async () => {
   for (const [o, message] of [
-    [{ evalShare: 1 }, /evalShare, expected a number between 0 and 1, got 1/],
-    [{ evalShare: 0.1, evalData: 'x' }, /evalData, expected none beside evalShare/],
-    [{ evalEvery: 2 }, /evalEvery, expected evalShare or evalData beside it, got 2/],
-    [{ evalShare: 0.1, evalEvery: 0 }, /evalEvery, expected an integer > 0, got 0/],
-    [{ evalShare: 0.1, evalImages: 'x' }, /evalImages, expected evalData beside it/],
+    [{ evalShare: 1 }, /evalShare: expected a number between 0 and 1, got 1/],
+    [{ evalShare: 0.1, evalData: 'x' }, /evalData: expected none beside evalShare/],
+    [{ evalEvery: 2 }, /evalEvery: expected evalShare or evalData beside it, got 2/],
+    [{ evalShare: 0.1, evalEvery: 0 }, /evalEvery: expected an integer > 0, got 0/],
+    [{ evalShare: 0.1, evalImages: 'x' }, /evalImages: expected evalData beside it/],
   ] as const)
     await expect(run('pretrain', 'refused', o)).rejects.toThrow(message)
 })

@@ -1,11 +1,14 @@
 /** Questions after other turns, and the blind control. */
+
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { AlignGPT } from '../src/aligngpt.js'
-import { evaluate, otherPictures, type Question } from '../src/evaluation/evaluate.js'
+import { otherImages } from '../src/evaluation/blind.js'
+import { evaluate } from '../src/evaluation/evaluate.js'
+import type { Question } from '../src/evaluation/questions.js'
 import type { Turn } from '../src/formats/record-file.js'
 import { generateBatch } from '../src/inference/generate.js'
 import type { Style } from '../src/processing/conversation/styles.js'
@@ -37,7 +40,7 @@ describe('the blind control', () => {
       return i % 7 ? { ...asked, image: names[i % names.length] } : asked
     })
     for (let seed = 0; seed < 30; seed++) {
-      const others = otherPictures(questions, { images, seed }) as Question[]
+      const others = otherImages(questions, { images, seed }) as Question[]
       const given = new Map<string, string>()
       for (const [i, { image, ...rest }] of others.entries()) {
         const { image: own, ...asked } = questions[i]
@@ -51,7 +54,7 @@ describe('the blind control', () => {
         given.set(bytes(own), image as string)
       }
       expect(new Set([...given.values()].map(bytes)).size).toBe(4) // a picture is given to one only
-      expect(otherPictures(questions, { images, seed })).toEqual(others)
+      expect(otherImages(questions, { images, seed })).toEqual(others)
     }
   })
   test('without another picture there is none', async () => {
@@ -61,7 +64,7 @@ describe('the blind control', () => {
       answer: 'yes',
       image,
     }))
-    expect(otherPictures(questions, { images })).toBeNull()
+    expect(otherImages(questions, { images })).toBeNull()
     expect(await evaluate(model, questions, { images })).toMatchObject({ blind: null, blindAnswers: null, count: 2 })
   })
 })

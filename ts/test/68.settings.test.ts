@@ -6,20 +6,14 @@ import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command } from 'commander'
 import { afterAll, describe, expect, test } from 'vitest'
+import { AlignGPT } from '../src/aligngpt.js'
 import { candidates, completion } from '../src/cli/commands/completion.js'
 import { finetune } from '../src/cli/commands/finetune.js'
-import { jobOf } from '../src/cli/options.js'
-import { loadDataset } from '../src/data/dataset.js'
-import {
-  expectedOf,
-  flagOf,
-  type Given,
-  PRESETS,
-  resolveSettings,
-  SETTINGS,
-  settingsOf,
-} from '../src/train/run-settings.js'
-import type { TrainOptions } from '../src/train/trainer.js'
+import { jobOf, train } from '../src/cli/options.js'
+import { flagOf, type Given, resolveSettings, settingsTable } from '../src/cli/settings.js'
+import { type Dataset, loadDataset } from '../src/data/dataset.js'
+import { PRESETS, SETTINGS, settingsOf, type Values } from '../src/train/run-settings.js'
+import { pretrain, type TrainOptions, finetune as tune } from '../src/train/trainer.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const base = fileURLToPath(new URL('golden/base/', import.meta.url))
@@ -37,7 +31,15 @@ type Programs = 'mix' | 'signal' | 'onStep' | 'onEvaluation' | 'onMessage' | 'pr
 const trainOptions: Record<Exclude<keyof TrainOptions, Programs>, true> = {
   ...{ out: true, batch: true, microBatch: true, lr: true, projectorLr: true, epochs: true, steps: true },
   ...{ warmupRatio: true, weightDecay: true, clipGradNorm: true, optimizerState: true, offloadOptimizer: true },
-  ...{ seed: true, recompute: true, lossNorm: true, gateText: true, groupByLength: true, augment: true },
+  ...{
+    seed: true,
+    recompute: true,
+    lossNorm: true,
+    gateText: true,
+    conversation: true,
+    groupByLength: true,
+    augment: true,
+  },
   ...{ workers: true, maxBad: true, saveEvery: true, keep: true, allowLongInterval: true, resume: true },
   ...{ skipOutliers: true, tensorboard: true, evalShare: true, evalData: true, evalImages: true, evalEvery: true },
 }
@@ -49,12 +51,75 @@ test('every option of training is a setting', () => {
 
 test('docs/config.md has the table', () => {
   const text = fs.readFileSync(path.join(root, 'docs/config.md'), 'utf8')
-  const rows = SETTINGS.map((s) => {
-    const phase = s.phase ? ` (${s.phase})` : ''
-    return `| \`${s.key}\`${phase} | \`${flagOf(s)}\` | ${expectedOf(s)} | ${s.default ?? ''} | ${s.help} |`
+  expect(text).toContain(settingsTable())
+  expect(text.split('\n').filter((line) => line.startsWith('| `')).length).toBe(SETTINGS.length)
+})
+
+/** Values of every kind, and of none. */
+const VALUES: unknown[] = [
+  ...[0, 1, 2, 3, -1, 0.5, 1.5, 1e6, '', 'x', '5', '10m', '1.5h', '0m', '3d', 'linear', 'mlp2x_gelu', 'mlp0x_gelu'],
+  ...[true, false, [], ['q_proj'], [1], 'all-linear', {}, { window: 50 }, { window: 0 }, { width: 1 }],
+  ...SETTINGS.flatMap((s) => [...(s.kind.choices ?? [])]),
+]
+const nested = (key: string, value: unknown): Values => {
+  const [section, name] = key.split('.')
+  return name ? { [section]: { [name]: value } } : { [key]: value }
+}
+const message = (e: Error): string => e.message
+/** What a config file is told of a value; null where it is taken. */
+const byFile = (phase: 'pretrain' | 'finetune', key: string, value: unknown): Promise<string | null> =>
+  resolveSettings(phase, { config: write('value.json', JSON.stringify(nested(key, value))) }).then(() => null, message)
+
+describe('the library and a config file take the same values', () => {
+  const empty = { length: 0, file: 'none' } as unknown as Dataset // accepted options come as far as this
+  const byLibrary = async (phase: 'pretrain' | 'finetune', key: string, value: unknown): Promise<string | null> => {
+    const given = { out: 'out', ...nested(key, value) } as TrainOptions
+    // what a setting has to have beside it, which is another matter
+    if (key === 'evalImages') given.evalData = 'x'
+    if (key === 'evalEvery') given.evalShare = 0.5
+    const run = phase === 'pretrain' ? pretrain : tune
+    const said = await run({} as AlignGPT, empty, given).catch(message)
+    expect(said).toMatch(/^\[train\] /)
+    return said === '[train] none: expected records, got none' ? null : (said as string)
+  }
+  test.each(SETTINGS.filter((s) => s.of === undefined).map((s) => s.key))('%s', async (key) => {
+    let taken = 0
+    for (const phase of ['pretrain', 'finetune'] as const)
+      for (const value of [...VALUES, null]) {
+        const [file, library] = [await byFile(phase, key, value), await byLibrary(phase, key, value)]
+        expect([library === null, value, library], `${file}`).toEqual([file === null, value, library])
+        if (!settingsOf(phase).some((s) => s.key === key)) continue
+        if (library) expect(library.split(': expected ')[1]).toBe(file?.split(', expected ')[1])
+        else taken++
+      }
+    expect(taken).toBeGreaterThan(0)
   })
-  for (const row of rows) expect(text).toContain(row)
-  expect(text.split('\n').filter((line) => line.startsWith('| `')).length).toBe(rows.length)
+  // f64 is for the checks of the mathematics, so only the library has it
+  const made = SETTINGS.filter((s) => s.of === 'model' && !['model', 'llm', 'clip'].includes(s.key))
+  test.each(made.map((s) => s.key))('a new model: %s', async (key) => {
+    const model = { llm: path.join(base, 'model/llm'), clip: path.join(base, 'model/clip') }
+    let taken = 0
+    for (const value of VALUES) {
+      const library = await AlignGPT.create({ ...model, [key]: value }).then((m) => m.dispose(), message)
+      expect([await byFile('pretrain', key, value), library ?? null].map((said) => said === null)).toEqual(
+        library === undefined ? [true, true] : [false, false],
+      )
+      taken += Number(library === undefined)
+    }
+    expect(taken).toBeGreaterThan(0)
+  })
+  test('what has to be there beside a setting is asked for before the model is loaded', async () => {
+    const command = new Command().exitOverride().configureOutput({ writeErr: () => {} })
+    const flags = { data: 'none', model: 'none', out: path.join(dir, 'never') }
+    const refused = (more: Values) => train(command, 'finetune', { ...flags, ...more })
+    await expect(refused({ evalEvery: 2 })).rejects.toThrow(
+      'evalEvery, expected evalShare or evalData beside it, got 2',
+    )
+    await expect(refused({ evalImages: 'x', evalShare: 0.5 })).rejects.toThrow(
+      'evalImages, expected evalData beside it',
+    )
+    expect(fs.existsSync(flags.out)).toBe(false)
+  })
 })
 
 describe('where settings come from', () => {
@@ -175,7 +240,19 @@ describe('from the command line', () => {
   )
 
   test('a run, and once more from what it wrote down', () => {
-    const more = ['--set', 'lr=1e-3', '--steps', '3', '--seed', '7', '--set', 'recompute=true', '--no-recompute']
+    const more = [
+      '--conversation',
+      'llama_2',
+      '--set',
+      'lr=1e-3',
+      '--steps',
+      '3',
+      '--seed',
+      '7',
+      '--set',
+      'recompute=true',
+      '--no-recompute',
+    ]
     const first = aligngpt('finetune', '--config', config, ...more)
     expect(first.status, first.stderr).toBe(0)
     const written = JSON.parse(fs.readFileSync(path.join(out, 'run.json'), 'utf8'))
@@ -185,6 +262,8 @@ describe('from the command line', () => {
     expect(second.status, second.stderr).toBe(0)
     const weights = [out, again].map((folder) => fs.readFileSync(path.join(folder, 'model.safetensors')))
     expect(weights[1].equals(weights[0])).toBe(true)
+    for (const folder of [out, again])
+      expect(JSON.parse(fs.readFileSync(path.join(folder, 'config.json'), 'utf8')).conversation).toBe('llama_2')
   })
   test('plan: settings from the file, its steps, a measured time, an interval that comes too late', async () => {
     const records = (await loadDataset(path.join(base, 'data_phase2.json'), { images: path.join(base, 'images') }))

@@ -25,8 +25,8 @@ Exit status: 0 done; 1 it could not be done (one line on standard error says why
 2 the command line is not understood; 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by
 SIGINT and SIGTERM.`
 
-/** Runs the command that process.argv names. @returns the exit status; undefined while a command still runs */
-export async function main(): Promise<number | undefined> {
+/** The program with all its commands. */
+export function commandLine(): Command {
   const program = new Command('aligngpt')
     .description('train, evaluate and run AlignGPT, a multimodal large language model (arXiv 2405.14129)')
     .version(version())
@@ -50,8 +50,13 @@ export async function main(): Promise<number | undefined> {
     completion,
   ])
     declare(program)
+  return program
+}
+
+/** Runs the command that process.argv names. @returns the exit status; undefined while a command still runs */
+export async function main(): Promise<number | undefined> {
   try {
-    await program.parseAsync()
+    await commandLine().parseAsync()
   } catch (e) {
     if (e instanceof CommanderError) return e.exitCode === 0 ? 0 : 2 // commander has said what is wrong
     complain(e)

@@ -3,12 +3,15 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { AlignGPT } from '../aligngpt.js'
-import type { Sampling } from '../inference/generate.js'
+import type { Sampling } from '../inference/sampling.js'
 import type { Mix } from '../models/align.js'
-import type { AlignmentOptions, CreateOptions, LoadOptions } from '../models/load.js'
+import type { CreateOptions, LoadOptions } from '../models/load.js'
 import { CHAT_STYLES, type Style } from '../processing/conversation/styles.js'
-import { flagOf, type Given, resolveSettings, SETTINGS, type Values } from '../train/run-settings.js'
-import type { TrainOptions, TrainResult } from '../train/trainer.js'
+import type { TrainOptions } from '../train/options.js'
+import { problemOf, SETTINGS, type Values } from '../train/run-settings.js'
+import type { TrainResult } from '../train/trainer.js'
+import { mismatch } from '../util/errors.js'
+import { flagOf, type Given, resolveSettings } from './settings.js'
 import type { TrainJob } from './train-worker.js'
 
 export function integer(text: string): number {
@@ -46,29 +49,32 @@ export function complain(e: unknown): void {
   console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
 }
 
-/** What a new model is made from. */
-const CREATE = ['llm', 'clip', 'levels', 'projector', 'selectLayer', 'selectFeature']
+/** The given settings of the data, of the model, of its place, or of the run itself. */
+function part(settings: Values, of?: 'data' | 'model' | 'place'): Values {
+  const keys = new Set(SETTINGS.filter((s) => s.of === of).map((s) => s.key.split('.')[0]))
+  return Object.fromEntries(Object.entries(settings).filter(([key]) => keys.has(key)))
+}
 
 /** The run that settings describe. Ends the command when something is missing. */
 export function jobOf(command: Command, phase: TrainJob['phase'], settings: Values): TrainJob {
   const missing = (what: string): never => command.error(`error: ${what} missing: give it here or in --config`)
-  const { data, images, model, dtype, device, alignment, gate, ...options } = settings as unknown as TrainingSettings
-  const { clip, gateText, seed } = options
-  const variant = { alignment, gate, gateText }
-  const made = Object.fromEntries(CREATE.map((key) => [key, settings[key]]))
-  for (const key of CREATE) delete (options as unknown as Values)[key]
-  if (data === undefined) missing('--data is')
+  const { data: file, images } = part(settings, 'data') as { data?: string; images?: string }
+  const { model, ...made } = part(settings, 'model') as { model?: string } & Partial<CreateOptions>
+  const options: TrainOptions = part(settings)
+  if (file === undefined) return missing('--data is')
   if (options.lora !== undefined && options.lora.rank === undefined)
     command.error('error: --lora-rank is missing beside --lora-alpha, --lora-targets')
-  const job = { phase, place: { dtype, device, seed }, data: { file: data, images }, options }
+  const { gateText, seed } = options
+  const job = { phase, place: { ...part(settings, 'place'), seed }, data: { file, images }, options }
   if (model !== undefined) {
-    const twice = SETTINGS.find((s) => s.key !== 'clip' && made[s.key] !== undefined)
+    const twice = SETTINGS.find((s) => s.of === 'model' && s.phase === 'pretrain' && settings[s.key] !== undefined)
     if (twice) command.error(`error: ${flagOf(twice)} does not go with --model, which has one`)
-    return { ...job, model: { load: model, clip, ...variant } }
+    return { ...job, model: { load: model, ...made, gateText } }
   }
+  const { llm, clip } = made
   if (phase === 'finetune') missing('--model is')
-  if (made.llm === undefined || clip === undefined) missing('--llm and --clip, or --model, are')
-  return { ...job, model: { create: { ...(made as unknown as CreateOptions), ...variant } } }
+  if (llm === undefined || clip === undefined) return missing('--llm and --clip, or --model, are')
+  return { ...job, model: { create: { ...made, llm, clip, gateText } } }
 }
 
 /** Trains with the settings of all places, in a thread of its own, and says what came out. */
@@ -80,6 +86,8 @@ export async function train(
   const settings = await resolveSettings(phase, { config, preset, set, flags })
   const job = jobOf(command, phase, settings)
   const { out } = job.options
+  const problem = problemOf(phase, job.options)
+  if (problem) throw mismatch('ERR_CONFIG', 'config', `settings: ${problem.key}`, problem.expected, problem.got)
   if (out === undefined) return command.error('error: --out is missing: give it here or in --config')
   const { runTraining } = await import('./train-thread.js')
   const { writeJsonFile } = await import('../util/json.js')
@@ -89,10 +97,6 @@ export async function train(
   summary(result, out)
   process.exitCode = status
 }
-
-type TrainingSettings = TrainOptions &
-  LoadOptions &
-  AlignmentOptions & { data: string; images?: string; model?: string; clip?: string }
 
 function summary(result: TrainResult, out: string): void {
   const { bad, skipped, resumed, outliers, best } = result
@@ -137,16 +141,16 @@ export function modelOptions(command: Command): Command {
 }
 
 /** The parsed options of sampling. */
-export interface SamplingOptions extends Required<Sampling> {
-  maxNewTokens: number
+export interface SamplingOptions extends Sampling {
+  maxNewTokens?: number
 }
 
 export function samplingOptions(command: Command): Command {
   return command
-    .option('--max-new-tokens <n>', 'longest answer', integer, 256)
-    .option('--temperature <x>', '0: the most likely answer', number, 0)
-    .option('--top-p <x>', 'nucleus', number, 1)
-    .option('--top-k <n>', '0: all', integer, 0)
+    .option('--max-new-tokens <n>', "longest answer; default the model's (generation_config.json), else 256", integer)
+    .option('--temperature <x>', "0: the most likely answer; default the model's, else 0", number)
+    .option('--top-p <x>', "nucleus; default the model's, else 1", number)
+    .option('--top-k <n>', "0: all; default the model's, else 0", integer)
     .option('--seed <n>', 'of sampling', integer, 0)
 }
 

@@ -8,13 +8,13 @@ import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
 import { partOf } from '../models/aligngpt.js'
 import {
   type AlignGPTConfig,
-  type Alignment,
   alignGPTConfigJson,
   parseAlignGPTConfig,
   visionTowerFolder,
 } from '../models/config/aligngpt.js'
 import { type ClipConfig, parseClipConfig, readClipConfig } from '../models/config/clip.js'
 import { readLlamaConfig } from '../models/config/llama.js'
+import { type Alignment, MODEL_DEFAULTS } from '../models/config/variants.js'
 import { type Format, TABLE, VISION } from '../models/names.js'
 import { openNamed } from '../models/parameter-sources.js'
 import { projectorTypeOf } from '../models/projector.js'
@@ -128,5 +128,5 @@ export function levelsOf(s: Stored, wanted?: number): { levels: number; alignmen
   if (stored !== undefined && wanted !== undefined && stored !== wanted)
     throw fail('ERR_ARGUMENT', 'levels', `the ${stored} that ${TABLE} has`, `${wanted}`)
   const alignment = wanted !== undefined && stored === undefined ? 'adaptive' : mm_alignment
-  return { levels: stored ?? wanted ?? s.config.n_indicators ?? 8, alignment }
+  return { levels: stored ?? wanted ?? s.config.n_indicators ?? MODEL_DEFAULTS.levels, alignment }
 }

@@ -164,7 +164,7 @@ export interface AlignMixResult {
   dots: Tensor
   /** [M, N-1] */
   gateLogits: Tensor
-  /** [M, N]: weight of each row of the table */
+  /** weight of each row of the table, [M, N] */
   coefficients: Tensor
 }
 /**

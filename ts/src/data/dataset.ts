@@ -18,64 +18,56 @@ import { expandShards, openPictures, type PictureSource, type Pictures } from '.
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
-
-export interface OrderOptions {
-  /** samples of a global batch */
-  batch: number
-  seed: number
-  epoch: number
-  /** batches of one modality, longest samples first (LLaVA's group_by_modality_length) */
-  groupByLength?: boolean
-  /** false: file order */
-  shuffle?: boolean
-}
-
-/** The order of the epochs uses the streams below, augmentation those above. */
-const HOLD_OUT_STREAM = 2 ** 32 - 1
+import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
 
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
-  private offsets: Float64Array = new Float64Array(0)
-  private sizes: Uint32Array = new Uint32Array(0)
+  readonly #pictures: Pictures | null
+  readonly #saved: SavedOptions
+  #offsets: Float64Array = new Float64Array(0)
+  #sizes: Uint32Array = new Uint32Array(0)
   /** words, negative for text-only records (as LLaVA's modality_lengths) */
-  private words: Int32Array = new Int32Array(0)
+  #words: Int32Array = new Int32Array(0)
   /** of a part of the file: the place of each record in the file */
-  private numbers: Uint32Array | null = null
-  private fd: number | null = null
+  #numbers: Uint32Array | null = null
+  #fd: number | null = null
 
   /** Use loadDataset. */
   constructor(
     readonly file: string,
-    private readonly pictures: Pictures | null,
-    private readonly saved: SavedOptions = {},
-  ) {}
+    pictures: Pictures | null,
+    saved: SavedOptions = {},
+  ) {
+    this.#pictures = pictures
+    this.#saved = saved
+  }
 
   /** Folder or tar files of the pictures, null when none was given. */
   get images(): string | null {
-    return this.pictures?.where ?? null
+    return this.#pictures?.where ?? null
   }
 
   /** Where the picture of this name lies. */
   picture(name: string): PictureSource {
-    return this.pictures?.locate(name) ?? { name, problem: 'a data set without pictures' }
+    return this.#pictures?.locate(name) ?? { name, problem: 'a data set without pictures' }
   }
 
   /** Number of records. */
   get length(): number {
-    return this.offsets.length
+    return this.#offsets.length
   }
 
   /** Takes the index saved beside the file, or reads every record. @throws AlignGPTError ERR_DATA */
   async open(fresh = false): Promise<this> {
     this.close()
-    this.numbers = null
-    const { offsets, sizes, words } = await savedArrays(this.file, 'records', this.saved, () => this.read(), fresh)
-    this.offsets = offsets as Float64Array
-    this.sizes = sizes as Uint32Array
-    this.words = words as Int32Array
+    this.#numbers = null
+    const { offsets, sizes, words } = await savedArrays(this.file, 'records', this.#saved, () => this.#read(), fresh)
+    this.#offsets = offsets as Float64Array
+    this.#sizes = sizes as Uint32Array
+    this.#words = words as Int32Array
     if (this.images === null) {
-      const i = this.words.findIndex((w) => w > 0)
-      if (i >= 0) throw this.needsImages(i)
+      const i = this.#words.findIndex((w) => w > 0)
+      if (i >= 0) throw this.#needsImages(i)
     }
     return this
   }
@@ -85,18 +77,18 @@ export class Dataset {
     await this.open(true)
   }
 
-  private needsImages(index: number): AlignGPTError {
+  #needsImages(index: number): AlignGPTError {
     const what = `${this.file}: record ${index}`
     return mismatch('ERR_DATA', 'data', what, 'an images folder, since it names a picture', 'none')
   }
 
   /** Reads and checks every record. */
-  private async read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
+  async #read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
     const [offsets, sizes, words] = [new Numbers(), new Numbers(), new Numbers()]
     let n = 0
     await splitRecords(this.file, (bytes, offset) => {
       const record = parseRecord(parseBytes(bytes, this.file, offset), this.file, n)
-      if (record.image !== null && this.images === null) throw this.needsImages(n)
+      if (record.image !== null && this.images === null) throw this.#needsImages(n)
       const length = Math.max(wordCount(record), 1)
       offsets.push(offset)
       sizes.push(bytes.length)
@@ -112,16 +104,16 @@ export class Dataset {
 
   /** Place of a record in the file. */
   place(index: number): number {
-    return this.numbers ? this.numbers[index] : index
+    return this.#numbers ? this.#numbers[index] : index
   }
 
   /** Some of the records, in the order of their indices here, as a data set that has only them. */
   subset(indices: readonly number[] | Int32Array): Dataset {
-    const part = new Dataset(this.file, this.pictures, this.saved)
-    part.offsets = Float64Array.from(indices, (i) => this.offsets[i])
-    part.sizes = Uint32Array.from(indices, (i) => this.sizes[i])
-    part.words = Int32Array.from(indices, (i) => this.words[i])
-    part.numbers = Uint32Array.from(indices, (i) => this.place(i))
+    const part = new Dataset(this.file, this.#pictures, this.#saved)
+    part.#offsets = Float64Array.from(indices, (i) => this.#offsets[i])
+    part.#sizes = Uint32Array.from(indices, (i) => this.#sizes[i])
+    part.#words = Int32Array.from(indices, (i) => this.#words[i])
+    part.#numbers = Uint32Array.from(indices, (i) => this.place(i))
     return part
   }
 
@@ -143,26 +135,26 @@ export class Dataset {
   range(index: number): RecordRange {
     if (!Number.isInteger(index) || index < 0 || index >= this.length)
       throw mismatch('ERR_ARGUMENT', 'data', 'record index', `0..${this.length - 1}`, show(index))
-    return { offset: this.offsets[index], bytes: this.sizes[index] }
+    return { offset: this.#offsets[index], bytes: this.#sizes[index] }
   }
 
   /** Words of a record on average; 0 of none. */
   get meanWords(): number {
-    return this.words.reduce((n, w) => n + Math.abs(w), 0) / Math.max(1, this.length)
+    return this.#words.reduce((n, w) => n + Math.abs(w), 0) / Math.max(1, this.length)
   }
 
   /** Whether a record names a picture; known without reading it. */
   hasPicture(index: number): boolean {
-    return this.words[index] > 0
+    return this.#words[index] > 0
   }
 
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */
   record(index: number): DataRecord {
     const { offset, bytes } = this.range(index)
-    this.fd ??= fs.openSync(this.file, 'r')
+    this.#fd ??= fs.openSync(this.file, 'r')
     const b = Buffer.allocUnsafe(bytes)
     for (let done = 0; done < bytes; ) {
-      const n = fs.readSync(this.fd, b, done, bytes - done, offset + done)
+      const n = fs.readSync(this.#fd, b, done, bytes - done, offset + done)
       if (n === 0)
         throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${offset + done}`, 'the record seen before', 'the end')
       done += n
@@ -177,16 +169,13 @@ export class Dataset {
 
   /** Closes the file; it is opened again when a record is read. */
   close(): void {
-    if (this.fd !== null) fs.closeSync(this.fd)
-    this.fd = null
+    if (this.#fd !== null) fs.closeSync(this.#fd)
+    this.#fd = null
   }
 
   /** Record indices in the order of an epoch; a pure function of the file and the options. */
   order(options: OrderOptions): Int32Array {
-    const { seed, epoch, batch, shuffle = true } = options
-    if (!shuffle) return Int32Array.from({ length: this.length }, (_, i) => i)
-    if (!options.groupByLength) return permutation(this.length, seed, 4 * epoch)
-    return groupByModalityLength(this.words, batch, seed, epoch)
+    return epochOrder(this.#words, options)
   }
 
   /** Steps of one epoch; the last batch may be smaller. */
@@ -202,28 +191,6 @@ export class Dataset {
     for (let i = (options.start ?? 0) * options.batch; i < order.length; i += options.batch)
       yield order.slice(i, i + options.batch)
   }
-}
-
-/**
- * LLaVA's group_by_modality_length: shuffled within each modality, cut into batches that are sorted by length (longest
- * first), batches shuffled; the incomplete ones of both modalities come last.
- * @param words length of each record in words, negative for text-only records
- */
-export function groupByModalityLength(words: Int32Array, batch: number, seed: number, epoch: number): Int32Array {
-  const pick = (sign: number, stream: number): number[][] => {
-    const all = [...words.keys()].filter((i) => words[i] * sign > 0)
-    const order = [...permutation(all.length, seed, 4 * epoch + stream)].map((i) => all[i])
-    const out: number[][] = []
-    for (let i = 0; i < order.length; i += batch)
-      // Ties by index: the result must not depend on the engine's sort.
-      out.push(order.slice(i, i + batch).sort((a, b) => Math.abs(words[b]) - Math.abs(words[a]) || a - b))
-    return out
-  }
-  const groups = [pick(1, 1), pick(-1, 2)].filter((g) => g.length)
-  const rest = groups.flatMap((g) => (g[g.length - 1].length < batch ? (g.pop() as number[]) : []))
-  const full = groups.flat()
-  const order = [...permutation(full.length, seed, 4 * epoch + 3)]
-  return Int32Array.from([...order.flatMap((i) => full[i]), ...rest])
 }
 
 export interface DatasetOptions extends SavedOptions {

@@ -13,12 +13,14 @@ import {
   splitRecords,
   wordCount,
 } from '../formats/record-file.js'
+import { MODEL_DEFAULTS } from '../models/config/variants.js'
 import { render, type Style, styleOf } from '../processing/conversation/styles.js'
 import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
 import { MAX_BYTES, type PictureSource, type Pictures, resolveImage } from '../processing/image/source.js'
 import { buildSample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
 import { AlignGPTError, show } from '../util/errors.js'
+import { readRange } from '../util/files.js'
 import { Numbers } from '../util/growable-array.js'
 import { hash53 } from '../util/hash.js'
 import { Fingerprints } from '../util/hash-map.js'
@@ -125,23 +127,24 @@ class Checker {
   readonly lengths = new Numbers()
   /** of the first record that names a picture: index, byte, bytes */
   readonly first = [new Numbers(), new Numbers(), new Numbers()] as const
-  private readonly ids = new Fingerprints()
-  private readonly contents = new Fingerprints()
-  private readonly names = new Fingerprints()
-  private readonly sample: SampleOptions
+  readonly #file: string
+  readonly #o: CheckOptions
+  readonly #ids = new Fingerprints()
+  readonly #contents = new Fingerprints()
+  readonly #names = new Fingerprints()
+  readonly #sample: SampleOptions
 
-  constructor(
-    private readonly file: string,
-    private readonly o: CheckOptions,
-  ) {
-    const { style = styleOf(o.tokenizer), patches = 576, maxLength = 2048 } = o
-    this.sample = { style, patches, maxLength }
+  constructor(file: string, o: CheckOptions) {
+    this.#file = file
+    this.#o = o
+    const { style = styleOf(o.tokenizer), patches = MODEL_DEFAULTS.patches, maxLength = MODEL_DEFAULTS.maxLength } = o
+    this.#sample = { style, patches, maxLength }
   }
 
   note(kind: ProblemKind, record: number, id: string | null, byte: number, message: string): void {
     const n = (this.counts[kind] ?? 0) + 1
     this.counts[kind] = n
-    if (n <= (this.o.limit ?? 20)) this.findings.push({ kind, record, id, byte, message })
+    if (n <= (this.#o.limit ?? 20)) this.findings.push({ kind, record, id, byte, message })
   }
 
   /** One record's bytes. */
@@ -149,7 +152,7 @@ class Checker {
     const index = this.records++
     let raw: unknown
     try {
-      raw = parseBytes(bytes, this.file, byte)
+      raw = parseBytes(bytes, this.#file, byte)
     } catch (e) {
       this.note('json', index, null, byte, messageOf(e))
       return
@@ -163,32 +166,32 @@ class Checker {
       this.note(key.endsWith('.from') ? 'role' : 'record', index, name, byte, message)
       return
     }
-    const record = parseRecord(raw, this.file, index)
+    const record = parseRecord(raw, this.#file, index)
     const note = (kind: ProblemKind, message: string): void => this.note(kind, index, record.id, byte, message)
-    this.duplicates(record, index, 'id' in (raw as object), note)
-    if (record.image !== null) this.picture(record.image, index, byte, bytes.length)
-    this.turns(record, note)
+    this.#duplicates(record, index, 'id' in (raw as object), note)
+    if (record.image !== null) this.#picture(record.image, index, byte, bytes.length)
+    this.#turns(record, note)
   }
 
-  private duplicates(r: DataRecord, index: number, named: boolean, note: (k: ProblemKind, m: string) => void): void {
-    const same = this.contents.get(hash53(textOf(r)))
-    if (same === undefined) this.contents.set(hash53(textOf(r)), index)
+  #duplicates(r: DataRecord, index: number, named: boolean, note: (k: ProblemKind, m: string) => void): void {
+    const same = this.#contents.get(hash53(textOf(r)))
+    if (same === undefined) this.#contents.set(hash53(textOf(r)), index)
     else note('duplicate', `the same as record ${same}`)
     if (!named) return
-    const earlier = this.ids.get(hash53(r.id))
-    if (earlier === undefined) this.ids.set(hash53(r.id), index)
+    const earlier = this.#ids.get(hash53(r.id))
+    if (earlier === undefined) this.#ids.set(hash53(r.id), index)
     else note('duplicate-id', `record ${earlier} has it too`)
   }
 
   /** Notes where a picture is named first. */
-  private picture(name: string, index: number, byte: number, bytes: number): void {
+  #picture(name: string, index: number, byte: number, bytes: number): void {
     this.withPicture++
-    if (this.names.get(hash53(name)) !== undefined) return
-    this.names.set(hash53(name), index)
+    if (this.#names.get(hash53(name)) !== undefined) return
+    this.#names.set(hash53(name), index)
     for (const [k, x] of [index, byte, bytes].entries()) this.first[k].push(x)
   }
 
-  private turns(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
+  #turns(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
     const texts = record.conversations.filter((t) => t.from !== 'system')
     const places = texts.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
     if (record.image === null && places > 0) note('placeholder-without-image', `${places} ${IMAGE_TEXT}, no picture`)
@@ -196,13 +199,13 @@ class Checker {
     const blank = texts.findIndex((t) => t.from === 'gpt' && t.value.trim() === '')
     if (blank >= 0) note('empty-answer', `turn ${blank} is ${show(texts[blank].value)}`)
     if (record.image !== null && places > 1) note('placeholders', `expected at most one ${IMAGE_TEXT}, got ${places}`)
-    else if (this.renders(record, note)) this.length(record, note)
+    else if (this.#renders(record, note)) this.#length(record, note)
   }
 
   /** Whether training could render the record and learn something from it. */
-  private renders(record: DataRecord, note: (kind: ProblemKind, message: string) => void): boolean {
+  #renders(record: DataRecord, note: (kind: ProblemKind, message: string) => void): boolean {
     try {
-      const learned = render(record, this.sample).some((p) => 'loss' in p && p.loss && p.text !== '')
+      const learned = render(record, this.#sample).some((p) => 'loss' in p && p.loss && p.text !== '')
       if (!learned) note('no-answer', 'no turn is from gpt')
       return learned
     } catch (e) {
@@ -211,15 +214,15 @@ class Checker {
     }
   }
 
-  private length(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
-    if (!this.o.tokenizer) {
+  #length(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
+    if (!this.#o.tokenizer) {
       this.lengths.push(wordCount(record))
       return
     }
-    const s = buildSample(record, this.o.tokenizer, this.sample)
+    const s = buildSample(record, this.#o.tokenizer, this.#sample)
     this.lengths.push(s.fullLength)
     if (s.skip) note('too-long', s.skip)
-    else if (s.length < s.fullLength) note('cut', `${s.fullLength} rows, the limit is ${this.sample.maxLength}`)
+    else if (s.length < s.fullLength) note('cut', `${s.fullLength} rows, the limit is ${this.#sample.maxLength}`)
   }
 }
 
@@ -258,9 +261,8 @@ async function checkPictures(checker: Checker, file: string, pictures: Pictures,
   const [indices, offsets, sizes] = checker.first.map((n) => n.values)
   const fd = fs.openSync(file, 'r')
   const one = async (k: number): Promise<() => void> => {
-    const b = Buffer.alloc(sizes[k])
-    fs.readSync(fd, b, 0, b.length, offsets[k])
-    const r = parseRecord(parseBytes(b, file, offsets[k]), file, indices[k])
+    const bytes = readRange(fd, offsets[k], sizes[k], file)
+    const r = parseRecord(parseBytes(bytes, file, offsets[k]), file, indices[k])
     const problem = await pictureProblem(pictures.locate(r.image as string), o)
     return () => problem && checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
   }

@@ -11,7 +11,8 @@ export {
   PROBLEMS,
   type ProblemKind,
 } from '../data/lint.js'
-export { type Buckets, bucketLevels, type Levels, writeLevels } from '../levels/bucket.js'
+export { type Buckets, bucketLevels, type Levels } from '../levels/bucket.js'
+export { writeLevels } from '../levels/write-levels.js'
 export { render } from '../processing/conversation/styles.js'
 export type { Piece } from '../processing/conversation/turns.js'
 export { augment } from '../processing/image/augment.js'

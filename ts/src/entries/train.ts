@@ -1,5 +1,5 @@
 /** aligngpt/train: the training loop for any model; adapters, checkpoints, the memory of a step and the loss on a data set. */
-export { evaluateLoss } from '../evaluation/evaluate.js'
+export { evaluateLoss } from '../evaluation/likelihood.js'
 export { addLora, mergeLora } from '../models/adapters.js'
 export { loadAdapter, saveAdapter } from '../models/peft.js'
 export { findCheckpoint, listCheckpoints, type Manifest, verifyCheckpoint } from '../train/checkpoint.js'

@@ -1,45 +1,29 @@
-/** Accuracy on questions about pictures, each with the blind control: the same questions about other pictures. */
-import { createHash } from 'node:crypto'
-import { noGrad, scope } from '../core/tensor.js'
-import type { Dataset } from '../data/dataset.js'
+/** Accuracy on questions about images, each with the blind control: the same questions about other images. */
+import { setImmediate as turn } from 'node:timers/promises'
 import type { Turn } from '../formats/record-file.js'
-import { type GenerateRequest, generateBatch, loadPixels, packWithPixels, promptOf } from '../inference/generate.js'
+import { generateBatch } from '../inference/generate.js'
+import { loadPixels, packWithPixels, placeImage, promptOf } from '../inference/request.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { Style } from '../processing/conversation/styles.js'
-import { type Pictures, readFilePart, readPicture, resolveImage } from '../processing/image/source.js'
+import { readPicture } from '../processing/image/source.js'
 import { buildSample, type Sample } from '../processing/sample.js'
 import { AlignGPTError } from '../util/errors.js'
-import { permutation } from '../util/rng.js'
-
-export interface Question {
-  id: string
-  /** path of the picture, below `images` where that is given */
-  image?: string
-  question: string
-  /** the conversation before it, with the true answers; a system turn first if there is one */
-  history?: readonly Turn[]
-  answer: string
-  /** choices in words; the answer is one of them */
-  options?: readonly string[]
-}
-
-/**
- * How an answer is judged. yesno and choice: the most likely of the possible answers (mean log-likelihood of its tokens);
- * letter: the most likely of A, B, C, ... after the lettered options; exact and contains: of the generated text, ignoring
- * case and punctuation.
- */
-export type Judge = 'yesno' | 'choice' | 'letter' | 'exact' | 'contains'
+import { otherImages } from './blind.js'
+import { type Candidates, candidates, chanceOf, isOpen, type Judge, judgeOf, matches, type OpenJudge } from './judge.js'
+import { sampleLosses, type TooLong } from './likelihood.js'
+import { type ImagePlace, imageFile, type Question } from './questions.js'
 
 export interface EvaluateOptions {
   /** folder of the pictures, or what openPictures gives; default: `image` is a path */
-  images?: string | Pictures
+  images?: ImagePlace
   /** default: choice where there are options, yesno where the answer is yes or no, else exact */
   judge?: Judge
   style?: Style
   mix?: Mix
   /** questions run at once, default 16 */
   batch?: number
+  /** of generated answers, default 32 */
   maxNewTokens?: number
   /** also ask about another picture, one with other content (default true where there are two of them) */
   blind?: boolean
@@ -56,189 +40,167 @@ export interface Answer {
   answer: string
   given: string
   correct: boolean
-  /** why it was not asked, which counts as a wrong answer */
+  /** why it was left out: the question is too long. It counts neither as right nor as wrong */
   problem?: string
+  /** the end of the question or of its answers did not fit and was cut */
+  cut?: true
 }
-export interface Evaluation {
-  /** NaN when `stop` came before the first batch */
+
+export interface Evaluation extends TooLong {
+  /** of the questions asked; NaN without any */
   accuracy: number
   /** accuracy with other pictures; null when not asked for, or without another picture */
   blind: number | null
   /** accuracy of guessing; null for open questions */
   chance: number | null
-  /** questions asked: all, but for `stop` */
+  /** questions asked: all, but for those left out and for `stop` */
   count: number
+  /** of every question in turn, those left out too */
   answers: Answer[]
   /** those about other pictures; null where `blind` is */
   blindAnswers: Answer[] | null
 }
 
-const LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+/** Decoded images kept for the next questions about them. */
+const KEPT_IMAGES = 256
 
-function judgeOf(q: Question, o: EvaluateOptions): Judge {
-  if (o.judge) return o.judge
-  if (q.options) return 'choice'
-  return /^(yes|no)\b/i.test(q.answer) ? 'yesno' : 'exact'
+/** A question that is judged by likelihood, and each of its possible answers as a sample. */
+interface Closed extends Candidates {
+  q: Question
+  samples: Sample[]
 }
 
-/** What the model may say, and which of it is right. */
-function candidates(q: Question, judge: Judge): { prompt: string; texts: string[]; right: number } {
-  if (judge === 'yesno') return { prompt: q.question, texts: ['Yes', 'No'], right: /^yes\b/i.test(q.answer) ? 0 : 1 }
-  const options = q.options ?? []
-  const right = options.indexOf(q.answer)
-  if (right < 0)
-    throw new AlignGPTError(
-      'ERR_DATA',
-      `[evaluate] '${q.id}': answer: expected one of ${JSON.stringify(options)}, got ${q.answer}`,
-    )
-  if (judge === 'choice') return { prompt: q.question, texts: [...options], right }
-  const listed = options.map((text, i) => `${LETTERS[i]}. ${text}`).join('\n')
-  const prompt = `${q.question}\n${listed}\nAnswer with the option's letter from the given choices directly.`
-  return { prompt, texts: options.map((_, i) => LETTERS[i]), right }
-}
-
-const normal = (text: string): string =>
-  text
-    .toLowerCase()
-    .replace(/[^\p{L}\p{N}\s]/gu, '')
-    .replace(/\s+/g, ' ')
-    .trim()
-
-/** Whether a generated answer is right, ignoring case and punctuation. */
-export function matches(given: string, answer: string, judge: 'exact' | 'contains'): boolean {
-  const [a, b] = [normal(given), normal(answer)]
-  return judge === 'exact' || b === '' ? a === b : a.includes(b)
-}
-
-/** Decoded pictures kept for the next questions about them. */
-const KEPT_PICTURES = 256
-
+/** Asks questions. What does not fit is treated as training treats a sample that is too long. */
 class Asker {
+  readonly #model: AlignGPTNetwork
+  readonly #o: EvaluateOptions
+  readonly #mix: Mix
   readonly #pixels = new Map<string, Promise<Float32Array>>()
-  constructor(
-    private readonly model: AlignGPTNetwork,
-    private readonly o: EvaluateOptions,
-  ) {}
 
-  #picture(image: string): string | Uint8Array {
-    const { images } = this.o
-    return typeof images === 'object' ? readPicture(images.locate(image)) : fileOf(image, images)
+  constructor(model: AlignGPTNetwork, o: EvaluateOptions) {
+    this.#model = model
+    this.#o = o
+    this.#mix = o.mix ?? model.mix
   }
-  #load(image: string): Promise<Float32Array> {
-    let p = this.#pixels.get(image)
+
+  #image(name: string): string | Uint8Array {
+    const { images } = this.#o
+    return typeof images === 'object' ? readPicture(images.locate(name)) : imageFile(name, images)
+  }
+
+  #load(name: string): Promise<Float32Array> {
+    let p = this.#pixels.get(name)
     if (!p) {
-      if (this.#pixels.size >= KEPT_PICTURES) this.#pixels.clear()
-      p = loadPixels(this.model, this.#picture(image))
-      this.#pixels.set(image, p)
+      if (this.#pixels.size >= KEPT_IMAGES) this.#pixels.clear()
+      p = loadPixels(this.#model, this.#image(name))
+      this.#pixels.set(name, p)
     }
     return p
   }
 
-  /** Mean log-likelihood of each candidate's answer tokens. */
-  async likelihoods(questions: readonly { q: Question; prompt: string; texts: string[] }[]): Promise<number[][]> {
-    const samples: Sample[] = []
-    const pixels: (Float32Array | null)[] = []
-    for (const { q, prompt, texts } of questions)
-      for (const text of texts) {
-        // without <image> the picture goes to the front of the first question
-        const conversations: Turn[] = [
-          ...(q.history ?? []),
-          { from: 'human', value: prompt },
-          { from: 'gpt', value: text },
-        ]
-        const record = { id: q.id, image: q.image ?? null, conversations, similarity: null }
-        const options = {
-          style: this.o.style ?? this.model.conversation,
-          patches: this.model.patches,
-          lastAnswer: true,
-        }
-        samples.push(buildSample(record, this.model.tokenizer, options))
-        pixels.push(q.image ? await this.#load(q.image) : null)
-      }
-    // gateText 'instruction': as at inference, the gate must not see the answer that is being judged
-    const mix = this.o.mix ?? this.model.mix
-    const batch = packWithPixels(this.model, samples, pixels, mix, 'instruction')
-    const nll = scope(() => noGrad(() => this.model.loss(batch, mix).nll.toFloats()))
-    const sums = samples.map(() => ({ sum: 0, n: 0 }))
-    let s = 0
-    for (const [i, row] of batch.lossRows.entries()) {
-      while (row >= batch.offsets[s + 1]) s++
-      sums[s].sum -= nll[i]
-      sums[s].n++
-    }
-    let at = 0
-    return questions.map(({ texts }) => texts.map(() => sums[at].sum / Math.max(1, sums[at++].n)))
+  /** The conversation up to one of a question's possible answers, which alone is looked at. */
+  #sample(q: Question, prompt: string, text: string): Sample {
+    const { tokenizer, patches, config, conversation } = this.#model
+    const asked: Turn[] = [...(q.history ?? []), { from: 'human', value: prompt }]
+    const placed =
+      q.image === undefined || q.imageTurn !== undefined
+        ? { turns: asked, imageTurn: q.imageTurn }
+        : placeImage(q.id, asked)
+    const conversations: Turn[] = [...placed.turns, { from: 'gpt', value: text }]
+    const record = { id: q.id, image: q.image ?? null, conversations, similarity: null, imageTurn: placed.imageTurn }
+    return buildSample(record, tokenizer, {
+      ...{ style: this.#o.style ?? conversation, patches, lastAnswer: true, literal: true },
+      maxLength: config.tokenizer_model_max_length,
+    })
   }
 
-  /** What the model says to each, or why it cannot be asked. */
-  async #generate(questions: readonly Question[]): Promise<Map<Question, { text?: string; problem?: string }>> {
-    const { maxNewTokens = 32, style, mix, signal } = this.o
-    const options = { maxNewTokens, style, mix, signal }
-    const limit = this.model.config.tokenizer_model_max_length
-    const said = new Map<Question, { text?: string; problem?: string }>()
-    const requests: GenerateRequest[] = []
-    const asked = questions.filter((q, i) => {
-      const { question: prompt, history } = q
-      const request = { prompt, history, ...(q.image && { image: this.#picture(q.image) }) }
-      const { length } = promptOf(this.model, request, options, i)
-      if (length > limit) said.set(q, { problem: `a prompt of ${length} rows, the limit is ${limit}` })
-      else requests.push(request)
-      return length <= limit
+  /** Mean log-likelihood of each possible answer's tokens. */
+  async #likelihoods(questions: readonly Closed[]): Promise<number[][]> {
+    if (!questions.length) return []
+    const pixels: (Float32Array | null)[] = []
+    for (const { q, samples } of questions)
+      for (const _ of samples) pixels.push(q.image ? await this.#load(q.image) : null)
+    const samples = questions.flatMap((c) => c.samples)
+    // gateText 'instruction': as at inference, the gate must not see the answer that is being judged
+    const batch = packWithPixels(this.#model, samples, pixels, this.#mix, 'instruction')
+    const losses = sampleLosses(this.#model, batch, this.#mix).map(({ nll, tokens }) => -nll / Math.max(1, tokens))
+    return questions.map((c) => losses.splice(0, c.samples.length))
+  }
+
+  /** Answers to questions of which the possible answers are known. */
+  async #closed(judged: readonly { q: Question; judge: Judge }[], answers: Map<Question, Answer>): Promise<void> {
+    const all = judged.map(({ q, judge }): Closed => {
+      const c = candidates(q, judge)
+      return { q, ...c, samples: c.texts.map((text) => this.#sample(q, c.prompt, text)) }
     })
-    for (const [i, { text }] of (await generateBatch(this.model, requests, options)).entries())
-      said.set(asked[i], { text })
-    return said
+    // the answers are compared, so all of them have to be there
+    const fit = all.filter(({ samples }) => samples.every((s) => s.skip === null))
+    for (const { q, texts, right, samples } of all) {
+      const problem = samples.find((s) => s.skip !== null)?.skip
+      if (problem) answers.set(q, { id: q.id, answer: texts[right], given: '', correct: false, problem })
+    }
+    for (const [i, scores] of (await this.#likelihoods(fit)).entries()) {
+      const { q, texts, right, samples } = fit[i]
+      const best = scores.indexOf(Math.max(...scores))
+      const cut = samples.some((s) => s.length < s.fullLength)
+      const answer = { id: q.id, answer: texts[right], given: texts[best], correct: best === right }
+      answers.set(q, { ...answer, ...(cut && { cut }) })
+    }
+  }
+
+  /** Answers to open questions: greedy, whatever generation_config.json says of sampling. */
+  async #open(judged: readonly { q: Question; judge: OpenJudge }[], answers: Map<Question, Answer>): Promise<void> {
+    const { maxNewTokens = 32, style, signal } = this.#o
+    const limit = this.#model.context - 1
+    const asked = judged.map(({ q, judge }) => {
+      const { question: prompt, history, imageTurn } = q
+      const request = { prompt, history, imageTurn, ...(q.image && { image: this.#image(q.image) }) }
+      const { length } = promptOf(this.#model, request, { style }, q.id)
+      if (length > limit) {
+        const problem = `a prompt of ${length} rows, the limit is ${limit}`
+        answers.set(q, { id: q.id, answer: q.answer, given: '', correct: false, problem })
+      }
+      return { q, judge, request, fits: length <= limit }
+    })
+    const fit = asked.filter((a) => a.fits)
+    const greedy = { temperature: 0, topK: 0, topP: 1 }
+    const requests = fit.map((a) => a.request)
+    const options = { ...greedy, maxNewTokens, style, mix: this.#mix, signal }
+    for (const [i, g] of (await generateBatch(this.#model, requests, options)).entries()) {
+      const { q, judge } = fit[i]
+      const cut = g.finish === 'length' && g.ids.length < maxNewTokens
+      const answer = { id: q.id, answer: q.answer, given: g.text, correct: matches(g.text, q.answer, judge) }
+      answers.set(q, { ...answer, ...(cut && { cut }) })
+    }
   }
 
   async ask(questions: readonly Question[]): Promise<Answer[]> {
-    const judged = questions.map((q) => ({ q, judge: judgeOf(q, this.o) }))
+    const judged = questions.map((q) => ({ q, judge: judgeOf(q, this.#o.judge) }))
     const answers = new Map<Question, Answer>()
-    const closed = judged.filter(({ judge }) => judge !== 'exact' && judge !== 'contains')
-    const asked = closed.map(({ q, judge }) => ({ q, ...candidates(q, judge) }))
-    const scores = asked.length ? await this.likelihoods(asked) : []
-    for (const [i, { q, texts, right }] of asked.entries()) {
-      const best = scores[i].indexOf(Math.max(...scores[i]))
-      answers.set(q, { id: q.id, answer: texts[right], given: texts[best], correct: best === right })
-    }
-    const open = judged.flatMap(({ q, judge }) => (judge === 'exact' || judge === 'contains' ? [{ q, judge }] : []))
-    for (const [q, given] of await this.#generate(open.map(({ q }) => q))) {
-      const judge = judgeOf(q, this.o) as 'exact' | 'contains'
-      const { text = '', problem } = given
-      const correct = problem === undefined && matches(text, q.answer, judge)
-      answers.set(q, { id: q.id, answer: q.answer, given: text, correct, ...(problem && { problem }) })
-    }
+    await this.#closed(
+      judged.filter(({ judge }) => !isOpen(judge)),
+      answers,
+    )
+    await this.#open(
+      judged.filter((j): j is { q: Question; judge: OpenJudge } => isOpen(j.judge)),
+      answers,
+    )
     return questions.map((q) => answers.get(q) as Answer)
   }
 }
 
-/** Hash of a picture file's bytes. @throws AlignGPTError ERR_IMAGE */
-function contentOf(image: string, images: EvaluateOptions['images']): string {
-  const bytes = typeof images === 'object' ? readPicture(images.locate(image)) : readFilePart(fileOf(image, images))
-  return createHash('sha256').update(bytes).digest('base64')
+/** Share of right answers among those to questions that were asked; NaN without any. */
+export function accuracyOf(answers: readonly Answer[], right = (a: Answer): boolean => a.correct): number {
+  const asked = answers.filter((a) => a.problem === undefined)
+  return asked.filter(right).length / asked.length
 }
-const fileOf = (image: string, images: string | undefined): string => (images ? resolveImage(images, image) : image)
 
 /**
- * The questions, each about another picture: a random cycle of all pictures that differ in content, so that none is about its own,
- * under whatever name. Null when there are no two.
+ * Asks every question, and once more blind. Generated answers are the most likely ones (greedy): what the model's
+ * generation_config.json says of sampling and length is for talking to it, not for measuring it. A question that is too long is treated as
+ * training treats a sample that is: the end is cut, and where picture or answer do not fit it is left out.
+ * @throws AlignGPTError ERR_DATA, ERR_IMAGE
  */
-export function otherPictures(
-  questions: readonly Question[],
-  o: Pick<EvaluateOptions, 'images' | 'seed'>,
-): Question[] | null {
-  const names = [...new Set(questions.flatMap((q) => q.image || []))]
-  const content = new Map(names.map((name) => [name, contentOf(name, o.images)]))
-  const one = new Map([...content].map(([name, hash]) => [hash, name])) // of each content
-  const cycle = [...one.keys()]
-  if (cycle.length < 2) return null
-  const order = permutation(cycle.length, o.seed ?? 0, 7)
-  const next = new Map<string, string>()
-  for (let i = 0; i < order.length; i++) next.set(cycle[order[i]], cycle[order[(i + 1) % order.length]])
-  const other = (image: string): string => one.get(next.get(content.get(image) as string) as string) as string
-  return questions.map((q) => (q.image ? { ...q, image: other(q.image) } : q))
-}
-
-/** Asks every question, and once more blind. */
 export async function evaluate(
   model: AlignGPTNetwork,
   questions: readonly Question[],
@@ -248,7 +210,7 @@ export async function evaluate(
     throw new AlignGPTError('ERR_DATA', '[evaluate] questions: expected at least one, got none')
   const asker = new Asker(model, o)
   const control = o.blind ?? questions.some((q) => q.image)
-  const others = control ? otherPictures(questions, o) : null
+  const others = control ? otherImages(questions, o) : null
   const answers: Answer[] = []
   const blindAnswers: Answer[] = []
   const size = o.batch ?? 16
@@ -259,49 +221,17 @@ export async function evaluate(
     answers.push(...seen)
     blindAnswers.push(...(blind ?? []))
     o.onAnswers?.(seen, blind)
-    await new Promise((resolve) => setImmediate(resolve))
+    await turn()
   }
-  const share = (list: readonly Answer[]): number => list.filter((a) => a.correct).length / list.length
-  const odds = questions.slice(0, answers.length).map((q) => {
-    const judge = judgeOf(q, o)
-    return judge === 'yesno'
-      ? 1 / 2
-      : judge === 'choice' || judge === 'letter'
-        ? 1 / (q.options?.length ?? 1)
-        : Number.NaN
-  })
-  const chance = odds.every(Number.isFinite) ? odds.reduce((a, b) => a + b, 0) / odds.length : null
-  const blind = others ? share(blindAnswers) : null
+  const asked = questions.filter((_, i) => i < answers.length && answers[i].problem === undefined)
   return {
-    ...{ accuracy: share(answers), blind, chance, count: answers.length, answers },
+    accuracy: accuracyOf(answers),
+    blind: others ? accuracyOf(blindAnswers) : null,
+    chance: chanceOf(asked, o.judge),
+    count: asked.length,
+    answers,
     blindAnswers: others ? blindAnswers : null,
+    cut: answers.filter((a) => a.cut).map((a) => a.id),
+    leftOut: answers.flatMap(({ id, problem }) => (problem === undefined ? [] : [{ id, reason: problem }])),
   }
-}
-
-/**
- * Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning.
- * @param o.stop asked between batches; true ends it with the loss of the records so far
- * @returns the loss, of so many tokens in so many records
- */
-export async function evaluateLoss(
-  model: AlignGPTNetwork,
-  data: Pick<Dataset, 'length' | 'record' | 'picture'>,
-  o: { batch?: number; style?: Style; mix?: Mix; stop?: () => boolean } = {},
-): Promise<{ loss: number; tokens: number; records: number }> {
-  let [sum, tokens, done] = [0, 0, 0]
-  const size = o.batch ?? 16
-  for (let at = 0; at < data.length && !o.stop?.(); at += size) {
-    const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
-    const options = { style: o.style ?? model.conversation, patches: model.patches } as const
-    const samples = records.map((r) => buildSample(r, model.tokenizer, options))
-    const load = (name: string): Promise<Float32Array> => loadPixels(model, readPicture(data.picture(name)))
-    const pixels = await Promise.all(records.map((r) => (r.image === null ? null : load(r.image))))
-    const mix = o.mix ?? model.mix
-    const batch = packWithPixels(model, samples, pixels, mix, model.config.mm_gate_text)
-    sum += scope(() => noGrad(() => model.loss(batch, mix, { denominator: 1 }).loss.item()))
-    tokens += batch.lossRows.length
-    done += records.length
-    await new Promise((resolve) => setImmediate(resolve))
-  }
-  return { loss: sum / Math.max(tokens, 1), tokens, records: done }
 }

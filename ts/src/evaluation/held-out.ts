@@ -4,23 +4,23 @@
  */
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import { noGrad, scope } from '../core/tensor.js'
 import { type Dataset, loadDataset } from '../data/dataset.js'
 import { DropLog, type DropState } from '../data/drop-log.js'
 import { type Loader, openLoader } from '../data/loader.js'
 import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
-import { generateBatch, loadPixels } from '../inference/generate.js'
+import { generateBatch } from '../inference/generate.js'
+import { loadPixels } from '../inference/request.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
-import type { GateText } from '../models/config/aligngpt.js'
-import type { PackedBatch } from '../models/packed-batch.js'
+import type { GateText } from '../models/config/variants.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { readPicture } from '../processing/image/source.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
-import { mismatch, show } from '../util/errors.js'
+import { mismatch } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
+import { sampleLosses } from './likelihood.js'
 
 export interface EvaluationOptions {
   /** share of the records that is held out: chosen by the seed, never trained on, evaluated every `evalEvery` steps */
@@ -122,33 +122,6 @@ class Tally {
   }
 }
 
-/**
- * Each sample of a batch by itself, without gradients: sum of the negative log-likelihoods of its labelled tokens (the loss before it
- * is averaged), and the weights of its alignment vectors, none without a picture.
- */
-export function sampleLosses(
-  model: AlignGPTNetwork,
-  b: PackedBatch,
-  mix: Mix,
-): { nll: number; tokens: number; coefficients: number[] }[] {
-  const { nll, coefficients } = scope(() =>
-    noGrad(() => {
-      const { nll, embedded } = model.loss(b, mix)
-      return { nll: nll.toFloats(), coefficients: Array.from(embedded.coefficients.toFloats()) }
-    }),
-  )
-  const samples = b.ids.map(() => ({ nll: 0, tokens: 0, coefficients: [] as number[] }))
-  let s = 0
-  for (const [i, row] of b.lossRows.entries()) {
-    while (row >= b.offsets[s + 1]) s++
-    samples[s].nll += nll[i]
-    samples[s].tokens++
-  }
-  for (const [m, sample] of b.imageSamples.entries())
-    samples[sample].coefficients = coefficients.slice(m * model.levels, (m + 1) * model.levels)
-  return samples
-}
-
 /** A record that is shown. */
 interface Shown {
   record: DataRecord
@@ -174,18 +147,6 @@ export interface HeldOutSettings extends EvaluationOptions {
   keep: (step: number) => boolean
 }
 
-function checkOptions(o: EvaluationOptions): void {
-  const wrong = (key: keyof EvaluationOptions, expected: string): Error =>
-    mismatch('ERR_ARGUMENT', 'train', key, expected, show(o[key]))
-  const { evalShare: share, evalData: file, evalEvery: every } = o
-  if (share !== undefined && !(share > 0 && share < 1)) throw wrong('evalShare', 'a number between 0 and 1')
-  if (share !== undefined && file !== undefined) throw wrong('evalData', 'none beside evalShare')
-  if (every !== undefined && !(Number.isInteger(every) && every > 0)) throw wrong('evalEvery', 'an integer > 0')
-  if (every !== undefined && share === undefined && file === undefined)
-    throw wrong('evalEvery', 'evalShare or evalData beside it')
-  if (o.evalImages !== undefined && file === undefined) throw wrong('evalImages', 'evalData beside it')
-}
-
 /**
  * What a run trains on and what it is evaluated on, null when that is not asked for.
  * @throws AlignGPTError ERR_ARGUMENT, ERR_DATA
@@ -195,7 +156,6 @@ export async function holdOut(
   seed: number,
   o: EvaluationOptions,
 ): Promise<{ trained: Dataset; held: Dataset | null }> {
-  checkOptions(o)
   if (o.evalShare !== undefined) {
     const { rest, held } = data.holdOut(o.evalShare, seed)
     return { trained: rest, held }
@@ -345,6 +305,7 @@ export class HeldOut {
       style: o.style,
       pad: o.pad,
       mix: o.mix.mode === 'level' ? { mode: 'level', level } : o.mix,
+      temperature: 0, // the most likely answer, whatever generation_config.json says
       maxNewTokens: SAMPLE_TOKENS,
       signal: o.signal,
       ...(system.from === 'system' && { system: system.value }),

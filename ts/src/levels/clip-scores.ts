@@ -1,4 +1,5 @@
 /** Alignment scores (arXiv 2405.14129, section 3.1): the cosine of a pair's CLIP embeddings. */
+
 import fs from 'node:fs'
 import path from 'node:path'
 import { noGrad, scope, tensor } from '../core/tensor.js'
@@ -7,14 +8,15 @@ import type { DataRecord } from '../formats/record-file.js'
 import type { CLIPModel } from '../models/clip.js'
 import { loadClip } from '../models/load.js'
 import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
-import { normaliseInto, normaliseTable, preprocessImage } from '../processing/image/preprocess.js'
+import { normaliseInto, normaliseTable, type Preprocess, preprocessImage } from '../processing/image/preprocess.js'
+import type { PictureSource } from '../processing/image/source.js'
 import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import { Tokenizer } from '../processing/tokenizer.js'
-import { type LevelExample, writeLevelsPage } from '../report/levels-page.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { hash53 } from '../util/hash.js'
-import { type Buckets, bucketLevels, type Levels, writeLevels } from './bucket.js'
+import { type Buckets, bucketLevels, type Levels } from './bucket.js'
 import { clipIdentity, FeatureFile, pairKey, ScoreFile } from './score-store.js'
+import { writeLevels } from './write-levels.js'
 
 export interface Pair {
   id: string
@@ -25,25 +27,29 @@ export interface Pair {
 
 /** A CLIP with what it needs to embed pictures and captions. Plain CLIP preprocessing, captions truncated. */
 class Embedder {
-  private readonly table: Float32Array
+  readonly #tokenizer: Tokenizer
+  readonly #preprocess: Preprocess
+  readonly #table: Float32Array
   constructor(
     readonly clip: CLIPModel,
-    private readonly tokenizer: Tokenizer,
-    private readonly preprocessor: PreprocessorConfig,
-    private readonly pad = false,
+    tokenizer: Tokenizer,
+    preprocessor: PreprocessorConfig,
+    pad = false,
   ) {
-    this.table = normaliseTable(preprocessor)
+    this.#tokenizer = tokenizer
+    this.#preprocess = { ...preprocessor, pad }
+    this.#table = normaliseTable(preprocessor)
   }
   get width(): number {
     return this.clip.config.projection_dim
   }
   /** [n, width], rows of norm 1 */
   images(pictures: readonly RgbImage[]): Float32Array {
-    const side = this.preprocessor.crop
+    const side = this.#preprocess.crop
     const size = 3 * side * side
     const pixels = new Float32Array(pictures.length * size)
     for (const [i, p] of pictures.entries())
-      normaliseInto(preprocessImage(p, { ...this.preprocessor, pad: this.pad }), this.table, pixels, i * size)
+      normaliseInto(preprocessImage(p, this.#preprocess), this.#table, pixels, i * size)
     const { dtype, device } = this.clip
     const shape = [pictures.length, 3, side, side]
     const run = () => this.clip.imageEmbeds(tensor(pixels, shape, dtype, device)).toFloats()
@@ -52,7 +58,7 @@ class Embedder {
   /** [n, width], rows of norm 1 */
   texts(captions: readonly string[]): Float32Array {
     const limit = this.clip.config.text.max_position_embeddings
-    const ids = captions.map((c) => this.tokenizer.encodeClip(c, limit))
+    const ids = captions.map((c) => this.#tokenizer.encodeClip(c, limit))
     return Float32Array.from(scope(() => noGrad(() => this.clip.textEmbeds(ids).toFloats())))
   }
 }
@@ -103,13 +109,31 @@ export interface LevelsOptions {
   scores?: string
   /** folder that keeps CLIP's embeddings, so that other captions, or other pictures, need only what is new */
   features?: string
-  /** HTML page with the histogram and pairs of each level */
-  report?: string
+  /** pairs of each level that the result shows, from its lowest score to its highest; default 0 */
+  examples?: number
   onProgress?: (done: number, total: number) => void
   /** told what was found or not used; default: process.emitWarning */
   onNotice?: (text: string) => void
   /** stops between batches; what was scored stays */
   signal?: AbortSignal
+}
+
+/** A pair of a level. */
+export interface LevelExample {
+  level: number
+  image: PictureSource
+  id: string
+  caption: string
+  score: number
+}
+
+/** Levels of the pairs that have a score, in their order. */
+export interface ScoredLevels extends Levels {
+  /** of every record; null without a picture, or with one that cannot be read */
+  scores: (number | null)[]
+  /** records whose picture cannot be read */
+  bad: { id: string; reason: string }[]
+  examples: LevelExample[]
 }
 
 /** The caption of a pair: its first answer. */
@@ -127,35 +151,42 @@ interface Waiting {
   pair: number
 }
 
+interface ScorerOptions {
+  data: Dataset
+  /** folder of the CLIP, and which one it is */
+  dir: string
+  identity: string
+  scores: ScoreFile
+  /** folder of embeddings on file */
+  features: string | undefined
+}
+
 /** Scores the pairs of a data set that have none yet. The CLIP is loaded with the first of them. */
 class Scorer {
+  readonly #o: ScorerOptions
   readonly bad: { id: string; reason: string }[] = []
-  private embedder: Embedder | null = null
-  private files: { images: FeatureFile; texts: FeatureFile } | null = null
-  constructor(
-    private readonly data: Dataset,
-    private readonly dir: string,
-    private readonly identity: string,
-    private readonly scores: ScoreFile,
-    private readonly features: string | undefined,
-  ) {}
+  #embedder: Embedder | null = null
+  #files: { images: FeatureFile; texts: FeatureFile } | null = null
+  constructor(o: ScorerOptions) {
+    this.#o = o
+  }
 
-  private open(): Embedder {
-    if (this.embedder) return this.embedder
-    this.embedder = new Embedder(loadClip(this.dir), Tokenizer.load(this.dir), readPreprocessor(this.dir))
-    if (this.features !== undefined) {
-      const folder = path.join(this.features, this.identity)
-      const { width } = this.embedder
-      this.files = {
+  #open(): Embedder {
+    if (this.#embedder) return this.#embedder
+    this.#embedder = new Embedder(loadClip(this.#o.dir), Tokenizer.load(this.#o.dir), readPreprocessor(this.#o.dir))
+    if (this.#o.features !== undefined) {
+      const folder = path.join(this.#o.features, this.#o.identity)
+      const { width } = this.#embedder
+      this.#files = {
         images: new FeatureFile(folder, 'images', width),
         texts: new FeatureFile(folder, 'texts', width),
       }
     }
-    return this.embedder
+    return this.#embedder
   }
 
   /** Embeddings by name: those on file, and those that `compute` makes of the rest; null where it could not. */
-  private async rows(
+  async #rows(
     names: string[],
     file: FeatureFile | undefined,
     compute: (missing: string[]) => Promise<(Float32Array | null)[]>,
@@ -169,37 +200,40 @@ class Scorer {
       return made[i] !== null
     })
     const all = Float32Array.from(good.flatMap((n) => [...(out.get(n) as Float32Array)]))
-    file?.add(good.map((name) => hash53(name)), all)
+    file?.add(
+      good.map((name) => hash53(name)),
+      all,
+    )
     return out
   }
 
   async run(batch: Waiting[]): Promise<void> {
-    const embedder = this.open()
+    const embedder = this.#open()
     const { width } = embedder
     const cut = (a: Float32Array, n: number) => Array.from({ length: n }, (_, i) => a.slice(i * width, (i + 1) * width))
-    const images = await this.rows(
+    const images = await this.#rows(
       batch.map((p) => p.image),
-      this.files?.images,
+      this.#files?.images,
       async (names) => {
-        const pictures = await Promise.all(names.map((n) => this.decode(n, batch)))
+        const pictures = await Promise.all(names.map((n) => this.#decode(n, batch)))
         const good = pictures.filter((p) => p !== null)
         const rows = good.length ? cut(embedder.images(good), good.length) : []
         return pictures.map((p) => (p === null ? null : (rows.shift() as Float32Array)))
       },
     )
     const usable = batch.filter((p) => images.get(p.image))
-    const texts = await this.rows(
+    const texts = await this.#rows(
       usable.map((p) => p.caption),
-      this.files?.texts,
+      this.#files?.texts,
       async (captions) => cut(embedder.texts(captions), captions.length),
     )
     const score = (p: Waiting): number => dot(images.get(p.image) as Float32Array, texts.get(p.caption) as Float32Array)
-    this.scores.add(usable.map((p) => ({ pair: p.pair, score: score(p) })))
+    this.#o.scores.add(usable.map((p) => ({ pair: p.pair, score: score(p) })))
   }
 
-  private async decode(name: string, batch: Waiting[]): Promise<RgbImage | null> {
+  async #decode(name: string, batch: Waiting[]): Promise<RgbImage | null> {
     try {
-      return await loadImage(this.data.picture(name))
+      return await loadImage(this.#o.data.picture(name))
     } catch (e) {
       if (!(e instanceof AlignGPTError) || e.code !== 'ERR_IMAGE') throw e
       for (const p of batch) if (p.image === name) this.bad.push({ id: p.id, reason: e.message })
@@ -208,9 +242,9 @@ class Scorer {
   }
 
   close(): void {
-    this.files?.images.close()
-    this.files?.texts.close()
-    this.embedder?.clip.dispose()
+    this.#files?.images.close()
+    this.#files?.texts.close()
+    this.#embedder?.clip.dispose()
   }
 }
 
@@ -244,16 +278,18 @@ async function scoreAll(
   return every
 }
 
-// Pairs of each level on the page.
-const EXAMPLES = 8
-
-/** Of each level pairs from its lowest score to its highest. */
-function pickExamples(data: Dataset, every: readonly (number | null)[], all: Int32Array, n: number): LevelExample[] {
+/** Of each level `most` pairs from its lowest score to its highest. */
+function pickExamples(
+  data: Dataset,
+  every: readonly (number | null)[],
+  all: Int32Array,
+  { n, most }: { n: number; most: number },
+): LevelExample[] {
   const byLevel: number[][] = Array.from({ length: n }, () => [])
   for (const [i, l] of all.entries()) if (l >= 0) byLevel[l].push(i)
   return byLevel.flatMap((indices, level) => {
     const sorted = indices.sort((a, b) => (every[a] as number) - (every[b] as number) || a - b)
-    const count = Math.min(EXAMPLES, sorted.length)
+    const count = Math.min(most, sorted.length)
     return Array.from({ length: count }, (_, k) => {
       const index = sorted[count === 1 ? 0 : Math.round((k * (sorted.length - 1)) / (count - 1))]
       const r = data.record(index)
@@ -274,7 +310,7 @@ export async function levels(
   data: Dataset,
   model: { parts: { clipDir: string }; levels: number } | string,
   o: LevelsOptions = {},
-): Promise<Levels & { scores: (number | null)[]; bad: { id: string; reason: string }[] }> {
+): Promise<ScoredLevels> {
   const dir = typeof model === 'string' ? model : model.parts.clipDir
   const n = o.levels ?? (typeof model === 'string' ? 8 : model.levels)
   const notice = o.onNotice ?? ((text: string) => process.emitWarning(text, 'AlignGPTWarning'))
@@ -282,7 +318,7 @@ export async function levels(
   const identity = clipIdentity(dir)
   const scores = new ScoreFile(file, identity)
   if (scores.stale) notice(`[levels] the scores in ${file} are made again: ${scores.stale}`)
-  const scorer = new Scorer(data, dir, identity, scores, o.features)
+  const scorer = new Scorer({ data, dir, identity, scores, features: o.features })
   try {
     const every = await scoreAll(data, scorer, scores, o)
     const scored = [...every.keys()].filter((i) => every[i] !== null)
@@ -293,17 +329,10 @@ export async function levels(
     )
     const all = new Int32Array(data.length).fill(-1)
     for (const [k, i] of scored.entries()) all[i] = result.levels[k]
-    if (o.report !== undefined)
-      await writeLevelsPage(o.report, {
-        data: data.file,
-        clip: dir,
-        buckets: o.buckets ?? 'width',
-        ...result,
-        examples: pickExamples(data, every, all, n),
-      })
+    const examples = pickExamples(data, every, all, { n, most: o.examples ?? 0 })
     if (o.write !== false) await writeLevels(data, all)
     if (o.scores === undefined) fs.rmSync(file, { force: true })
-    return { ...result, scores: every, bad: scorer.bad }
+    return { ...result, scores: every, bad: scorer.bad, examples }
   } finally {
     scorer.close()
   }

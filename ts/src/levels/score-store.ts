@@ -7,7 +7,7 @@ import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { stampOf } from '../formats/index-cache.js'
-import { writeAll } from '../util/files.js'
+import { readRange, writeAll } from '../util/files.js'
 import { hash53 } from '../util/hash.js'
 import { Fingerprints } from '../util/hash-map.js'
 
@@ -37,14 +37,13 @@ function completeLines(file: string): string[] {
 
 /** Scores as JSON lines: first the CLIP they belong to, then {pair, score}. */
 export class ScoreFile {
-  private readonly known = new Map<number, number>()
+  readonly #file: string
+  readonly #known = new Map<number, number>()
   /** why scores found there are not used, null when they are */
   readonly stale: string | null = null
 
-  constructor(
-    private readonly file: string,
-    clip: string,
-  ) {
+  constructor(file: string, clip: string) {
+    this.#file = file
     const [first, ...rest] = completeLines(file)
     let owner: unknown = null
     try {
@@ -52,66 +51,67 @@ export class ScoreFile {
       if (owner === clip)
         for (const line of rest) {
           const { pair, score } = JSON.parse(line) as { pair: number; score: number }
-          this.known.set(pair, score)
+          this.#known.set(pair, score)
         }
     } catch {
       owner = 'unreadable'
-      this.known.clear()
+      this.#known.clear()
     }
     if (owner === clip) return
     if (first) this.stale = owner === 'unreadable' ? 'they cannot be read' : 'they belong to another CLIP'
     fs.writeFileSync(file, `${JSON.stringify({ clip })}\n`)
   }
   get(pair: number): number | undefined {
-    return this.known.get(pair)
+    return this.#known.get(pair)
   }
   /** Adds scores and writes them out. */
   add(scores: readonly { pair: number; score: number }[]): void {
-    for (const { pair, score } of scores) this.known.set(pair, score)
-    fs.appendFileSync(this.file, scores.map((s) => `${JSON.stringify(s)}\n`).join(''))
+    for (const { pair, score } of scores) this.#known.set(pair, score)
+    fs.appendFileSync(this.#file, scores.map((s) => `${JSON.stringify(s)}\n`).join(''))
   }
 }
 
 /** Embeddings by key: `<name>.keys` (float64 each) and `<name>.f32` (rows of the same order). */
 export class FeatureFile {
-  private readonly places = new Fingerprints()
-  private readonly keys: number
-  private readonly rows: number
-  private count: number
+  readonly #path: string
+  readonly #width: number
+  readonly #places = new Fingerprints()
+  readonly #keys: number
+  readonly #rows: number
+  #count: number
 
-  constructor(
-    folder: string,
-    name: string,
-    private readonly width: number,
-  ) {
+  constructor(folder: string, name: string, width: number) {
+    this.#width = width
+    this.#path = path.join(folder, name)
     fs.mkdirSync(folder, { recursive: true })
-    const open = (end: string): number =>
-      fs.openSync(path.join(folder, `${name}.${end}`), fs.constants.O_RDWR | fs.constants.O_CREAT)
-    this.keys = open('keys')
-    this.rows = open('f32')
+    const open = (end: string): number => fs.openSync(this.#name(end), fs.constants.O_RDWR | fs.constants.O_CREAT)
+    this.#keys = open('keys')
+    this.#rows = open('f32')
     // Rows are written before their keys, so that every complete key has its row.
-    const stored = Math.floor(Math.min(fs.fstatSync(this.keys).size / 8, fs.fstatSync(this.rows).size / (4 * width)))
-    const keys = new Float64Array(stored)
-    fs.readSync(this.keys, keys, 0, keys.byteLength, 0)
-    for (const [i, k] of keys.entries()) this.places.set(k, i)
-    this.count = stored
+    const stored = Math.floor(Math.min(fs.fstatSync(this.#keys).size / 8, fs.fstatSync(this.#rows).size / (4 * width)))
+    const keys = readRange(this.#keys, 0, 8 * stored, this.#name('keys'))
+    for (let i = 0; i < stored; i++) this.#places.set(keys.readDoubleLE(8 * i), i)
+    this.#count = stored
+  }
+  #name(end: string): string {
+    return `${this.#path}.${end}`
   }
   /** The row of a key, null when there is none. */
   get(key: number): Float32Array | null {
-    const i = this.places.get(key)
+    const i = this.#places.get(key)
     if (i === undefined) return null
-    const row = new Float32Array(this.width)
-    fs.readSync(this.rows, row, 0, row.byteLength, i * row.byteLength)
-    return row
+    const bytes = 4 * this.#width
+    const row = readRange(this.#rows, i * bytes, bytes, this.#name('f32'))
+    return new Float32Array(row.buffer.slice(row.byteOffset, row.byteOffset + bytes))
   }
   /** @param rows [keys.length, width] */
   add(keys: readonly number[], rows: Float32Array): void {
-    writeAll(this.rows, new Uint8Array(rows.buffer, rows.byteOffset, rows.byteLength), this.count * 4 * this.width)
-    writeAll(this.keys, new Uint8Array(Float64Array.from(keys).buffer), this.count * 8)
-    for (const k of keys) this.places.set(k, this.count++)
+    writeAll(this.#rows, new Uint8Array(rows.buffer, rows.byteOffset, rows.byteLength), this.#count * 4 * this.#width)
+    writeAll(this.#keys, new Uint8Array(Float64Array.from(keys).buffer), this.#count * 8)
+    for (const k of keys) this.#places.set(k, this.#count++)
   }
   close(): void {
-    fs.closeSync(this.keys)
-    fs.closeSync(this.rows)
+    fs.closeSync(this.#keys)
+    fs.closeSync(this.#rows)
   }
 }

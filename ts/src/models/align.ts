@@ -5,7 +5,7 @@ import { type Device, type Dtype, type Tensor, tensor, zeros } from '../core/ten
 import { Linear, Sequential } from '../nn/layers.js'
 import { Module, type ParameterSource } from '../nn/module.js'
 import { AlignGPTError } from '../util/errors.js'
-import type { Alignment, Gate } from './config/aligngpt.js'
+import type { Alignment, Gate } from './config/variants.js'
 import type { BatchTensor, PackedBatch } from './packed-batch.js'
 import type { Projector } from './projector.js'
 

@@ -7,11 +7,11 @@ import { backward, type Device, type Dtype, noGrad, scope, type Tensor, tensor, 
 import type { Linear } from '../nn/layers.js'
 import { isAdapter } from '../nn/lora.js'
 import { type Init, Module, ParameterSource } from '../nn/module.js'
-import type { ChatStyle } from '../processing/conversation/styles.js'
+import { CHAT_STYLES, type ChatStyle } from '../processing/conversation/styles.js'
 import type { Preprocess } from '../processing/image/preprocess.js'
 import type { PreprocessorConfig } from '../processing/preprocessor-config.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
-import { AlignGPTError } from '../util/errors.js'
+import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import {
   AlignIndicators,
   type BatchTensors,
@@ -24,6 +24,7 @@ import {
 } from './align.js'
 import type { AlignGPTConfig } from './config/aligngpt.js'
 import type { ClipConfig } from './config/clip.js'
+import type { GenerationConfig } from './config/generation.js'
 import { hiddenStates, type LanguageModel, type Packing } from './language-model.js'
 import type { PackedBatch } from './packed-batch.js'
 import type { Placement } from './parameter-sources.js'
@@ -50,6 +51,8 @@ export interface Parts {
   tokenizer: Tokenizer
   /** the style of instruction tuning and of answers */
   conversation: ChatStyle
+  /** defaults of generation (generation_config.json), null where the folder has none */
+  generation: GenerationConfig | null
   /** folders that settings and tokenizer files are copied from */
   llmDir: string
   clipDir: string
@@ -106,7 +109,7 @@ export class AlignGPTNetwork extends Module {
   readonly #language: LanguageModel
   readonly #vision: VisionTower
   readonly #projector: Projector
-  readonly #parts: Parts
+  #parts: Parts
   readonly dtype: Dtype
   /** where the weights are and the work is done */
   readonly device: Device
@@ -179,6 +182,19 @@ export class AlignGPTNetwork extends Module {
   /** The style of instruction tuning and of answers (config.json's `conversation`). */
   get conversation(): ChatStyle {
     return this.#parts.conversation
+  }
+  /** A model that is tuned in another style answers in it from then on, and is saved so. */
+  set conversation(style: ChatStyle) {
+    if (!CHAT_STYLES.includes(style))
+      throw mismatch('ERR_ARGUMENT', 'AlignGPT', 'conversation', CHAT_STYLES.join(' or '), show(style))
+    this.#parts = { ...this.#parts, conversation: style }
+  }
+  /**
+   * Rows that a prompt and its answer may have together: what the tokenizer's settings (`tokenizer_model_max_length`, the longest
+   * sequence in training) and the language model (`max_position_embeddings`) allow, the smaller of both.
+   */
+  get context(): number {
+    return Math.min(this.config.tokenizer_model_max_length, this.config.llm.max_position_embeddings)
   }
   /** How this model makes its alignment vector in instruction tuning and at inference. */
   get mix(): Mix {

@@ -13,15 +13,14 @@ import type { Parts, Sources } from './aligngpt.js'
 import { CLIPModel } from './clip.js'
 import {
   type AlignGPTFields,
-  type Alignment,
   alignGPTConfigJson,
-  type Gate,
-  type GateText,
   parseAlignGPTConfig,
   readAlignGPTConfig,
   visionTowerFolder,
 } from './config/aligngpt.js'
 import { readClipConfig } from './config/clip.js'
+import { readGenerationConfig } from './config/generation.js'
+import { type Alignment, type Gate, type GateText, MODEL_DEFAULTS, type SelectFeature } from './config/variants.js'
 import type { LanguageModel } from './language-model.js'
 import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
@@ -59,7 +58,7 @@ export interface CreateOptions extends ModelOptions {
   /** index of the vision tower's hidden state, LLaVA's -2 by default */
   selectLayer?: number
   /** which rows of it: patch (LLaVA's, default) or cls_patch, the class row too */
-  selectFeature?: 'patch' | 'cls_patch'
+  selectFeature?: SelectFeature
   /** file with the projector and the alignment table of an earlier pre-training (mm_projector_align.bin or .safetensors) */
   pretrained?: string
 }
@@ -97,7 +96,7 @@ const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
 export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const { seed, ...place } = checkOptions(load)
   const tower = openTower(o.clip)
-  const levels = o.levels ?? 8
+  const levels = o.levels ?? MODEL_DEFAULTS.levels
   if (!Number.isInteger(levels) || levels < 2)
     throw new AlignGPTError('ERR_ARGUMENT', `[AlignGPT] levels: expected an integer >= 2, got ${levels}`)
   const { raw: own, file } = loadConfig(o.llm, 'config.json')
@@ -106,9 +105,9 @@ export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const features = visionFamily(tower.clip.raw, o.clip).tower(tower.clip)
   const raw = alignGPTConfigJson(own, {
     mm_hidden_size: features.hidden_size,
-    mm_projector_type: o.projector ?? 'mlp2x_gelu',
-    mm_vision_select_layer: o.selectLayer ?? -2,
-    mm_vision_select_feature: o.selectFeature ?? 'patch',
+    mm_projector_type: o.projector ?? MODEL_DEFAULTS.projector,
+    mm_vision_select_layer: o.selectLayer ?? MODEL_DEFAULTS.selectLayer,
+    mm_vision_select_feature: o.selectFeature ?? MODEL_DEFAULTS.selectFeature,
     mm_vision_tower: path.resolve(o.clip),
     n_indicators: levels,
     ...fieldsOf(o),
@@ -116,7 +115,8 @@ export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const config = parseAlignGPTConfig(raw, file)
   const tokenizer = Tokenizer.load(o.llm)
   const conversation = config.conversation ?? family.conversation(tokenizer)
-  const parts: Parts = { config, ...tower, tokenizer, conversation, llmDir: o.llm, levels }
+  const generation = readGenerationConfig(o.llm)
+  const parts: Parts = { config, ...tower, tokenizer, conversation, generation, llmDir: o.llm, levels }
   const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
   const vision = checkpointSource(o.clip, place, toClip)
   const language = checkpointSource(o.llm, place)
@@ -132,11 +132,12 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const tower = openTower(visionTowerFolder(dir, config, o.clip))
   const entries = openCheckpoint(dir)
   const table = entries.get(TABLE)
-  const levels = table?.shape[0] ?? config.n_indicators ?? 8
+  const levels = table?.shape[0] ?? config.n_indicators ?? MODEL_DEFAULTS.levels
   const source = checkpointSource(dir, place)
   const tokenizer = Tokenizer.load(dir)
   const conversation = config.conversation ?? familyInAlignGPT(config.llm.raw, file).conversation(tokenizer)
-  const parts: Parts = { config, ...tower, tokenizer, conversation, llmDir: dir, levels }
+  const generation = readGenerationConfig(dir)
+  const parts: Parts = { config, ...tower, tokenizer, conversation, generation, llmDir: dir, levels }
   const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
   const vision = ownVision ? source : checkpointSource(tower.clipDir, place, toClip)
   // a LLaVA has a projector but no table: alignment starts fresh there, as does what an option asks for in another form

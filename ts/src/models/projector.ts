@@ -2,7 +2,8 @@
 import type { Tensor } from '../core/tensor.js'
 import { Linear, Sequential } from '../nn/layers.js'
 import type { Module, ParameterSource } from '../nn/module.js'
-import { AlignGPTError } from '../util/errors.js'
+import { mismatch } from '../util/errors.js'
+import { PROJECTORS, projectorDepth } from './config/variants.js'
 
 /** `mm_projector_type` of a projector whose parameters have these names. */
 export function projectorTypeOf(names: Iterable<string>): string {
@@ -20,26 +21,19 @@ export class Projector {
   readonly module: Module | null
   #layers: Linear[]
   constructor(s: ParameterSource, kind: string, inputs: number, outputs: number) {
-    const mlp = /^mlp(\d+)x_gelu$/.exec(kind)
-    if (kind === 'identity') {
-      this.module = null
-      this.#layers = []
-    } else if (kind === 'linear') {
-      const layer = new Linear(s, inputs, outputs, { bias: true })
+    const depth = projectorDepth(kind)
+    if (depth === null) throw mismatch('ERR_CONFIG', 'config', 'mm_projector_type', PROJECTORS, kind)
+    const made = (at: ParameterSource, first: boolean): Linear =>
+      new Linear(at, first ? inputs : outputs, outputs, { bias: true })
+    if (kind === 'linear') {
+      const layer = made(s, true)
       this.module = layer
       this.#layers = [layer]
-    } else if (mlp && Number(mlp[1]) >= 1) {
-      const named: Record<string, Linear> = {}
-      for (let i = 0; i < Number(mlp[1]); i++)
-        named[String(2 * i)] = new Linear(s.at(String(2 * i)), i ? outputs : inputs, outputs, { bias: true })
-      this.module = new Sequential(named)
-      this.#layers = Object.values(named)
-    } else {
-      throw new AlignGPTError(
-        'ERR_CONFIG',
-        `[config] mm_projector_type: expected linear, mlpNx_gelu or identity, got ${kind}`,
-      )
+      return
     }
+    this.#layers = Array.from({ length: depth }, (_, i) => made(s.at(String(2 * i)), i === 0))
+    const named = this.#layers.map((layer, i): [string, Linear] => [String(2 * i), layer])
+    this.module = depth ? new Sequential(Object.fromEntries(named)) : null
   }
   /** features [M*P, D] -> input of the last layer, and that layer. */
   beforeLast(features: Tensor): { x: Tensor; weight: Tensor | null; bias: Tensor | null } {

@@ -1,13 +1,14 @@
 /** What AlignGPT asks of a vision tower; every family of the registry (registry.ts) is one. */
 import type { Tensor } from '../core/tensor.js'
 import type { Module } from '../nn/module.js'
+import type { SelectFeature } from './config/variants.js'
 
 /** Which of its hidden states a tower gives to the projector; names are LLaVA's `mm_vision_select_*`. */
 export interface FeatureSelection {
   /** index into the hidden states (0 = embeddings), negative from the end: -2 is LLaVA's */
   layer: number
   /** cls_patch: the class row too */
-  feature: 'patch' | 'cls_patch'
+  feature: SelectFeature
 }
 
 /** Its parameters have the names they have below `vision_tower.` in an AlignGPT checkpoint. */

@@ -4,7 +4,7 @@
  */
 import type { DataRecord, Turn } from '../formats/record-file.js'
 import { type PromptOptions, render, textOf } from './conversation/styles.js'
-import { dataError, type Piece } from './conversation/turns.js'
+import { dataError, type Piece, type Rendered } from './conversation/turns.js'
 import type { Tokenizer } from './tokenizer.js'
 
 export const IMAGE_TOKEN = -200
@@ -17,6 +17,11 @@ export interface SampleOptions extends PromptOptions {
   maxLength?: number
   /** only the last answer is learned; those before it are part of the prompt */
   lastAnswer?: boolean
+  /**
+   * special tokens that the conversation's own texts spell out (`</s>`) are plain text, as for a text that somebody typed. Default
+   * false: they act as tokens, as in the official code's training
+   */
+  literal?: boolean
 }
 
 /** One sequence, ready to be packed. Lengths: L = kept ids, U = uncut ids. */
@@ -43,21 +48,27 @@ export interface Sample {
   skip: string | null
 }
 
+type TextPiece = Extract<Piece, { text: string }>
+
+/** A record, which may say its picture's place itself. */
+export type Recorded = Rendered & Pick<DataRecord, 'similarity'>
+
 /** Tokenises one stretch of text pieces as a whole. */
 function encodeStretch(
-  pieces: { text: string; loss: boolean }[],
-  tokenizer: Tokenizer,
-  ids: number[],
-  labels: number[],
+  pieces: TextPiece[],
+  { tokenizer, literal }: { tokenizer: Tokenizer; literal: boolean },
+  { ids, labels }: { ids: number[]; labels: number[] },
 ): void {
   const ends: number[] = []
+  const contents: [number, number][] = []
   let text = ''
   for (const p of pieces) {
+    if (p.content && p.text) contents.push([text.length, text.length + p.text.length])
     text += p.text
     ends.push(text.length)
   }
   if (!text) return
-  const encoded = tokenizer.encodeWithOffsets(text)
+  const encoded = tokenizer.encodeWithOffsets(text, literal ? contents : [])
   let k = 0
   encoded.ids.forEach((id, i) => {
     while (k < ends.length - 1 && encoded.starts[i] >= ends[k]) k++
@@ -69,22 +80,27 @@ function encodeStretch(
 /**
  * Token ids [BOS, ...] and labels of rendered pieces; the picture is -200 with label -100.
  * Every stretch between pictures is tokenised separately, so each gets its own prefix space, as in LLaVA.
+ * @param literal see SampleOptions
  */
-export function encodePieces(pieces: readonly Piece[], tokenizer: Tokenizer): { ids: Int32Array; labels: Int32Array } {
+export function encodePieces(
+  pieces: readonly Piece[],
+  tokenizer: Tokenizer,
+  literal = false,
+): { ids: Int32Array; labels: Int32Array } {
   const ids = [tokenizer.bosId]
   const labels = [IGNORE]
-  let stretch: { text: string; loss: boolean }[] = []
+  let stretch: TextPiece[] = []
   for (const p of pieces) {
     if (!('image' in p)) {
       stretch.push(p)
       continue
     }
-    encodeStretch(stretch, tokenizer, ids, labels)
+    encodeStretch(stretch, { tokenizer, literal }, { ids, labels })
     stretch = []
     ids.push(IMAGE_TOKEN)
     labels.push(IGNORE)
   }
-  encodeStretch(stretch, tokenizer, ids, labels)
+  encodeStretch(stretch, { tokenizer, literal }, { ids, labels })
   return { ids: Int32Array.from(ids), labels: Int32Array.from(labels) }
 }
 
@@ -102,10 +118,10 @@ function gateText(ids: Int32Array, labels: Int32Array): { gateIds: Int32Array; g
  * learnable is left, is marked in `skip`.
  * @throws AlignGPTError ERR_DATA: see render; also a record without any answer
  */
-export function buildSample(record: DataRecord, tokenizer: Tokenizer, options: SampleOptions): Sample {
+export function buildSample(record: Recorded, tokenizer: Tokenizer, options: SampleOptions): Sample {
   const { patches, maxLength = Number.POSITIVE_INFINITY } = options
   const pieces = render(record, { ...options, eos: tokenizer.eosToken })
-  const { ids, labels } = encodePieces(pieces, tokenizer)
+  const { ids, labels } = encodePieces(pieces, tokenizer, options.literal)
   // an answer is a stretch of labels up to the end of its turn, and the next turn has none
   if (options.lastAnswer) labels.fill(IGNORE, 0, labels.lastIndexOf(IGNORE))
   if (!labels.some((x) => x !== IGNORE)) throw dataError(record.id, 'conversations', 'an answer to learn', 'none')
@@ -121,7 +137,7 @@ export function buildSample(record: DataRecord, tokenizer: Tokenizer, options: S
   return nothing ? { ...cut, skip: `no answer is left within ${maxLength} rows` } : cut
 }
 
-function toSample(record: DataRecord, text: string, ids: Int32Array, labels: Int32Array, patches: number): Sample {
+function toSample(record: Recorded, text: string, ids: Int32Array, labels: Int32Array, patches: number): Sample {
   const length = record.image === null ? ids.length : ids.length + patches
   const { id, image, similarity: level } = record
   return { id, text, ids, labels, ...gateText(ids, labels), image, level, length, fullLength: length, skip: null }
@@ -134,14 +150,15 @@ function toSample(record: DataRecord, text: string, ids: Int32Array, labels: Int
  * @throws AlignGPTError ERR_DATA
  */
 export function buildPrompt(
-  turns: Turn[],
+  turns: readonly Turn[],
   image: string | null,
   tokenizer: Tokenizer,
-  options: PromptOptions & { patches: number; id?: string },
+  options: PromptOptions & Pick<SampleOptions, 'patches' | 'literal'> & Pick<Rendered, 'imageTurn'> & { id?: string },
 ): Sample {
-  const record: DataRecord = { id: options.id ?? 'prompt', image, conversations: turns, similarity: null }
+  const { id = 'prompt', imageTurn } = options
+  const record: Recorded = { id, image, conversations: turns, similarity: null, imageTurn }
   const pieces = render(record, { ...options, open: true, eos: tokenizer.eosToken })
-  const { ids, labels } = encodePieces(pieces, tokenizer)
+  const { ids, labels } = encodePieces(pieces, tokenizer, options.literal)
   // Earlier answers are part of a prompt; nothing of it is learned.
   return toSample(record, textOf(pieces), ids, labels.fill(IGNORE), options.patches)
 }

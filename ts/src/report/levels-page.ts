@@ -2,17 +2,9 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import type { Buckets, Levels } from '../levels/bucket.js'
-import type { PictureSource } from '../processing/image/source.js'
+import type { LevelExample } from '../levels/clip-scores.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
 import { escapeHtml, htmlPage } from './html.js'
-
-export interface LevelExample {
-  level: number
-  image: PictureSource
-  id: string
-  caption: string
-  score: number
-}
 
 export interface LevelsPage extends Pick<Levels, 'edges' | 'histogram'> {
   data: string

@@ -2,9 +2,9 @@
 
 import { headChunk } from '../core/ops.js'
 import { GATE_HIDDEN } from '../models/align.js'
-import type { Gate } from '../models/config/aligngpt.js'
 import type { ClipVisionConfig } from '../models/config/clip.js'
 import type { LanguageModelConfig } from '../models/config/language-model.js'
+import type { Gate } from '../models/config/variants.js'
 import type { OptimizerState } from '../nn/adamw.js'
 import { isTarget, type LoraOptions } from '../nn/lora.js'
 import { AlignGPTError } from '../util/errors.js'

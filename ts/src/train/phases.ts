@@ -3,10 +3,11 @@ import type { Tensor } from '../core/tensor.js'
 import { hasLora } from '../models/adapters.js'
 import type { Mix } from '../models/align.js'
 import { type AlignGPTNetwork, type Part, partOf } from '../models/aligngpt.js'
-import type { Alignment } from '../models/config/aligngpt.js'
+import type { Alignment } from '../models/config/variants.js'
 import type { Parameter } from '../nn/adamw.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { AlignGPTError } from '../util/errors.js'
+import { ADAPTER_LR, RUN_SETTINGS, type RunSettings } from './run-settings.js'
 
 /** A phase as every model may go through it. */
 export interface PhaseDefinition {
@@ -19,7 +20,6 @@ export interface PhaseDefinition {
   /** images padded to a square first */
   pad: boolean
   lr: number
-  batch: number
   /** of the projector alone, where it is not lr */
   projectorLr?: number
 }
@@ -36,8 +36,7 @@ export const PRETRAIN: PhaseDefinition = {
   mix: { mode: 'level' },
   style: 'plain',
   pad: false,
-  lr: 1e-3,
-  batch: 256,
+  lr: RUN_SETTINGS.lr.default.pretrain,
 }
 
 /** Phase 2, instruction tuning: language model, projector and gate learn; the alignment vectors stay. */
@@ -47,8 +46,7 @@ export const FINETUNE: PhaseDefinition = {
   mix: { mode: 'gate' },
   style: null,
   pad: true,
-  lr: 2e-5,
-  batch: 128,
+  lr: RUN_SETTINGS.lr.default.finetune,
 }
 
 /** Parts that a variant of the model does not use or leaves as they are. */
@@ -61,17 +59,14 @@ const FROZEN: Record<Alignment, readonly Part[]> = {
   none: ['table', 'gate'],
 }
 
-/** LLaVA's rate for adapters; the projector beside them keeps the rate of instruction tuning. */
-const LORA_LR = 2e-4
-
 /** A phase as this model goes through it. */
 export function phaseOf(
   model: AlignGPTNetwork,
   phase: PhaseDefinition,
-  o: { lr?: number; projectorLr?: number } = {},
+  o: Pick<RunSettings, 'lr' | 'projectorLr' | 'conversation'> = {},
 ): Phase {
   const lora = phase.name === 'finetune' && hasLora(model)
-  const lr = o.lr ?? (lora ? LORA_LR : phase.lr)
+  const lr = o.lr ?? (lora ? ADAPTER_LR : phase.lr)
   if (o.projectorLr !== undefined && lr === 0)
     throw new AlignGPTError('ERR_ARGUMENT', '[train] projectorLr: expected an lr > 0 beside it, got 0')
   const { mm_alignment: alignment } = model.config
@@ -79,7 +74,7 @@ export function phaseOf(
   const parts = phase.trainable.map((part) => (lora && part === 'language' ? 'adapters' : part))
   return {
     ...phase,
-    style: phase.style ?? model.conversation,
+    style: phase.style ?? o.conversation ?? model.conversation,
     // all variants learn their vectors level by level first; they part in instruction tuning
     mix: phase.name === 'finetune' || alignment === 'none' ? model.mix : phase.mix,
     trainable: parts.filter((part) => !FROZEN[alignment].includes(part)),

@@ -10,15 +10,12 @@ import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { version } from '../util/package.js'
 import { findCheckpoint, type Maker, type Manifest } from './checkpoint.js'
-
-const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
+import { intervalOf } from './run-settings.js'
 
 /** Steps, or milliseconds. @throws AlignGPTError ERR_ARGUMENT */
 export function parseInterval(value: number | string): { steps: number } | { ms: number } {
-  const [, count, unit] = /^(\d+(?:\.\d+)?)([smh]?)$/.exec(String(value)) ?? []
-  const n = Number(count)
-  if (n > 0 && unit) return { ms: n * UNITS[unit] }
-  if (n > 0 && Number.isInteger(n)) return { steps: n }
+  const found = intervalOf(value)
+  if (found) return found
   throw mismatch('ERR_ARGUMENT', 'train', 'saveEvery', "a number of steps or a time such as '10m'", show(value))
 }
 

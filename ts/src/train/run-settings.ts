@@ -1,134 +1,300 @@
 /**
- * The settings of a training run. One table makes the flags of `pretrain` and `finetune`, the keys of a config file, its schema and docs/config.md;
- * what is given in several places counts in this order: flag, --set, config file, preset, default.
+ * The settings of a training run, in one table. From its rows come the types and checks of the library's options, the defaults of
+ * each phase, and in cli/settings.ts the flags of `pretrain` and `finetune`, the keys of a config file and docs/config.md.
+ * Nothing is imported here that takes time: `--help` shows the table.
  */
-import fs from 'node:fs'
-import { type Command, InvalidArgumentError, Option } from 'commander'
-import { mismatch, show } from '../util/errors.js'
+import {
+  ALIGNMENTS,
+  GATE_TEXTS,
+  GATES,
+  MODEL_DEFAULTS,
+  PROJECTORS,
+  projectorDepth,
+  SELECT_FEATURES,
+} from '../models/config/variants.js'
+import { CHAT_STYLES } from '../processing/conversation/styles.js'
+import { show } from '../util/errors.js'
+import type { OutlierOptions } from './outliers.js'
 
-type PhaseName = 'pretrain' | 'finetune'
-/** What a setting may be; each has its flag's parser and its schema. */
-type Kind =
-  | 'text'
-  | 'count'
-  | 'whole'
-  | 'integer'
-  | 'number'
-  | 'switch'
-  | 'list'
-  | 'interval'
-  | 'folder'
-  | readonly string[]
+export type PhaseName = 'pretrain' | 'finetune'
 
-export interface Setting {
-  /** lora.rank is the key rank in the section lora, and the flag --lora-rank */
-  key: string
-  kind: Kind
-  help: string
+/** What a setting may be. */
+interface Kind<T> {
+  /** completes "expected ..." */
+  expected: string
+  accepts(v: unknown): v is T
+  /** the only values there are */
+  choices?: readonly T[]
+  /** how a flag takes it: one value (default), none, some, or one that may be left out */
+  flag?: 'switch' | 'list' | 'optional'
   /** stands for the value in --help */
   value?: string
+}
+const kind = <T>(expected: string, accepts: (v: unknown) => boolean, more: Partial<Kind<T>> = {}): Kind<T> => ({
+  ...more,
+  expected,
+  accepts: accepts as Kind<T>['accepts'],
+})
+const isText = (v: unknown): boolean => typeof v === 'string' && v !== ''
+const isNumber = (v: unknown): v is number => typeof v === 'number' && Number.isFinite(v)
+const isTable = (v: unknown): v is Record<string, unknown> => typeof v === 'object' && v !== null && !Array.isArray(v)
+
+const text = (value: string): Kind<string> => kind('text', isText, { value })
+const integer = kind<number>('an integer', Number.isSafeInteger)
+const from = (least: number, expected: string): Kind<number> =>
+  kind(expected, (v) => integer.accepts(v) && v >= least, { value: 'n' })
+const count = from(1, 'an integer > 0')
+const number = kind<number>('a number >= 0', (v) => isNumber(v) && v >= 0)
+const positive = kind<number>('a number > 0', (v) => isNumber(v) && v > 0)
+const share = kind<number>('a number between 0 and 1', (v) => isNumber(v) && v > 0 && v < 1)
+const switches: Kind<boolean> = kind('true or false', (v) => typeof v === 'boolean', { flag: 'switch' })
+const oneOf = <const T extends string>(choices: readonly T[]): Kind<T> =>
+  kind(choices.join(', ').replace(/, ([^,]*)$/, ' or $1'), (v) => choices.includes(v as T), { choices, value: 'name' })
+/** null, where it means never */
+const orNever = <T>(of: Kind<T>): Kind<T | null> =>
+  kind(of.expected, (v) => v === null || of.accepts(v), { value: of.value })
+
+const UNITS: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000 }
+/** Steps, or milliseconds of a time such as '10m'; null for what is neither. */
+export function intervalOf(value: unknown): { steps: number } | { ms: number } | null {
+  const said = typeof value === 'string' || typeof value === 'number' ? String(value) : ''
+  const [, digits, unit] = /^(\d+(?:\.\d+)?)([smh]?)$/.exec(said) ?? []
+  const n = Number(digits)
+  if (n > 0 && unit) return { ms: n * UNITS[unit] }
+  return n > 0 && Number.isInteger(n) ? { steps: n } : null
+}
+const interval = kind<number | string>("steps, or a time such as '10m'", (v) => intervalOf(v) !== null, {
+  value: 'interval',
+})
+const folder = kind<boolean | string>('true, false or a folder', (v) => typeof v === 'boolean' || isText(v), {
+  ...{ flag: 'optional', value: 'dir' },
+})
+const targets = kind<'all-linear' | readonly string[]>(
+  "a list of names, or 'all-linear'",
+  (v) => v === 'all-linear' || (Array.isArray(v) && v.length > 0 && v.every(isText)),
+  { flag: 'list', value: 'names' },
+)
+const OUTLIER_KEYS: readonly string[] = ['window', 'z', 'warmup'] satisfies (keyof OutlierOptions)[]
+const outliers = kind<boolean | OutlierOptions>(
+  `true, false, or numbers > 0 for ${OUTLIER_KEYS.join(', ')}`,
+  (v) =>
+    typeof v === 'boolean' ||
+    (isTable(v) && Object.entries(v).every(([key, n]) => OUTLIER_KEYS.includes(key) && positive.accepts(n))),
+  { flag: 'switch' },
+)
+const projector = kind<string>(PROJECTORS, (v) => typeof v === 'string' && projectorDepth(v) !== null, {
+  value: 'type',
+})
+
+/** Adapters beside the language model learn faster than it would (LLaVA's rate); the projector beside them does not. */
+export const ADAPTER_LR = 2e-4
+
+interface Row {
+  kind: Kind<unknown>
+  help: string
+  /** what it belongs to besides the run itself: the data, the model that is made or loaded, or the place where it is */
+  of?: 'data' | 'model' | 'place'
   /** of this phase alone */
   phase?: PhaseName
-  /** what the library takes when it is not given */
-  default?: unknown
+  /** what holds when it is not given, for each phase where they differ */
+  default?: string | number | boolean | Record<PhaseName, string | number>
+  /** of two settings that say the same in different words, the other one */
+  instead?: string
 }
 
-/** In the order of --help. */
-export const SETTINGS: readonly Setting[] = [
-  { key: 'data', kind: 'text', value: 'file', help: 'LLaVA JSON, JSON lines or Parquet' },
-  {
-    ...{ key: 'images', kind: 'text', value: 'dir' },
-    help: 'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
+/** Keys with a dot are those of a section; the rows are in the order of --help. */
+export const RUN_SETTINGS = {
+  data: { kind: text('file'), of: 'data', help: 'LLaVA JSON, JSON lines or Parquet' },
+  images: {
+    ...{ kind: text('dir'), of: 'data' },
+    help: 'folder of the images, or shards/{00000..00009}.tar (default: those in the Parquet file)',
   },
-  { key: 'out', kind: 'text', value: 'dir', help: 'where the model, its log and checkpoints go' },
-  { key: 'model', kind: 'text', value: 'dir', help: 'AlignGPT folder to start from' },
-  { key: 'llm', kind: 'text', value: 'dir', phase: 'pretrain', help: 'or LLaMA in Hugging Face layout, with clip' },
-  {
-    key: 'clip',
-    kind: 'text',
-    value: 'dir',
+  out: { kind: text('dir'), help: 'where the model, its log and checkpoints go' },
+  model: { kind: text('dir'), of: 'model', help: 'AlignGPT folder to start from' },
+  llm: {
+    ...{ kind: text('dir'), of: 'model', phase: 'pretrain' },
+    help: 'or LLaMA in Hugging Face layout, with clip',
+  },
+  clip: {
+    ...{ kind: text('dir'), of: 'model' },
     help: "CLIP in Hugging Face layout; beside model: the vision tower's settings",
   },
-  { key: 'levels', kind: 'count', phase: 'pretrain', default: 8, help: 'number of alignment levels' },
-  {
-    ...{ key: 'projector', kind: 'text', value: 'type', phase: 'pretrain', default: 'mlp2x_gelu' },
-    help: 'linear, mlpNx_gelu or identity',
+  levels: {
+    ...{ kind: from(2, 'an integer >= 2'), of: 'model', phase: 'pretrain', default: MODEL_DEFAULTS.levels },
+    help: 'number of alignment levels',
   },
-  {
-    ...{ key: 'selectLayer', kind: 'integer', phase: 'pretrain', default: -2 },
+  projector: {
+    ...{ kind: projector, of: 'model', phase: 'pretrain', default: MODEL_DEFAULTS.projector },
+    help: 'from vision features to the width of the language model',
+  },
+  selectLayer: {
+    ...{ kind: integer, of: 'model', phase: 'pretrain', default: MODEL_DEFAULTS.selectLayer },
     help: 'hidden state of the CLIP that the projector sees (-1: the last)',
   },
-  {
-    ...{ key: 'selectFeature', kind: ['patch', 'cls_patch'], phase: 'pretrain', default: 'patch' },
+  selectFeature: {
+    ...{ kind: oneOf(SELECT_FEATURES), of: 'model', phase: 'pretrain', default: MODEL_DEFAULTS.selectFeature },
     help: 'which rows of it: the patches, or the class row too',
   },
-  {
-    ...{ key: 'alignment', kind: ['adaptive', 'local', 'global', 'average', 'random', 'none'] },
-    help: "how the alignment vector is made (default: the model's, adaptive for a new one)",
+  alignment: {
+    ...{ kind: oneOf(ALIGNMENTS), of: 'model' },
+    help: `how the alignment vector is made (default: the model's, ${MODEL_DEFAULTS.alignment} for a new one)`,
   },
-  { key: 'gate', kind: ['mlp', 'linear'], help: "form of the gate (default: the model's, mlp for a new one)" },
-  {
-    key: 'gateText',
-    kind: ['all', 'instruction'],
-    help: "what the gate sees in training (default: the model's, or all)",
+  gate: {
+    ...{ kind: oneOf(GATES), of: 'model' },
+    help: `form of the gate (default: the model's, ${MODEL_DEFAULTS.gate} for a new one)`,
   },
-  {
-    key: 'lora.rank',
-    kind: 'count',
-    phase: 'finetune',
+  gateText: {
+    kind: oneOf(GATE_TEXTS),
+    help: `text that the gate sees in training (default: the model's, or ${MODEL_DEFAULTS.gateText})`,
+  },
+  conversation: {
+    kind: oneOf(CHAT_STYLES),
+    help: "style of instruction tuning and of answers; the model keeps it (default: the model's)",
+  },
+  'lora.rank': {
+    ...{ kind: count, phase: 'finetune' },
     help: 'train low-rank adapters in place of the language model',
   },
-  { key: 'lora.alpha', kind: 'number', phase: 'finetune', help: 'they count alpha / rank (default: 2 rank)' },
-  {
-    ...{ key: 'lora.targets', kind: 'list', value: 'names', phase: 'finetune' },
-    help: 'modules such as q_proj (default: all matrices of the layers)',
+  'lora.alpha': { kind: positive, phase: 'finetune', help: 'they count alpha / rank (default: 2 rank)' },
+  'lora.targets': {
+    ...{ kind: targets, phase: 'finetune' },
+    help: 'modules such as q_proj (default: all-linear, every matrix of the layers)',
   },
-  { key: 'batch', kind: 'count', help: 'samples of a step (default: 256 in pre-training, 128 in instruction tuning)' },
-  { key: 'microBatch', kind: 'count', help: 'samples run at once (default: 16 at most)' },
-  { key: 'lr', kind: 'number', help: 'peak learning rate (default: 1e-3 and 2e-5; adapters 2e-4)' },
-  { key: 'projectorLr', kind: 'number', help: 'of the projector (default: lr; beside adapters 2e-5)' },
-  { key: 'epochs', kind: 'count', help: 'passes over the data (default: 1)' },
-  { key: 'steps', kind: 'count', help: 'instead of epochs' },
-  { key: 'warmupRatio', kind: 'number', default: 0.03, help: 'share of the steps in which the rate rises' },
-  { key: 'weightDecay', kind: 'number', default: 0, help: 'decoupled weight decay' },
-  { key: 'clipGradNorm', kind: 'number', default: 1, help: 'largest gradient norm' },
-  {
-    key: 'lossNorm',
-    kind: ['batch', 'micro'],
-    default: 'batch',
-    help: 'mean over the step, or of the means of its micro-batches',
+  batch: { kind: count, default: { pretrain: 256, finetune: 128 }, help: 'samples of a step' },
+  microBatch: { kind: count, default: 16, help: 'samples run at once, at most those of a step' },
+  lr: {
+    ...{ kind: number, default: { pretrain: 1e-3, finetune: 2e-5 } },
+    help: `peak learning rate (of adapters: ${ADAPTER_LR})`,
   },
-  { key: 'dtype', kind: ['f32', 'bf16'], default: 'f32', help: 'of the weights' },
-  { key: 'device', kind: ['auto', 'cpu', 'cuda'], default: 'auto', help: 'where the model is' },
-  { key: 'recompute', kind: 'switch', help: 'less memory, one more forward pass' },
-  {
-    ...{ key: 'optimizerState', kind: ['full', 'compact'], default: 'full' },
+  projectorLr: { kind: number, help: 'of the projector (default: lr; beside adapters the rate without them)' },
+  epochs: { kind: count, default: 1, instead: 'steps', help: 'passes over the data' },
+  steps: { kind: count, instead: 'epochs', help: 'instead of epochs' },
+  warmupRatio: { kind: number, default: 0.03, help: 'share of the steps in which the rate rises' },
+  weightDecay: { kind: number, default: 0, help: 'decoupled weight decay' },
+  clipGradNorm: { kind: orNever(number), default: 1, help: 'largest gradient norm; null: any' },
+  lossNorm: {
+    ...{ kind: oneOf(['batch', 'micro']), default: 'batch' },
+    help: 'mean over the step, or of the means of its micro-batches, as in the official code',
+  },
+  dtype: { kind: oneOf(['f32', 'bf16']), of: 'place', default: 'f32', help: 'of the weights' },
+  device: { kind: oneOf(['auto', 'cpu', 'cuda']), of: 'place', default: 'auto', help: 'where the model is' },
+  recompute: { kind: switches, default: false, help: 'less memory, one more forward pass' },
+  optimizerState: {
+    ...{ kind: oneOf(['full', 'compact']), default: 'full' },
     help: 'of bf16 weights: 18 bytes each, or 10',
   },
-  { key: 'offloadOptimizer', kind: 'switch', help: "the optimizer's state of a model on a GPU stays in main memory" },
-  { key: 'seed', kind: 'whole', default: 0, help: 'of order and new weights' },
-  { key: 'groupByLength', kind: 'switch', help: 'batches of similar lengths' },
-  { key: 'augment', kind: 'switch', help: 'mild augmentation of the pictures' },
-  { key: 'workers', kind: 'whole', help: 'threads that decode pictures (default: by the machine)' },
-  { key: 'maxBad', kind: 'number', default: 0.01, help: 'share of records that may be unusable' },
-  { key: 'saveEvery', kind: 'interval', help: 'steps, or a time such as 10m, between checkpoints (default: 30m)' },
-  { key: 'keep', kind: 'count', default: 2, help: 'newest checkpoints that stay' },
-  { key: 'allowLongInterval', kind: 'switch', help: 'an interval longer than the run is no mistake' },
-  { key: 'evalShare', kind: 'number', help: 'share of the records that is held out and evaluated' },
-  { key: 'evalData', kind: 'text', value: 'file', help: 'or a data file to evaluate' },
-  { key: 'evalImages', kind: 'text', value: 'dir', help: 'its pictures (default: images)' },
-  { key: 'evalEvery', kind: 'count', help: 'steps between evaluations (default: a tenth of the run)' },
-  { key: 'skipOutliers', kind: 'switch', help: 'leave out steps whose loss or gradient is far above those before' },
-  { key: 'tensorboard', kind: 'switch', help: 'TensorBoard event files in out, beside log.jsonl' },
-  { key: 'resume', kind: 'folder', help: 'go on from the last checkpoint, of out or of another run' },
-]
+  offloadOptimizer: {
+    ...{ kind: switches, default: false },
+    help: "the optimizer's state of a model on a GPU stays in main memory",
+  },
+  seed: { kind: from(0, 'an integer >= 0'), default: 0, help: 'of order and new weights' },
+  groupByLength: { kind: switches, default: false, help: 'batches of similar lengths' },
+  augment: { kind: switches, default: false, help: 'mild augmentation of the images' },
+  workers: { kind: from(0, 'an integer >= 0'), help: 'threads that decode images (default: by the machine)' },
+  maxBad: { kind: number, default: 0.01, help: 'share of records that may be unusable' },
+  saveEvery: {
+    kind: orNever(interval),
+    default: '30m',
+    help: 'between checkpoints; null: only one when the run is stopped',
+  },
+  keep: { kind: from(2, 'an integer >= 2'), default: 2, help: 'newest checkpoints that stay' },
+  allowLongInterval: { kind: switches, default: false, help: 'an interval longer than the run is no mistake' },
+  evalShare: { kind: share, instead: 'evalData', help: 'share of the records that is held out and evaluated' },
+  evalData: { kind: text('file'), instead: 'evalShare', help: 'or a data file to evaluate' },
+  evalImages: { kind: text('dir'), help: 'its images (default: images)' },
+  evalEvery: { kind: count, help: 'steps between evaluations (default: a tenth of the run)' },
+  skipOutliers: {
+    ...{ kind: outliers, default: false },
+    help: 'leave out steps whose loss or gradient is far above those before',
+  },
+  tensorboard: { kind: switches, default: false, help: 'TensorBoard event files in out, beside log.jsonl' },
+  resume: { kind: folder, help: 'go on from the last checkpoint, of out or of another run' },
+} as const satisfies Record<string, Row>
+
+export interface Setting extends Row {
+  key: string
+}
+/** The table as a list. */
+export const SETTINGS: readonly Setting[] = Object.entries(RUN_SETTINGS as Record<string, Row>).map(([key, row]) => ({
+  key,
+  ...row,
+}))
+export const settingsOf = (phase: PhaseName): Setting[] => SETTINGS.filter((s) => (s.phase ?? phase) === phase)
+
+type Table = typeof RUN_SETTINGS
+type ValueOf<R> = R extends { kind: Kind<infer T> } ? T : never
+/** Keys of the library's options: what is of the run itself. */
+type RunKey = { [K in keyof Table]: Table[K] extends { of: string } ? never : K }[keyof Table]
+type RunRows = Pick<Table, Exclude<RunKey, `${string}.${string}`>>
+type Section<S extends string> = {
+  -readonly [K in RunKey as K extends `${S}.${infer N}` ? N : never]?: ValueOf<Table[K]>
+}
+/** Options of a run, as the table has them. */
+export type RunSettings = { -readonly [K in keyof RunRows]?: ValueOf<RunRows[K]> } & { lora?: Section<'lora'> }
+type DefaultKey = { [K in keyof RunRows]: RunRows[K] extends { default: unknown } ? K : never }[keyof RunRows]
+/** With what holds for what is not given. */
+export type Defaulted = RunSettings & { -readonly [K in DefaultKey]: ValueOf<RunRows[K]> }
+
+/** What holds in a phase when a setting is not given; undefined where that depends on more. */
+export function defaultOf({ default: value }: Row, phase: PhaseName): unknown {
+  return typeof value === 'object' ? value[phase] : value
+}
+
+/** The options with the defaults of the phase. */
+export function withDefaults<T extends RunSettings>(phase: PhaseName, o: T): T & Defaulted {
+  const rows = settingsOf(phase).filter((s) => s.of === undefined && s.default !== undefined)
+  const missing = rows.filter((s) => o[s.key as keyof T] === undefined)
+  return { ...o, ...Object.fromEntries(missing.map((s) => [s.key, defaultOf(s, phase)])) } as T & Defaulted
+}
 
 /** Settings by key, sections as objects. */
 export type Values = Record<string, unknown>
 
+const sections = new Set(SETTINGS.filter((s) => s.key.includes('.')).map((s) => s.key.split('.')[0]))
+/** { lora: { rank: 8 } } -> [['lora.rank', 8]] */
+export function* flat(values: Values): Generator<[string, unknown]> {
+  for (const [key, v] of Object.entries(values))
+    if (sections.has(key) && isTable(v)) for (const [k, inner] of Object.entries(v)) yield [`${key}.${k}`, inner]
+    else yield [key, v]
+}
+
+/** What should be there in place of a value. */
+export interface Problem {
+  key: string
+  expected: string
+  got: string
+}
+
+/** Two settings that are given and do not go together; `expected` is of the first. */
+function between(o: RunSettings): Problem | null {
+  const { evalShare, evalData, evalEvery, evalImages } = o
+  const wrong = (key: keyof RunSettings, expected: string): Problem => ({ key, expected, got: show(o[key]) })
+  if (evalShare !== undefined && evalData !== undefined) return wrong('evalData', 'none beside evalShare')
+  if (evalEvery !== undefined && evalShare === undefined && evalData === undefined)
+    return wrong('evalEvery', 'evalShare or evalData beside it')
+  if (evalImages !== undefined && evalData === undefined) return wrong('evalImages', 'evalData beside it')
+  if (o.tensorboard && !o.out)
+    return { key: 'tensorboard: true', expected: 'out, a folder for the event files', got: 'none' }
+  return null
+}
+
+/** The first of the given settings that is not as it should be in this phase. What the table does not know is left alone. */
+export function problemIn(phase: PhaseName, given: object): Problem | null {
+  for (const [key, v] of flat(given as Values)) {
+    const row = SETTINGS.find((s) => s.key === key)
+    if (!row || v === undefined) continue
+    if (row.phase && row.phase !== phase) return { key, expected: `none in ${phase}`, got: show(v) }
+    if (!row.kind.accepts(v)) return { key, expected: row.kind.expected, got: show(v) }
+  }
+  return null
+}
+/** The same of a run's options, and whether they go together. */
+export const problemOf = (phase: PhaseName, o: RunSettings): Problem | null => problemIn(phase, o) ?? between(o)
+
 /** The paper's batch and rate are the phases' own; these are the ways to fit them into one 80 GB card. */
 const CARD: Values = { dtype: 'bf16', optimizerState: 'compact', recompute: true, evalShare: 0.001 }
 
+const { batch, lr } = RUN_SETTINGS
 /** Ready settings: small towers as the quickstart's, and the paper's two models (section 4.1; LLaVA-1.5's scripts) on one 80 GB card. */
 export const PRESETS = {
   tiny: {
@@ -136,210 +302,15 @@ export const PRESETS = {
     finetune: { batch: 32, microBatch: 32, lr: 1.5e-3, augment: true },
   },
   '7b': {
-    pretrain: { ...CARD, batch: 256, microBatch: 16, lr: 1e-3 },
-    finetune: { ...CARD, batch: 128, microBatch: 4, lr: 2e-5, groupByLength: true },
+    pretrain: { ...CARD, batch: batch.default.pretrain, microBatch: 16, lr: lr.default.pretrain },
+    finetune: { ...CARD, batch: batch.default.finetune, microBatch: 4, lr: lr.default.finetune, groupByLength: true },
   },
   '13b': {
-    pretrain: { ...CARD, batch: 256, microBatch: 8, lr: 1e-3 },
-    finetune: { ...CARD, batch: 128, microBatch: 2, lr: 2e-5, groupByLength: true, offloadOptimizer: true },
+    pretrain: { ...CARD, batch: batch.default.pretrain, microBatch: 8, lr: lr.default.pretrain },
+    finetune: {
+      ...{ ...CARD, batch: batch.default.finetune, microBatch: 2, lr: lr.default.finetune, groupByLength: true },
+      offloadOptimizer: true,
+    },
   },
 } as const satisfies Record<string, Record<PhaseName, Values>>
 export type Preset = keyof typeof PRESETS
-
-export const settingsOf = (phase: PhaseName): Setting[] => SETTINGS.filter((s) => (s.phase ?? phase) === phase)
-
-/** saveEvery -> --save-every, lora.rank -> --lora-rank */
-export const flagOf = ({ key }: Setting): string =>
-  `--${key.replace('.', '-').replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`)}`
-/** As commander names it. */
-const attributeOf = ({ key }: Setting): string => key.replace(/\.(.)/, (_, c) => c.toUpperCase())
-
-const EXPECTED: Record<Exclude<Kind, readonly string[]>, string> = {
-  text: 'text',
-  count: 'an integer > 0',
-  whole: 'an integer >= 0',
-  integer: 'an integer',
-  number: 'a number >= 0',
-  switch: 'true or false',
-  list: 'a list of names',
-  interval: "steps, or a time such as '10m'",
-  folder: 'true, false or a folder',
-}
-export const expectedOf = ({ kind }: Setting): string =>
-  typeof kind === 'string' ? EXPECTED[kind] : kind.join(', ').replace(/, ([^,]*)$/, ' or $1')
-
-const isText = (v: unknown): boolean => typeof v === 'string' && v !== ''
-const ACCEPTS: Record<Exclude<Kind, readonly string[]>, (v: unknown) => boolean> = {
-  text: isText,
-  count: (v) => Number.isInteger(v) && (v as number) > 0,
-  whole: (v) => Number.isInteger(v) && (v as number) >= 0,
-  integer: Number.isInteger,
-  number: (v) => Number.isFinite(v) && (v as number) >= 0,
-  switch: (v) => typeof v === 'boolean',
-  list: (v) => Array.isArray(v) && v.length > 0 && v.every(isText),
-  interval: (v) => ACCEPTS.count(v) || (typeof v === 'string' && /^\d+(\.\d+)?(s|m|h)$/.test(v)),
-  folder: (v) => typeof v === 'boolean' || isText(v),
-}
-const accepts = ({ kind }: Setting, v: unknown): boolean =>
-  typeof kind === 'string' ? ACCEPTS[kind](v) : kind.includes(v as string)
-
-/** The value of a flag's text. */
-function parsed(s: Setting, text: string): unknown {
-  const numeric = typeof s.kind === 'string' && ['count', 'whole', 'integer', 'number', 'interval'].includes(s.kind)
-  const value = numeric && text.trim() !== '' && Number.isFinite(Number(text)) ? Number(text) : text
-  if (!accepts(s, value)) throw new InvalidArgumentError(`expected ${expectedOf(s)}`)
-  return value
-}
-
-function optionOf(s: Setting): Option {
-  const help = s.default === undefined ? s.help : `${s.help} (default: ${s.default})`
-  const option = (value: string): Option => new Option(`${flagOf(s)}${value}`, help)
-  if (s.kind === 'switch') return option('')
-  if (s.kind === 'folder') return option(' [dir]')
-  if (s.kind === 'list') return option(` <${s.value}...>`)
-  const choice = typeof s.kind !== 'string'
-  const made = option(` <${s.value ?? (choice ? 'name' : s.kind === 'interval' ? 'interval' : 'n')}>`)
-  return choice ? made.choices([...s.kind]) : made.argParser((text) => parsed(s, text))
-}
-
-/** Flags of a training command. */
-export function settingsOptions(command: Command, phase: PhaseName): Command {
-  for (const s of settingsOf(phase)) {
-    command.addOption(optionOf(s))
-    if (s.kind === 'switch') command.addOption(new Option(flagOf(s).replace('--', '--no-')).hideHelp())
-  }
-  return configOptions(command)
-}
-
-/** Where settings come from besides their flags. */
-export function configOptions(command: Command): Command {
-  const collect = (text: string, before: string[] = []): string[] => [...before, text]
-  return command
-    .option('--config <file>', 'settings as YAML or JSON; flags count more')
-    .addOption(
-      new Option('--preset <name>', 'ready settings; config and flags count more').choices(Object.keys(PRESETS)),
-    )
-    .option('--set <key=value>', 'a setting as the config file has it, such as lora.rank=64; repeatable', collect)
-}
-
-/** Where given settings are; `flags` as commander parsed them. */
-export interface Given {
-  config?: string
-  preset?: string
-  set?: string[]
-  flags?: Values
-}
-
-/** A setting takes the place of its alternative from a place that counts less: a preset holds records out, a flag names a file. */
-const ALTERNATIVES: Record<string, string> = {
-  ...{ evalData: 'evalShare', evalShare: 'evalData' },
-  ...{ steps: 'epochs', epochs: 'steps' },
-}
-
-const sections = new Set(SETTINGS.filter((s) => s.key.includes('.')).map((s) => s.key.split('.')[0]))
-const isSection = (v: unknown): v is Values => typeof v === 'object' && v !== null && !Array.isArray(v)
-
-/** { lora: { rank: 8 } } -> [['lora.rank', 8]] */
-function* flat(values: Values): Generator<[string, unknown]> {
-  for (const [key, v] of Object.entries(values))
-    if (sections.has(key) && isSection(v)) for (const [k, inner] of Object.entries(v)) yield [`${key}.${k}`, inner]
-    else yield [key, v]
-}
-
-function put(values: Values, key: string, v: unknown): void {
-  const [section, ...names] = key.split('.')
-  if (names.length) values[section] = { ...(values[section] as Values), [names.join('.')]: v }
-  else values[key] = v
-}
-
-/** @throws ERR_CONFIG naming the place, the key, and the nearest one there is, or what its value should be */
-async function checked(where: string, values: Values, phase: PhaseName): Promise<[string, unknown][]> {
-  const known = new Map(settingsOf(phase).map((s) => [s.key, s]))
-  const out: [string, unknown][] = []
-  for (const [key, v] of flat(values)) {
-    const setting = known.get(key)
-    if (!setting) throw await unknownKey(where, key, phase, [...known.keys()])
-    if (!accepts(setting, v)) throw mismatch('ERR_CONFIG', 'config', `${where}: ${key}`, expectedOf(setting), show(v))
-    out.push([key, v])
-  }
-  return out
-}
-
-async function unknownKey(where: string, key: string, phase: PhaseName, known: string[]): Promise<Error> {
-  const fail = (expected: string): Error => mismatch('ERR_CONFIG', 'config', where, expected, show(key))
-  const inside = known.filter((k) => k.startsWith(`${key}.`))
-  if (inside.length) return fail(`values for ${inside.join(', ')}`)
-  const { default: distance } = await import('leven')
-  const other = SETTINGS.some((s) => s.key === key) ? `a key of ${phase}` : 'a known key'
-  const far = (k: string): number => distance(key.toLowerCase(), k.toLowerCase())
-  const near = [...known, 'preset', 'phase'].reduce((a, b) => (far(b) < far(a) ? b : a))
-  return fail(`${other} (the nearest: ${near})`)
-}
-
-/** What a file or --set says: settings, a preset, the phase it is for. */
-interface Said {
-  phase?: PhaseName
-  preset?: Preset
-  values: Values
-}
-
-function said(where: string, content: Values, phase?: PhaseName): Said {
-  const { preset, phase: own, ...values } = content
-  if (own !== undefined && !(phase ? own === phase : own === 'pretrain' || own === 'finetune'))
-    throw mismatch('ERR_CONFIG', 'config', `${where}: phase`, phase ?? 'pretrain or finetune', show(own))
-  if (preset !== undefined && !Object.hasOwn(PRESETS, preset as string))
-    throw mismatch('ERR_CONFIG', 'config', `${where}: preset`, Object.keys(PRESETS).join(', '), show(preset))
-  return { phase: own as PhaseName | undefined, preset: preset as Preset | undefined, values }
-}
-
-/** What a file says; of this phase, if it names one. */
-export async function readConfig(file: string, phase?: PhaseName): Promise<Said> {
-  const { parse } = await import('yaml')
-  let content: unknown
-  try {
-    content = parse(fs.readFileSync(file, 'utf8')) ?? {}
-  } catch (e) {
-    throw mismatch('ERR_CONFIG', 'config', file, 'readable YAML or JSON', (e as Error).message.split('\n')[0])
-  }
-  if (!isSection(content)) throw mismatch('ERR_CONFIG', 'config', file, 'keys and values', show(content))
-  return said(file, content, phase)
-}
-
-async function readSet(list: readonly string[], phase: PhaseName): Promise<Said> {
-  const { parse } = await import('yaml')
-  const content: Values = {}
-  for (const text of list) {
-    const at = text.indexOf('=')
-    if (at <= 0) throw mismatch('ERR_CONFIG', 'config', '--set', 'key=value', show(text))
-    put(content, text.slice(0, at).trim(), parse(text.slice(at + 1)))
-  }
-  return said('--set', content, phase)
-}
-
-/**
- * The settings of a run from all places; the library knows the defaults of the rest.
- * @throws AlignGPTError ERR_CONFIG
- */
-export async function resolveSettings(phase: PhaseName, g: Given): Promise<Values> {
-  const file: Said = g.config === undefined ? { values: {} } : await readConfig(g.config, phase)
-  const set = await readSet(g.set ?? [], phase)
-  const preset = g.preset ?? set.preset ?? file.preset
-  const flags: Values = {}
-  for (const s of settingsOf(phase)) {
-    const v = g.flags?.[attributeOf(s)]
-    if (v !== undefined) put(flags, s.key, v)
-  }
-  const layers: [string, Values][] = [
-    [`preset ${preset}`, preset === undefined ? {} : PRESETS[preset as Preset][phase]],
-    [g.config ?? '', file.values],
-    ['--set', set.values],
-    ['flags', flags],
-  ]
-  const values: Values = {}
-  for (const [where, layer] of layers) {
-    const given = await checked(where, layer, phase)
-    for (const [key] of given) if (ALTERNATIVES[key]) delete values[ALTERNATIVES[key]]
-    for (const [key, v] of given) put(values, key, v)
-  }
-  return values
-}

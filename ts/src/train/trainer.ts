@@ -26,7 +26,8 @@ export type { TrainOptions } from './options.js'
 export type { StepInfo, TrainResult } from './types.js'
 
 /** Phase 1: projector and alignment vectors learn from image-text pairs with levels (section 3.2 of the paper). */
-export function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+export async function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  checkOptions('pretrain', o, data)
   return trainPhase(model, data, phaseOf(model, PRETRAIN, o), o)
 }
 
@@ -35,6 +36,7 @@ export function pretrain(model: AlignGPTNetwork, data: Dataset, o: TrainOptions 
  * `out` holds the merged weights, and the adapters themselves are in its folder `adapter`.
  */
 export async function finetune(model: AlignGPTNetwork, data: Dataset, o: TrainOptions = {}): Promise<TrainResult> {
+  checkOptions('finetune', o, data)
   if (o.lora) addLora(model, o.lora, o.seed)
   const result = await trainPhase(model, data, phaseOf(model, FINETUNE, o), o)
   if (o.out && hasLora(model)) saveAdapter(model, path.join(o.out, 'adapter'))
@@ -233,6 +235,6 @@ async function trainPhase(
   phase: Phase,
   options: TrainOptions,
 ): Promise<TrainResult> {
-  checkOptions(options, data)
+  if (options.conversation) model.conversation = options.conversation
   return new PhaseRun(model, await holdOut(data, options.seed ?? 0, options), phase, options).run()
 }

@@ -1,7 +1,9 @@
 /** The data linter: what training would refuse, leave out or misunderstand, before it starts. */
+
 import path from 'node:path'
 import { type Command, Option } from 'commander'
 import type { CheckReport, ProblemKind } from '../../data/lint.js'
+import { MODEL_DEFAULTS } from '../../models/config/variants.js'
 import { STYLES, type Style } from '../../processing/conversation/styles.js'
 import { integer } from '../options.js'
 
@@ -88,7 +90,7 @@ export function check(program: Command): void {
       ).choices(STYLES),
     )
     .option('--patches <n>', 'rows that a picture takes', integer, 576)
-    .option('--max-length <n>', 'longest sequence in rows', integer, 2048)
+    .option('--max-length <n>', 'longest sequence in rows', integer, MODEL_DEFAULTS.maxLength)
     .option('--decode', 'decode every picture instead of reading its header')
     .option('--limit <n>', 'places shown of each kind', integer, 20)
     .option('--strict', 'warnings count as errors')

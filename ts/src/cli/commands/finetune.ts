@@ -1,7 +1,8 @@
 /** Phase 2: language model, projector and gate learn from instructions. */
 import type { Command } from 'commander'
-import { type Given, settingsOptions, type Values } from '../../train/run-settings.js'
+import type { Values } from '../../train/run-settings.js'
 import { train } from '../options.js'
+import { type Given, settingsOptions } from '../settings.js'
 
 function run(this: Command, o: Given & Values): Promise<void> {
   return train(this, 'finetune', o)

@@ -3,6 +3,9 @@ import { type Command, Option } from 'commander'
 import type { Buckets } from '../../levels/bucket.js'
 import { integer } from '../options.js'
 
+// Pairs of each level on the page.
+const EXAMPLES = 8
+
 interface Options {
   images?: string
   clip: string
@@ -21,13 +24,14 @@ async function run(file: string, o: Options): Promise<void> {
     import('../../levels/clip-scores.js'),
     import('../signals.js'),
   ])
-  const { images, clip, ...options } = o
+  const { images, clip, report, ...options } = o
+  const examples = report === undefined ? 0 : EXAMPLES
   const bar = process.stderr.isTTY
   const data = await loadDataset(file, { images })
   const onProgress = (done: number, total: number): unknown =>
     bar && process.stderr.write(`\r${done}/${total} pairs scored `)
   const result = await hearing('finishing the batch; its scores are kept', (signals) =>
-    score.levels(data, clip, { ...options, onProgress, signal: signals.signal }).catch((e) => {
+    score.levels(data, clip, { ...options, examples, onProgress, signal: signals.signal }).catch((e) => {
       if (e !== signals.signal.reason) throw e
       console.error('stopped: the same command goes on from the scores made so far')
       return null
@@ -42,7 +46,11 @@ async function run(file: string, o: Options): Promise<void> {
     )
   for (const b of result.bad) console.error(`left out: ${b.id}: ${b.reason}`)
   if (o.write) console.log(`similarity written to ${file}`)
-  if (o.report) console.log(`pairs of each level: ${o.report}`)
+  if (report !== undefined) {
+    const { writeLevelsPage } = await import('../../report/levels-page.js')
+    await writeLevelsPage(report, { data: data.file, clip, buckets: o.buckets, ...result })
+  }
+  if (report) console.log(`pairs of each level: ${report}`)
   data.close()
 }
 

@@ -1,8 +1,9 @@
 /** What a run will take of memory and time: memory from the settings alone, time from a few measured steps where that is asked for. */
 import { type Command, Option } from 'commander'
 import type { MemoryPlan, PlanModel, PlanOptions } from '../../train/memory-plan.js'
-import { readConfig, resolveSettings, type Values } from '../../train/run-settings.js'
+import { RUN_SETTINGS, type Values, withDefaults } from '../../train/run-settings.js'
 import { bytes, integer, jobOf, positive } from '../options.js'
+import { readConfig, resolveSettings } from '../settings.js'
 import type { TrainJob } from '../train-worker.js'
 
 interface Options extends Omit<PlanOptions, 'microBatch' | 'textTokens' | 'lora'> {
@@ -121,21 +122,18 @@ const MEASURED = 3
 
 /** Steps of the run, and with `measure` the time of one: the mean of a few real ones without the first. */
 async function runLength(job: TrainJob, measure: boolean): Promise<RunLength> {
-  const [{ loadDataset }, phases] = await Promise.all([
-    import('../../data/dataset.js'),
-    import('../../train/phases.js'),
-  ])
-  const { options, phase } = job
+  const { loadDataset } = await import('../../data/dataset.js')
+  const { phase } = job
+  const options = withDefaults(phase, job.options)
   const data = await loadDataset(job.data.file, { images: job.data.images })
   const records = Math.round(data.length * (1 - (options.evalShare ?? 0)))
-  const usual = phase === 'pretrain' ? phases.PRETRAIN.batch : phases.FINETUNE.batch
-  const batch = Math.min(options.batch ?? usual, records)
-  const steps = options.steps ?? Math.ceil(records / batch) * (options.epochs ?? 1)
+  const batch = Math.min(options.batch, records)
+  const steps = options.steps ?? Math.ceil(records / batch) * options.epochs
   if (!measure) return { records, batch, steps, secondsPerStep: null }
   const [{ openModel }, training] = await Promise.all([import('../train-worker.js'), import('../../train/trainer.js')])
   const model = await openModel(job)
   const seconds: number[] = []
-  const run = { ...options, steps: MEASURED, epochs: undefined, saveEvery: null, progress: false }
+  const run = { ...job.options, steps: MEASURED, epochs: undefined, saveEvery: null, progress: false }
   for (const key of ['out', 'resume', 'tensorboard', 'evalShare', 'evalData', 'evalImages', 'evalEvery'] as const)
     delete run[key]
   try {
@@ -196,7 +194,10 @@ async function run(this: Command, o: Options): Promise<void> {
     )
   else console.log(lines(planned, options).join('\n'))
   if (!length && !o.json) console.log('steps and time: with a --config that names the model and the data')
-  if (length && !o.json) console.log((await lengthLines(length, (settings?.saveEvery ?? '30m') as string)).join('\n'))
+  if (length && !o.json)
+    console.log(
+      (await lengthLines(length, (settings?.saveEvery ?? RUN_SETTINGS.saveEvery.default) as string)).join('\n'),
+    )
   if (memory === undefined) return
   if (!o.json) console.log(`largest micro-batch in ${size(memory).trim()}: ${largest}`)
   if (planned.peak <= memory) return

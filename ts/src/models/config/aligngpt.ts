@@ -16,20 +16,17 @@ import { CHAT_STYLES, type ChatStyle } from '../../processing/conversation/style
 import { mismatch } from '../../util/errors.js'
 import { familyInAlignGPT, languageFamily } from '../registry.js'
 import type { LanguageModelConfig } from './language-model.js'
-
-/**
- * Variants of the alignment vector (the paper's ablations): adaptive = gate over the local vectors plus the global one; local =
- * without the global one; global = that one alone; average = mean of the local ones plus the global one; random = adaptive over
- * a table that is never trained; none = no vector in the sequence.
- */
-export const ALIGNMENTS = ['adaptive', 'local', 'global', 'average', 'random', 'none'] as const
-export type Alignment = (typeof ALIGNMENTS)[number]
-/** mlp: the official code's two layers; linear: the paper's one */
-export const GATES = ['mlp', 'linear'] as const
-export type Gate = (typeof GATES)[number]
-/** which text the gate sees in training */
-export const GATE_TEXTS = ['all', 'instruction'] as const
-export type GateText = (typeof GATE_TEXTS)[number]
+import {
+  ALIGNMENTS,
+  type Alignment,
+  GATE_TEXTS,
+  GATES,
+  type Gate,
+  type GateText,
+  MODEL_DEFAULTS,
+  SELECT_FEATURES,
+  type SelectFeature,
+} from './variants.js'
 
 /** An AlignGPT model: a LLaMA config with the `mm_*` fields of the official code. */
 export interface AlignGPTConfig {
@@ -38,7 +35,7 @@ export interface AlignGPTConfig {
   mm_hidden_size: number
   mm_projector_type: string
   mm_vision_select_layer: number
-  mm_vision_select_feature: 'patch' | 'cls_patch'
+  mm_vision_select_feature: SelectFeature
   /** as written in the file */
   mm_vision_tower: string | null
   /** the folder it names, when that exists: relative to the config's folder, or absolute */
@@ -59,15 +56,15 @@ export interface AlignGPTConfig {
 const alignSchema = z.object({
   mm_hidden_size: size,
   mm_projector_type: or(z.string(), 'linear'),
-  mm_vision_select_layer: or(z.int(), -2),
-  mm_vision_select_feature: or(z.enum(['patch', 'cls_patch']), 'patch'),
+  mm_vision_select_layer: or(z.int(), MODEL_DEFAULTS.selectLayer),
+  mm_vision_select_feature: or(z.enum(SELECT_FEATURES), MODEL_DEFAULTS.selectFeature),
   mm_vision_tower: maybe(z.string().min(1)),
   n_indicators: maybe(z.int().min(2)),
-  mm_alignment: or(z.enum(ALIGNMENTS), 'adaptive'),
-  mm_gate_type: or(z.enum(GATES), 'mlp'),
-  mm_gate_text: or(z.enum(GATE_TEXTS), 'all'),
+  mm_alignment: or(z.enum(ALIGNMENTS), MODEL_DEFAULTS.alignment),
+  mm_gate_type: or(z.enum(GATES), MODEL_DEFAULTS.gate),
+  mm_gate_text: or(z.enum(GATE_TEXTS), MODEL_DEFAULTS.gateText),
   image_aspect_ratio: or(z.string(), 'pad'),
-  tokenizer_model_max_length: or(size, 2048),
+  tokenizer_model_max_length: or(size, MODEL_DEFAULTS.maxLength),
   conversation: maybe(z.enum(CHAT_STYLES)),
 })
 
@@ -134,9 +131,9 @@ export function alignGPTConfigJson(llama: RawConfig, fields: AlignGPTFields, tor
   const family = isOurs ? familyInAlignGPT(llama, 'config.json') : languageFamily(llama, 'config.json')
   const { model_type, architecture } = family.alignGPT
   return {
-    mm_vision_select_feature: 'patch',
+    mm_vision_select_feature: MODEL_DEFAULTS.selectFeature,
     image_aspect_ratio: 'pad',
-    tokenizer_model_max_length: 2048,
+    tokenizer_model_max_length: MODEL_DEFAULTS.maxLength,
     ...llama,
     ...dtype,
     architectures: [architecture],

@@ -1,4 +1,4 @@
-/** generation_config.json: defaults of sampling, and the ids that end an answer. */
+/** generation_config.json: defaults of generation, as transformers reads them, and the ids that end an answer. */
 import fs from 'node:fs'
 import path from 'node:path'
 import { z } from 'zod'

@@ -1,10 +1,11 @@
 /** llama_2, LLaVA's LLAMA_2 style: `[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\nq [/INST] a </s><s>[INST] q2 [/INST] a2 </s>`. */
-import { type Conversation, question } from './turns.js'
+import { type Conversation, content, markup, question } from './turns.js'
 
 const render: Conversation['render'] = (p, i, eos) => {
-  if (p.turns[i].from === 'gpt') return [{ text: ` ${p.turns[i].value} ${eos}`, loss: true }]
-  const system = i === 0 && p.system ? `<<SYS>>\n${p.system}\n<</SYS>>\n\n` : ''
-  return question(p, i, `${i === 0 ? '' : '<s>'}[INST] ${system}`, ' [/INST]')
+  if (p.turns[i].from === 'gpt') return [markup(' ', true), content(p.turns[i].value, true), markup(` ${eos}`, true)]
+  const start = markup(`${i === 0 ? '' : '<s>'}[INST] `)
+  const system = i === 0 && p.system ? [markup('<<SYS>>\n'), content(p.system), markup('\n<</SYS>>\n\n')] : []
+  return question(p, i, [start, ...system], ' [/INST]')
 }
 
 export const llama2: Conversation = {

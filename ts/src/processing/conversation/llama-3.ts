@@ -1,19 +1,16 @@
 /**
  * llama_3, the Llama 3 chat template (LLaVA-NeXT's LLAMA_3 style); BOS comes from the tokenizer. Contents are stripped.
  */
-import { type Conversation, type Prepared, question } from './turns.js'
+import { type Conversation, content, markup, type Prepared, question } from './turns.js'
 
 const header = (role: string): string => `<|start_header_id|>${role}<|end_header_id|>\n\n`
 const render: Conversation['render'] = (p, i) => {
   const value = p.turns[i].value.trim()
   const stripped: Prepared = { ...p, turns: p.turns.map((t, k) => (k === i ? { ...t, value } : t)) }
-  const system = i === 0 && p.system ? `${header('system')}${p.system.trim()}<|eot_id|>` : ''
-  return p.turns[i].from === 'human'
-    ? question(stripped, i, system + header('user'), '<|eot_id|>')
-    : [
-        { text: header('assistant'), loss: false },
-        { text: `${value}<|eot_id|>`, loss: true },
-      ]
+  const end = '<|eot_id|>'
+  if (p.turns[i].from === 'gpt') return [markup(header('assistant')), content(value, true), markup(end, true)]
+  const system = i === 0 && p.system ? [markup(header('system')), content(p.system.trim()), markup(end)] : []
+  return question(stripped, i, [...system, markup(header('user'))], end)
 }
 
 export const llama3: Conversation = {

@@ -1,5 +1,5 @@
 /** plain, the style of pre-training: image, caption, newline; all text is learned. */
-import { dataError, type Piece, type Prepared } from './turns.js'
+import { content, dataError, markup, type Piece, type Prepared } from './turns.js'
 
 /** `plain`: the question is discarded; picture, caption, newline, and all text is learned. */
 export function renderPlain(id: string, p: Prepared, open: boolean): Piece[] {
@@ -7,5 +7,5 @@ export function renderPlain(id: string, p: Prepared, open: boolean): Piece[] {
   if (open) return image
   if (p.turns.length !== 2)
     throw dataError(id, 'conversations', 'one question and one caption (plain)', `${p.turns.length} turns`)
-  return [...image, { text: `${p.turns[1].value}\n`, loss: true }]
+  return [...image, content(p.turns[1].value, true), markup('\n', true)]
 }

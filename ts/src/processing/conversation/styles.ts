@@ -1,11 +1,11 @@
 /** The styles of conversations, and turns as pieces of text in one of them. */
-import { type DataRecord, IMAGE_TEXT } from '../../formats/record-file.js'
+import { IMAGE_TEXT } from '../../formats/record-file.js'
 import { mismatch, show } from '../../util/errors.js'
 import type { Tokenizer } from '../tokenizer.js'
 import { llama2 } from './llama-2.js'
 import { llama3 } from './llama-3.js'
 import { renderPlain } from './plain.js'
-import { type Conversation, dataError, type Piece, prepare } from './turns.js'
+import { type Conversation, dataError, markup, type Piece, prepare, type Rendered } from './turns.js'
 import { vicunaV1 } from './vicuna-v1.js'
 
 /** Styles of instruction tuning and of answers. */
@@ -41,20 +41,17 @@ export interface PromptOptions {
  * @param eos text of the end token (vicuna_v1 and llama_2 end answers with it)
  * @throws AlignGPTError ERR_DATA: two placeholders, turns that do not alternate, nothing to render
  */
-export function render(
-  record: Pick<DataRecord, 'id' | 'image' | 'conversations'>,
-  options: PromptOptions & { open?: boolean; eos?: string },
-): Piece[] {
+export function render(record: Rendered, options: PromptOptions & { open?: boolean; eos?: string }): Piece[] {
   const { style, open = false, eos = '</s>' } = options
   if (!STYLES.includes(style)) throw mismatch('ERR_ARGUMENT', 'prompt', 'style', STYLES.join(' or '), show(style))
   const system = options.system ?? (style === 'plain' ? '' : CHAT[style].system)
-  const p = prepare(record.id, record.image !== null, record.conversations, system)
+  const p = prepare(record, system)
   if (open && p.turns[p.turns.length - 1].from !== 'human')
     throw dataError(record.id, 'last turn', 'a question', 'an answer')
   if (style === 'plain') return renderPlain(record.id, p, open)
   const { render: one, open: opening } = CHAT[style]
   const pieces = p.turns.flatMap((_, i) => one(p, i, eos))
-  if (open && opening) pieces.push({ text: opening, loss: false })
+  if (open && opening) pieces.push(markup(opening))
   return pieces
 }
 

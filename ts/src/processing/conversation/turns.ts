@@ -2,11 +2,28 @@
  * Turns of a conversation on their way to text, the same for all styles: where the image stands, what is system prompt. A style
  * (one file each, listed in styles.ts) renders them as pieces that say themselves whether they are learned.
  */
-import { IMAGE_TEXT, type Turn } from '../../formats/record-file.js'
+import { type DataRecord, IMAGE_TEXT, type Turn } from '../../formats/record-file.js'
 import { type AlignGPTError, mismatch, show } from '../../util/errors.js'
 
-/** Rendered text, learned or not, or the place of the picture. */
-export type Piece = { text: string; loss: boolean } | { image: true }
+/**
+ * Rendered text, learned or not, or the place of the picture. `content`: it comes from the conversation, not from the style; for
+ * whom the conversation is data, special tokens in it are plain text (`literal` in sample.ts).
+ */
+export type Piece = { text: string; loss: boolean; content?: boolean } | { image: true }
+/** Text of a style. */
+export const markup = (text: string, loss = false): Piece => ({ text, loss })
+/** Text of a conversation. */
+export const content = (text: string, loss = false): Piece => ({ text, loss, content: true })
+
+/** What is rendered: a record, or a request. */
+export interface Rendered extends Pick<DataRecord, 'id' | 'image'> {
+  conversations: readonly Turn[]
+  /**
+   * the human turn of `conversations` in whose front the picture stands; every `<image>` in the texts is text then. Absent: `<image>`
+   * says the place, as in LLaVA's data
+   */
+  imageTurn?: number
+}
 
 /** Common preparation of turns: system turn, leading answers, place of the picture. */
 export interface Prepared {
@@ -19,12 +36,22 @@ export interface Prepared {
 export const dataError = (id: string, what: string, expected: string, got: string): AlignGPTError =>
   mismatch('ERR_DATA', 'prompt', `record ${show(id)}: ${what}`, expected, got)
 
+/** Takes the placeholder out of the turn that has it. @returns that turn, -1 without one */
+function takePlaceholder(id: string, turns: Prepared['turns']): number {
+  const places = turns.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
+  if (places > 1) throw dataError(id, 'placeholder', `at most one ${IMAGE_TEXT}`, `${places}`)
+  const found = turns.findIndex((t) => t.value.includes(IMAGE_TEXT))
+  if (found >= 0) turns[found].value = turns[found].value.replace(IMAGE_TEXT, '').trim()
+  return found
+}
+
 /**
  * Moves the placeholder to the front of its turn and strips that turn; drops a leading answer.
  * Without a placeholder the picture goes to the front of the first question. In a text-only record a literal `<image>`
  * stays text.
  */
-export function prepare(id: string, hasImage: boolean, conversations: Turn[], usualSystem: string): Prepared {
+export function prepare({ id, image, conversations, imageTurn: given }: Rendered, usualSystem: string): Prepared {
+  const hasImage = image !== null
   let system = usualSystem
   const turns: Prepared['turns'] = []
   conversations.forEach(({ from, value }, i) => {
@@ -33,12 +60,11 @@ export function prepare(id: string, hasImage: boolean, conversations: Turn[], us
     else system = value
   })
   let imageTurn = -1
-  if (hasImage) {
-    const places = turns.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
-    if (places > 1) throw dataError(id, 'placeholder', `at most one ${IMAGE_TEXT}`, `${places}`)
-    imageTurn = turns.findIndex((t) => t.value.includes(IMAGE_TEXT))
-    if (imageTurn >= 0) turns[imageTurn].value = turns[imageTurn].value.replace(IMAGE_TEXT, '').trim()
-  }
+  if (hasImage && given !== undefined) {
+    imageTurn = given - (conversations.length - turns.length)
+    if (turns[imageTurn]?.from !== 'human') throw dataError(id, 'imageTurn', 'the place of a question', `${given}`)
+    turns[imageTurn].value = turns[imageTurn].value.trim()
+  } else if (hasImage) imageTurn = takePlaceholder(id, turns)
   if (turns.length && turns[0].from === 'gpt') {
     turns.shift()
     imageTurn = Math.max(imageTurn - 1, -1)
@@ -56,12 +82,12 @@ export function prepare(id: string, hasImage: boolean, conversations: Turn[], us
   return { turns, system, imageTurn }
 }
 
-/** Text of a question, the picture in front where it belongs. */
-export function question(p: Prepared, i: number, before: string, after: string): Piece[] {
-  const value = p.turns[i].value
-  if (i !== p.imageTurn) return [{ text: before + value + after, loss: false }]
-  const rest = value === '' ? '' : `\n${value}`
-  return [{ text: before, loss: false }, { image: true }, { text: rest + after, loss: false }]
+/** A question with what the style has before and after it, the picture in front of it where it belongs. */
+export function question(p: Prepared, i: number, before: Piece[], after: string): Piece[] {
+  const value = content(p.turns[i].value)
+  if (i !== p.imageTurn) return [...before, value, markup(after)]
+  const rest = p.turns[i].value === '' ? [] : [markup('\n'), value]
+  return [...before, { image: true }, ...rest, markup(after)]
 }
 
 /** A style of conversations; names are LLaVA's (conversation.py). */

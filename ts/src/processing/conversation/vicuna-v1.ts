@@ -1,15 +1,12 @@
 /**
  * vicuna_v1, LLaVA's TWO style: `SYSTEM USER: q ASSISTANT: a</s>USER: q2 ...`. The space before an answer belongs to it.
  */
-import { type Conversation, question } from './turns.js'
+import { type Conversation, content, markup, question } from './turns.js'
 
 const render: Conversation['render'] = (p, i, eos) =>
   p.turns[i].from === 'human'
-    ? question(p, i, i === 0 ? `${p.system} USER: ` : 'USER: ', ' ')
-    : [
-        { text: 'ASSISTANT:', loss: false },
-        { text: ` ${p.turns[i].value}${eos}`, loss: true },
-      ]
+    ? question(p, i, i === 0 ? [content(p.system), markup(' USER: ')] : [markup('USER: ')], ' ')
+    : [markup('ASSISTANT:'), markup(' ', true), content(p.turns[i].value, true), markup(eos, true)]
 
 export const vicunaV1: Conversation = {
   system:

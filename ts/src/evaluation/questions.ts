@@ -1,0 +1,121 @@
+/** Questions with their answers, and data files as lists of them. */
+import {
+  type DataRecord,
+  IMAGE_TEXT,
+  parseBytes,
+  parseRecord,
+  splitRecords,
+  type Turn,
+} from '../formats/record-file.js'
+import { type Pictures, resolveImage } from '../processing/image/source.js'
+import { mismatch, show } from '../util/errors.js'
+
+export interface Question {
+  id: string
+  /** path of the picture, below `images` where that is given */
+  image?: string
+  question: string
+  /** the conversation before it, with the true answers; a system turn first if there is one */
+  history?: readonly Turn[]
+  /** which of [...history, question] the picture belongs to; default as GenerateRequest's */
+  imageTurn?: number
+  answer: string
+  /** choices in words; the answer is one of them */
+  options?: readonly string[]
+}
+
+/** Folder of the images, or what openPictures gives; without one, names are paths. */
+export type ImagePlace = string | Pictures | undefined
+
+export const imageFile = (image: string, folder: string | undefined): string =>
+  folder ? resolveImage(folder, image) : image
+
+/** How the questions of a file are judged: one figure each, two for open ones. */
+export type Kind = 'yesno' | 'choice' | 'open'
+
+/** A question and which one of its record it is, from 0. */
+export interface Asking {
+  q: Question
+  turn: number
+}
+
+/** What a data file asks. */
+export interface Asked {
+  records: number
+  questions: Record<Kind, Asking[]>
+  /** how many of them are later questions of a conversation */
+  later: number
+  /** ids of records without a question and its answer */
+  leftOut: string[]
+}
+
+/** A, B, C, ... where the question lists its options so and one of them is the answer (LLaVA's multiple choice). */
+function letters(question: string, answer: string): string[] | undefined {
+  const listed = Array.from(question.matchAll(/^([A-Z])\. /gm), (m) => m[1])
+  const inOrder = listed.every((letter, i) => letter.charCodeAt(0) === 65 + i)
+  return listed.length > 1 && inOrder && listed.includes(answer) ? listed : undefined
+}
+
+const kindOf = (q: Question): Kind => (q.options ? 'choice' : /^(yes|no)[.!]?$/i.test(q.answer) ? 'yesno' : 'open')
+
+/**
+ * The questions of a conversation that have an answer, each with the true turns before it. A leading answer is dropped, as in training,
+ * and what does not alternate ends it. `options` are those of the first.
+ */
+export function questionsOf(r: DataRecord, options: readonly string[] | undefined): Question[] {
+  const { conversations: turns } = r
+  const begin = turns[0]?.from === 'system' ? 1 : 0
+  const history = turns.slice(0, begin)
+  const questions: Question[] = []
+  let imageTurn: number | undefined
+  for (let i = turns[begin]?.from === 'gpt' ? begin + 1 : begin; i + 1 < turns.length; i += 2) {
+    const [human, gpt] = [turns[i], turns[i + 1]]
+    if (human.from !== 'human' || gpt.from !== 'gpt') break
+    // beside a picture `<image>` is its place, in a text-only record it is text
+    const holds = r.image !== null && human.value.includes(IMAGE_TEXT)
+    const value = holds ? human.value.replaceAll(IMAGE_TEXT, '').trim() : human.value
+    if (holds) imageTurn ??= history.length
+    const [question, answer] = [value.trim(), gpt.value.trim()]
+    const asked = {
+      id: r.id,
+      image: r.image ?? undefined,
+      question,
+      ...(history.length > 0 && { history: [...history], ...(imageTurn !== undefined && { imageTurn }) }),
+    }
+    const letter = answer.replace(/\.$/, '')
+    const listed = letters(question, letter)
+    if (options && questions.length === 0) questions.push({ ...asked, answer, options })
+    else questions.push(listed ? { ...asked, answer: letter, options: listed } : { ...asked, answer })
+    history.push({ ...human, value }, gpt)
+  }
+  return questions
+}
+
+/**
+ * Reads the questions of a data file; a record may have `options`.
+ * @param limit records that are read
+ * @throws AlignGPTError ERR_DATA naming file, record and key
+ */
+export async function readQuestions(file: string, limit: number): Promise<Asked> {
+  const asked: Asked = { records: 0, questions: { yesno: [], choice: [], open: [] }, later: 0, leftOut: [] }
+  const read = (raw: Record<string, unknown>, n: number): void => {
+    const need = (fits: boolean, expected: string): void => {
+      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} options`, expected, show(raw.options))
+    }
+    const { options } = raw as { options?: string[] }
+    const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
+    need(options === undefined || isList, 'an array of texts')
+    const record = parseRecord(raw, file, n)
+    const found = questionsOf(record, options)
+    asked.later += Math.max(0, found.length - 1)
+    if (!found.length) asked.leftOut.push(record.id)
+    for (const [turn, q] of found.entries()) {
+      need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
+      asked.questions[kindOf(q)].push({ q, turn })
+    }
+  }
+  await splitRecords(file, (bytes, offset) => {
+    if (asked.records < limit) read(parseBytes(bytes, file, offset) as Record<string, unknown>, asked.records++)
+  })
+  return asked
+}
