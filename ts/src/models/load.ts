@@ -34,7 +34,10 @@ export interface LoadOptions {
   /** of new parts */
   seed?: number
 }
-/** Which variant of the alignment vector; what a checkpoint's config says, else the official code's (adaptive, mlp, all). */
+/**
+ * Which variant of the alignment vector; what a checkpoint's config says, else the official code's (adaptive, mlp,
+ * all).
+ */
 export interface AlignmentOptions {
   alignment?: Alignment
   /** linear: the paper's single matrix in place of the official code's two layers */
@@ -44,7 +47,10 @@ export interface AlignmentOptions {
 }
 /** What a model's config.json may say and an argument may say otherwise. */
 export interface ModelOptions extends AlignmentOptions {
-  /** style of instruction tuning and of answers; what config.json says, else recognised by architecture and tokenizer */
+  /**
+   * style of instruction tuning and of answers; what config.json says, else recognised by architecture and
+   * tokenizer
+   */
   conversation?: ChatStyle
 }
 export interface CreateOptions extends ModelOptions {
@@ -59,7 +65,10 @@ export interface CreateOptions extends ModelOptions {
   selectLayer?: number
   /** which rows of it: patch (LLaVA's, default) or cls_patch, the class row too */
   selectFeature?: SelectFeature
-  /** file with the projector and the alignment table of an earlier pre-training (mm_projector_align.bin or .safetensors) */
+  /**
+   * file with the projector and the alignment table of an earlier pre-training (mm_projector_align.bin or
+   * .safetensors)
+   */
   pretrained?: string
 }
 
@@ -156,7 +165,10 @@ export function createClip(dir: string, o: LoadOptions = {}): CLIPModel {
   return new CLIPModel(initSource(seed, place), readClipConfig(dir), place.dtype)
 }
 
-/** A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+/**
+ * A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError
+ * ERR_CONFIG
+ */
 export function createLanguageModel(dir: string, o: LoadOptions = {}): LanguageModel {
   const { seed, ...place } = checkOptions(o)
   const { raw, file } = loadConfig(dir, 'config.json')
