@@ -1,7 +1,4 @@
-/**
- * The ablations of the paper as cells, variant by seed: how one is run, where results are kept, the table they
- * make.
- */
+/** The paper's ablations as cells, variant by seed: how one is run, where results are kept, their table. */
 import fs from 'node:fs'
 import path from 'node:path'
 import {
