@@ -39,7 +39,7 @@ const { values: args } = parseArgs({
   },
 })
 const LEVELS = 8
-const STEPS = args.fast ? { pretrain: 8, finetune: 20 } : { pretrain: 100, finetune: 2400 }
+const STEPS = args.fast ? { pretrain: 8, finetune: 20 } : { pretrain: 100, finetune: 2800 }
 
 const percent = (v: number): string => `${(100 * v).toFixed(1)} %`
 const seconds: Record<string, number> = {}
