@@ -1,4 +1,4 @@
-/** The ablations of the paper as cells, variant by seed: how one is run, where results are kept, the table they make. */
+/** The paper's ablations as cells, variant by seed: how one is run, where results are kept, their table. */
 import fs from 'node:fs'
 import path from 'node:path'
 import {
@@ -133,7 +133,7 @@ export async function runCell(
   }
 }
 
-// ---- results ------------------------------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------------------
 
 /** Finished cells of a file with JSON lines; a line that a kill cut short is not one. */
 export function readCells(file: string, steps: Steps): Cell[] {

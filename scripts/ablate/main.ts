@@ -1,10 +1,11 @@
 /**
- * The paper's ablations on the quickstart's data: every variant of the alignment vector with several seeds, and a table.
+ * The paper's ablations on the quickstart's data: every variant of the alignment vector with several seeds, and a
+ * table.
  *
  *   npm run ablate -- [--fast] [--seeds N] [--only adaptive,none] [--out DIR] [--base DIR]
  *
- * The towers, data and scores are those of a finished quickstart (--base; it is run first where there is none). Finished cells
- * are kept as JSON lines in the output folder and skipped when the command is given again.
+ * The towers, data and scores are those of a finished quickstart (--base; it is run first where there is none).
+ * Finished cells are kept as JSON lines in the output folder and skipped when the command is given again.
  */
 import { spawnSync } from 'node:child_process'
 import fs from 'node:fs'

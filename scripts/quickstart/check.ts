@@ -3,8 +3,8 @@
  *
  *   npm run quickstart:towers [-- --only clip,llm] [-- --out DIR] [-- --keep] [-- --ship]
  *
- * --keep leaves out those that are in the folder already, --ship puts them into the repository in place of its own. Status 1
- * where they differ, which towers made with another CPU code path do.
+ * --keep leaves out those that are in the folder already, --ship puts them into the repository in place of its own.
+ * Status 1 where they differ, which towers made with another CPU code path do.
  */
 import fs from 'node:fs'
 import path from 'node:path'

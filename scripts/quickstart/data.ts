@@ -1,6 +1,6 @@
 /**
- * The quickstart's data: ordinary LLaVA JSON and a folder of pictures, made from emoji. Look at what it writes and do the
- * same with your own pictures:
+ * The quickstart's data: ordinary LLaVA JSON and a folder of pictures, made from emoji. Look at what it writes and
+ * do the same with your own pictures:
  *
  *   images/{noto,twemoji,fluent}/CODE.png   64 x 64; Fluent is for testing only
  *   pairs.json           picture + caption, for CLIP and for pre-training; captions of mixed quality
@@ -15,9 +15,9 @@
  *
  * The test is the rendering style: the things are the same, every picture is new.
  *
- * A CLIP that was trained on a pair cannot judge it, so pairs are scored by a CLIP that was trained on the other half. All
- * captions and both pictures of an emoji lie in the same half, because another picture of the same thing with the same
- * name would give it away.
+ * A CLIP that was trained on a pair cannot judge it, so pairs are scored by a CLIP that was trained on the other
+ * half. All captions and both pictures of an emoji lie in the same half, because another picture of the same thing
+ * with the same name would give it away.
  *
  * Everything is a pure function of the seed.
  */
@@ -64,7 +64,7 @@ export interface QuickstartData {
   seconds: number
 }
 
-// ---- files --------------------------------------------------------------------------------------------------------------
+// ---- files --------------------------------------------------------------------------------------------------
 
 const NOTE = `Made by "npm run quickstart" from npm packages; open the files and imitate them with your own pictures.
 

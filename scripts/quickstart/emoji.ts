@@ -83,7 +83,7 @@ export function sourceImages(style: ImageStyle): Map<string, string> {
   return new Map(files.map((f) => [idOf(f.replace(/\.\w+$/, '')), path.join(folder, f)]))
 }
 
-// ---- words ----------------------------------------------------------------------------------------------------------------
+// ---- words --------------------------------------------------------------------------------------------------
 
 /** Human keywords that are one word and not just the category. */
 function keywordsOf(tags: readonly string[], name: string): string[] {
@@ -100,7 +100,7 @@ const FILLING = new Set(['and', 'with', 'without', 'the', 'from', 'for', 'over',
 export const wordsOf = (e: Emoji): Set<string> =>
   new Set([...e.name.split(/[ -]/), ...e.keywords, e.category].filter((w) => w.length > 2 && !FILLING.has(w)))
 
-// ---- selection --------------------------------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------------------
 
 /** A thing of its own, not the same once more in another colour, sex or direction. */
 function distinct(e: EmojibaseEntry): boolean {
@@ -139,8 +139,8 @@ function candidates(seed: number): Emoji[] {
 }
 
 /**
- * The emoji of the quickstart, in the order of the Unicode charts. Each is in the same half whatever is chosen, because each
- * of the shipped scoring CLIPs knows one half.
+ * The emoji of the quickstart, in the order of the Unicode charts. Each is in the same half whatever is chosen,
+ * because each of the shipped scoring CLIPs knows one half.
  * @param perCategory at most so many of each category, half of them of each half (a random choice); default: all
  */
 export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY): Emoji[] {
@@ -157,7 +157,7 @@ export function selectEmoji(seed: number, perCategory = Number.POSITIVE_INFINITY
   return list.filter((e) => chosen.has(e))
 }
 
-// ---- pictures ---------------------------------------------------------------------------------------------------------
+// ---- pictures -----------------------------------------------------------------------------------------------
 
 /** Path of a picture below the image folder, as the JSON files name it. */
 export const imageName = (style: ImageStyle, e: Emoji): string => `${style}/${e.id}.png`

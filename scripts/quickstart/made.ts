@@ -1,6 +1,7 @@
 /**
- * The four towers of the quickstart: a CLIP, two CLIPs that judge each other's half of the pairs, a LLaMA. The repository
- * ships them; here is how each is made again, and whether what was made is what is shipped. main.ts and check.ts call it.
+ * The four towers of the quickstart: a CLIP, two CLIPs that judge each other's half of the pairs, a LLaMA. The
+ * repository ships them; here is how each is made again, and whether what was made is what is shipped. main.ts and
+ * check.ts call it.
  */
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'

@@ -4,8 +4,9 @@
  *
  *   npm run quickstart [-- --fast] [-- --from-scratch] [-- --out DIR]
  *
- * It starts from the small towers of the repository, as one starts from OpenAI's CLIP and Vicuna; --from-scratch trains them
- * first and says whether they are the same. --fast takes half a minute and shows the way rather than results.
+ * It starts from the small towers of the repository, as one starts from OpenAI's CLIP and Vicuna; --from-scratch
+ * trains them first and says whether they are the same. --fast takes half a minute and shows the way rather than
+ * results.
  */
 import fs from 'node:fs'
 import path from 'node:path'
@@ -38,7 +39,7 @@ const { values: args } = parseArgs({
   },
 })
 const LEVELS = 8
-const STEPS = args.fast ? { pretrain: 8, finetune: 20 } : { pretrain: 100, finetune: 2400 }
+const STEPS = args.fast ? { pretrain: 8, finetune: 20 } : { pretrain: 100, finetune: 2800 }
 
 const percent = (v: number): string => `${(100 * v).toFixed(1)} %`
 const seconds: Record<string, number> = {}
@@ -90,7 +91,7 @@ function begin(out: string): void {
     })
 }
 
-// ---- towers -------------------------------------------------------------------------------------------------------
+// ---- towers -------------------------------------------------------------------------------------------------
 
 type Towers = Pick<QuickstartResult, 'towers'> & { loss: Pick<QuickstartResult['loss'], 'clip' | 'llm'> }
 
@@ -118,13 +119,13 @@ async function getTowers(d: QuickstartData, folder: string): Promise<Towers> {
   const others = different(folder)
   console.log(
     others.length
-      ? `\nThese towers differ from the shipped ones (${others.join(', ')}), which were made with CPU code path ${made.isa}.`
+      ? `\nThese towers differ from the shipped ones, made with CPU code path ${made.isa}: ${others.join(', ')}`
       : '\nThese towers are the shipped ones, bit for bit.',
   )
   return { towers: { made: 'here', isa, sameAsShipped: !others.length }, loss }
 }
 
-// ---- levels -------------------------------------------------------------------------------------------------------
+// ---- levels -------------------------------------------------------------------------------------------------
 
 /** Scores each pair with a CLIP trained on the other half: one that has seen a pair cannot judge it. */
 async function scorePairs(d: QuickstartData, models: string): Promise<number[]> {
@@ -217,7 +218,7 @@ async function makeLevels(d: QuickstartData, out: string): Promise<Leveled> {
   return { data, levels, examples }
 }
 
-// ---- training and test --------------------------------------------------------------------------------------------
+// ---- training and test --------------------------------------------------------------------------------------
 
 /** Both phases. @returns their losses, step by step */
 async function train(
@@ -268,16 +269,19 @@ async function answerSome(model: AlignGPT, d: QuickstartData): Promise<AnswerExa
   }))
 }
 
-const nextSteps = (out: string, d: QuickstartData): string => `
+function nextSteps(out: string, d: QuickstartData): string {
+  const image = path.join(out, 'data', 'images', readQuestions(d, 'name')[0].image)
+  return `
 Report:  ${path.join(out, 'report.html')}
 Numbers: ${path.join(out, 'result.json')}
 
 Ask it yourself:
-  npm run chat -- --model ${out}/model --image ${out}/data/images/fluent/${path.basename(readQuestions(d, 'name')[0].image)} "What is this?"
+  npm run chat -- --model ${out}/model --image ${image} "What is this?"
 Train on a folder of your own:
   npm run levels   -- pairs.json --images DIR --clip ${out}/models/clip
   npm run pretrain -- --llm ${out}/models/llm --clip ${out}/models/clip --data pairs.json --images DIR --out runs/mine-1
   npm run finetune -- --model runs/mine-1 --data instructions.json --images DIR --out runs/mine-2`
+}
 
 async function main(): Promise<void> {
   const out = path.resolve(args.out)

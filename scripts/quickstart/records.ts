@@ -6,7 +6,10 @@ import { permutation, Rng } from 'aligngpt/core'
 import { CATEGORIES, type Category, type Emoji, type ImageStyle, imageName, TRAINING_STYLES, wordsOf } from './emoji.js'
 import { isThere, withArticle } from './words.js'
 
-/** full: name, mostly with keywords and category; keyword: one keyword; category: nothing else; wrong: of another thing. */
+/**
+ * full: name, mostly with keywords and category; keyword: one keyword; category: nothing else; wrong: of another
+ * thing.
+ */
 export const QUALITIES = ['full', 'keyword', 'category', 'wrong'] as const
 export type Quality = (typeof QUALITIES)[number]
 /** Share of each quality in pairs.json. */
@@ -37,7 +40,7 @@ interface Drawing {
   style: ImageStyle
 }
 
-// ---- captions -----------------------------------------------------------------------------------------------------------
+// ---- captions -----------------------------------------------------------------------------------------------
 
 /** Some different keywords of an emoji. */
 function keywords(e: Emoji, n: number, rng: Rng): string[] {
@@ -120,7 +123,7 @@ export function makePairs(list: readonly Emoji[], seed: number, perImage = 2): P
   return data
 }
 
-// ---- questions ----------------------------------------------------------------------------------------------------------
+// ---- questions ----------------------------------------------------------------------------------------------
 
 interface Asked {
   question: string
@@ -145,8 +148,8 @@ function categoryTurn(e: Emoji, rng: Rng): Asked {
 }
 
 /**
- * A yes/no question about `about`, asked of itself and of another thing. Asking the same of both keeps the balance: every
- * question text is as often right as wrong, for each category.
+ * A yes/no question about `about`, asked of itself and of another thing. Asking the same of both keeps the balance:
+ * every question text is as often right as wrong, for each category.
  */
 function yesNoQuestion(about: Emoji, kind: (typeof YES_NO_KINDS)[number], rng: Rng): string {
   if (kind === 'name') return isThere(about.name)
@@ -184,9 +187,9 @@ const shuffled = <T>(items: readonly T[], rng: Rng): T[] => {
 }
 
 /**
- * How four questions about one thing become conversations. An answer must not follow from an earlier one without looking:
- * a Yes or a name tells everything and ends its conversation, a category says which other things are not there. Yes and No
- * never meet, as the second would be the opposite of the first.
+ * How four questions about one thing become conversations. An answer must not follow from an earlier one without
+ * looking: a Yes or a name tells everything and ends its conversation, a category says which other things are not
+ * there. Yes and No never meet, as the second would be the opposite of the first.
  */
 function conversations(e: Emoji, yes: Asked, no: Asked, rng: Rng): Asked[][] {
   const [name, category] = [nameTurn(e), categoryTurn(e, rng)]
@@ -260,7 +263,7 @@ function aboutAThing(e: Emoji, list: readonly Emoji[], rng: Rng, id: string): Ll
   return { id, conversations: toTurns(shuffled(turns, rng).slice(0, 1 + rng.int(2)), '') }
 }
 
-// ---- text for the language model ----------------------------------------------------------------------------------------
+// ---- text for the language model ----------------------------------------------------------------------------
 
 /** A thing in words, as a picture would show it: short or long, sometimes only what it has to do with. */
 function description(e: Emoji, rng: Rng): string {
@@ -272,8 +275,8 @@ function description(e: Emoji, rng: Rng): string {
 }
 
 /**
- * Plain text: a few sentences about each thing, lists of similar things, and descriptions with a caption below, which is
- * the form of pre-training with words where the picture will be.
+ * Plain text: a few sentences about each thing, lists of similar things, and descriptions with a caption below,
+ * which is the form of pre-training with words where the picture will be.
  */
 export function makeText(list: readonly Emoji[], seed: number): string[] {
   const rng = new Rng(seed, STREAM.text)
@@ -331,7 +334,7 @@ export function makeConversations(list: readonly Emoji[], seed: number, rounds =
   return records
 }
 
-// ---- the test -----------------------------------------------------------------------------------------------------------
+// ---- the test -----------------------------------------------------------------------------------------------
 
 /** Things of each category, in random order, over and over. */
 class Deck {
@@ -356,8 +359,9 @@ class Deck {
 const image = (e: Emoji): string => imageName('fluent', e)
 
 /**
- * Two things of different categories, four questions: is there this one, is there the other one, on both pictures. So each
- * question text is as often answered Yes as No and nothing can be known without looking. Each round has every category once.
+ * Two things of different categories, four questions: is there this one, is there the other one, on both pictures.
+ * So each question text is as often answered Yes as No and nothing can be known without looking. Each round has
+ * every category once.
  */
 function yesNoTest(list: readonly Emoji[], rounds: number, rng: Rng): TestQuestion[] {
   const deck = new Deck(list, rng)

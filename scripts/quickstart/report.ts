@@ -1,4 +1,7 @@
-/** The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no font. */
+/**
+ * The quickstart's report: one HTML file with everything in it. It asks nobody for anything: no script, no link, no
+ * font.
+ */
 import fs from 'node:fs'
 import path from 'node:path'
 import { CHART_STYLE, escapeHtml, htmlPage, lineChart, PAGE_STYLE } from 'aligngpt/report'
@@ -116,13 +119,15 @@ function headline({ accuracy, blind, levels, seconds, towers }: QuickstartResult
   const tile = ([value, unit]: readonly string[], name: string, note: string): string =>
     `<div class="tile"><strong>${value} <em>${unit}</em></strong><span>${name}</span><small>${note}</small></div>`
   const share = (v: number): string[] => (Number.isFinite(v) ? [(100 * v).toFixed(1), '%'] : ['none', ''])
+  const luck = 'in the lowest quarter of the scores; 25 % would be luck'
+  const work = 'scores, both phases and the test'
   const total = Object.values(seconds).reduce((a, b) => a + b, 0)
   const tests = TESTS.map((t) =>
     tile(share(accuracy[t]), TEST_NAMES[t], `${points(accuracy[t] - blind[t])} points over the blind control`),
   )
   return `<div class="tiles">${tests.join('')}
-${tile(share(levels.wrongInLowestQuarter), 'of the wrong captions found', 'in the lowest quarter of the scores; 25 % would be luck')}
-${tile(duration(total), 'for this run', towers.made === 'here' ? 'all towers, scores, both phases and the test' : 'scores, both phases and the test')}</div>`
+${tile(share(levels.wrongInLowestQuarter), 'of the wrong captions found', luck)}
+${tile(duration(total), 'for this run', towers.made === 'here' ? `towers, ${work}` : work)}</div>`
 }
 
 function accuracyTable({ accuracy, blind, chance, questions }: QuickstartResult): string {
@@ -288,10 +293,10 @@ td.wide{width:38%}.scroll>svg{min-width:560px}
 /** JSON inside a script element: no tag can begin in it. */
 const embedded = (value: unknown): string => JSON.stringify(value).replaceAll('<', '\\u003c')
 
-const PAPER = `AlignGPT's alignment levels, pre-training and instruction tuning, and a test on pictures it has never seen`
+const PAPER = `AlignGPT's alignment levels, pre-training and instruction tuning, and a test on new pictures`
 const INTRODUCTION: Record<TowersMade['made'], string> = {
-  here: `A small multimodal model, everything from random numbers on: tokenizers, CLIPs, a language model, then ${PAPER}.`,
-  shipped: `A small multimodal model: on a small CLIP and a small language model that come with the repository, ${PAPER}.`,
+  here: `A small multimodal model from random numbers on: tokenizers, CLIPs, a language model, then ${PAPER}.`,
+  shipped: `A small multimodal model: on a CLIP and a language model that come with the repository, ${PAPER}.`,
 }
 
 /** The report as text. */
@@ -310,7 +315,10 @@ ${ATTRIBUTION}
   return htmlPage('AlignGPT quickstart', STYLE, body)
 }
 
-/** Writes the report; folders are made. The numbers are in it once more as JSON, in the element with the id `result`. */
+/**
+ * Writes the report; folders are made. The numbers are in it once more as JSON, in the element with the id
+ * `result`.
+ */
 export function writeReport(file: string, result: QuickstartResult, extras: ReportExtras): void {
   fs.mkdirSync(path.dirname(file), { recursive: true })
   fs.writeFileSync(file, renderReport(result, extras))

@@ -2,7 +2,10 @@
 import type { CreateOptions, TrainOptions } from 'aligngpt'
 import { PRESETS } from 'aligngpt/train'
 
-/** Not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the end. */
+/**
+ * Not LLaVA's -2 without the class row: this CLIP has 4 layers, and what it knows is gathered in that row at the
+ * end.
+ */
 export const VISION: Pick<CreateOptions, 'selectLayer' | 'selectFeature'> = {
   selectLayer: -1,
   selectFeature: 'cls_patch',

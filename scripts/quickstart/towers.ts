@@ -55,7 +55,8 @@ const runOptions = ({ steps, lr, seed, onStep }: Budget & { lr: number; seed: nu
 
 // ---- CLIP -------------------------------------------------------------------------------------------------
 export const CLIP_TEXT_LENGTH = 24
-// Images of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never saw.
+// Images of 24 x 24: small ones differ less between drawing styles, and this CLIP has to recognise a style it never
+// saw.
 const CLIP = { width: 128, heads: 4, side: 24, patch: 8, projection: 128 }
 export interface ClipSize {
   vocab: number
@@ -148,8 +149,8 @@ export interface ClipPair {
 }
 
 /**
- * What is written below a picture when a CLIP is to learn what it shows. Always the name: in a batch, two pictures with the
- * same caption would be pushed apart.
+ * What is written below a picture when a CLIP is to learn what it shows. Always the name: in a batch, two pictures
+ * with the same caption would be pushed apart.
  */
 export function clipCaptions(e: Emoji): string[] {
   const keywords = e.keywords.slice(0, 4)
@@ -160,7 +161,10 @@ export function clipCaptions(e: Emoji): string[] {
   ]
 }
 
-/** Cross-entropy of picking the right one of the categories: captions hardly ever ask for what things have in common. */
+/**
+ * Cross-entropy of picking the right one of the categories: captions hardly ever ask for what things have in
+ * common.
+ */
 function categoryLoss(model: CLIPModel, image: Tensor, categories: readonly Int32Array[], kinds: Int32Array): Tensor {
   const text = ops.l2Normalize(model.textEmbeds(categories))
   const rows = tensor(Int32Array.from(kinds.keys()))

@@ -114,7 +114,7 @@ describe('report', () => {
     expect(html).not.toMatch(/NaN|undefined|Infinity/)
   })
   it('says which parts were trained in the run', () => {
-    expect(visible).toContain('everything from random numbers on')
+    expect(visible).toContain('model from random numbers on')
     expect(visible).toContain('with tokenizers; the shipped ones bit for bit')
     const towers = { made: 'shipped', isa: 'avx512', date: '2026-01-01' } as const
     const { pretrain, finetune } = RESULT.loss

@@ -74,7 +74,7 @@ test('towers are made, learn, and are the same the second time', async () => {
 })
 
 test('new weights come from the seed, and are saved in the dtype asked for', () => {
-  const folder = path.join(SHIPPED, 'llm')
+  const folder = path.join(dir, 'a', 'llm')
   const save = (name: string, seed: number, dtype?: 'bf16'): Map<string, { dtype: string }> => {
     const model = createLanguageModel(folder, { seed })
     fs.mkdirSync(path.join(dir, name))

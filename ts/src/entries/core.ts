@@ -1,4 +1,7 @@
-/** aligngpt/core: a tensor library with automatic differentiation on the CPU and on CUDA; layers and an optimizer on top. */
+/**
+ * aligngpt/core: a tensor library with automatic differentiation on the CPU and on CUDA; layers and an optimizer on
+ * top.
+ */
 export { cpuInfo, resolveDevice } from '../core/device.js'
 export * as ops from '../core/ops.js'
 export {

@@ -1,6 +1,6 @@
 /**
- * aligngpt/data: data sets of image-text pairs and conversations, their checks, their alignment levels, and their way to
- * numbers: conversations to tokens with labels, image files to normalised pixels.
+ * aligngpt/data: data sets of image-text pairs and conversations, their checks, their alignment levels, and their
+ * way to numbers: conversations to tokens with labels, image files to normalised pixels.
  */
 export { Dataset } from '../data/dataset.js'
 export {

@@ -1,4 +1,7 @@
-/** aligngpt/train: the training loop for any model; adapters, checkpoints, the memory of a step and the loss on a data set. */
+/**
+ * aligngpt/train: the training loop for any model; adapters, checkpoints, the memory of a step and the loss on a
+ * data set.
+ */
 export { evaluateLoss } from '../evaluation/likelihood.js'
 export { addLora, mergeLora } from '../models/adapters.js'
 export { loadAdapter, saveAdapter } from '../models/peft.js'

@@ -110,7 +110,10 @@ export function createClip(dir: string, o: LoadOptions = {}): CLIPModel {
   return new CLIPModel(initSource(seed, place), readClipConfig(dir), place.dtype)
 }
 
-/** A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError ERR_CONFIG */
+/**
+ * A new language model after the config.json of a folder; its weights come from the seed. @throws AlignGPTError
+ * ERR_CONFIG
+ */
 export function createLanguageModel(dir: string, o: LoadOptions = {}): LanguageModel {
   const { seed, ...place } = checkOptions(o)
   const { raw, file } = loadConfig(dir, 'config.json')

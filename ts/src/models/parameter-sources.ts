@@ -73,9 +73,15 @@ export function checkpointSource(
     (name) => entries.has(rename(name)),
   )
 }
-/** Fresh parameters. */
+/**
+ * Fresh parameters: whatever a module asks for, and nothing that it could do without, such as the head of tied
+ * embeddings.
+ */
 export function initSource(seed: number, { dtype, device }: Placement): ParameterSource {
-  return new ParameterSource((name, shape, init) => initialize(name, shape, init, seed, dtype, device))
+  return new ParameterSource(
+    (name, shape, init) => initialize(name, shape, init, seed, dtype, device),
+    () => false,
+  )
 }
 
 /**

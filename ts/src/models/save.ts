@@ -41,8 +41,8 @@ export function saveWeights(dir: string, module: Module, dtype?: 'f32' | 'bf16')
 }
 
 /**
- * Writes a model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. Adapters (LoRA) are
- * merged into the weights that are written; the model itself stays as it is.
+ * Writes a model in the official AlignGPT layout: config, tokenizer, weights, the vision tower's settings. Adapters
+ * (LoRA) are merged into the weights that are written; the model itself stays as it is.
  */
 export function saveModel(model: AlignGPTNetwork, dir: string): void {
   fs.mkdirSync(path.join(dir, 'vision_tower'), { recursive: true })

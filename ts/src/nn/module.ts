@@ -18,7 +18,7 @@ export type Init =
 export class ParameterSource {
   readonly #make: (name: string, shape: number[], init: Init) => Tensor
   readonly #has: (name: string) => boolean
-  /** @param has whether the checkpoint holds a tensor of this name; initialisation holds all */
+  /** @param has whether the checkpoint holds a tensor of this name; default: every one */
   constructor(
     make: (name: string, shape: number[], init: Init) => Tensor,
     has: (name: string) => boolean = () => true,
@@ -33,7 +33,7 @@ export class ParameterSource {
   tensor(name: string, shape: number[], init: Init): Tensor {
     return this.#make(this.prefix + name, shape, init)
   }
-  /** Whether the checkpoint holds this tensor (always true for initialisation). */
+  /** Whether the checkpoint holds this tensor. New parameters are in no checkpoint (initSource). */
   holds(name: string): boolean {
     return this.#has(this.prefix + name)
   }
