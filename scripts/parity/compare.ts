@@ -87,7 +87,7 @@ export function compareTensors(dir: string, found: Tensors, rules: Rule[]): Row[
     const got = found.get(name)
     if (!got) return { name, used: Number.POSITIVE_INFINITY, note: 'missing' }
     if (got.shape.join() !== want.shape.join())
-      return { name, used: Number.POSITIVE_INFINITY, note: `shape [${got.shape}], expected [${want.shape}]` }
+      return { name, used: Number.POSITIVE_INFINITY, note: `shape [${got.shape}]: expected [${want.shape}]` }
     const rule = rules.find((r) => new RegExp(r.pattern).test(name)) as Rule
     return { name, used: excess(rule, got.data, want.data), note: '' }
   })
@@ -112,7 +112,7 @@ export function compareLists(want: Expected, got: Expected, t: Tolerances['scala
     rows.push({
       name,
       used: Number.isNaN(used) ? Number.POSITIVE_INFINITY : used,
-      note: bad ? `${a.length} values, expected ${b.length}` : '',
+      note: bad ? `${a.length} values: expected ${b.length}` : '',
     })
   }
   for (const p of ['phase1', 'phase2'] as const) {

@@ -110,7 +110,7 @@ describe('hostile arguments', () => {
     })
 })
 
-test('errors carry a code and say what, expected and got', () => {
+test('errors carry a code and say what: expected and got', () => {
   const cases: [() => unknown, string, RegExp][] = [
     [
       () => native.matmul(live.h, live.h, false, false),

@@ -67,7 +67,7 @@ describe('reading', () => {
     ['a header beyond 2^63', () => craft('{}', Buffer.alloc(0), 2n ** 64n - 1n), 'ERR_FORMAT', /at most 100000000/],
     ['a header longer than the file', () => craft('{}', Buffer.alloc(0), 50n), 'ERR_FORMAT', /at least 58 bytes/],
     ['a header that is no UTF-8', () => craft(Buffer.from([0x7b, 0xff, 0x7d])), 'ERR_FORMAT', /UTF-8/],
-    ['a header that is no JSON', () => craft('{"a": }'), 'ERR_FORMAT', /character 6, expected a value/],
+    ['a header that is no JSON', () => craft('{"a": }'), 'ERR_FORMAT', /character 6: expected a value/],
     ['a header that is no object', () => craft('[]'), 'ERR_FORMAT', /a JSON object/],
     ['trailing garbage in the header', () => craft('{} x'), 'ERR_FORMAT', /the end of the text/],
     ['a deeply nested header', () => craft(`${'{"a":'.repeat(5000)}1${'}'.repeat(5000)}`), 'ERR_FORMAT', /nested/],
@@ -223,12 +223,12 @@ describe('writing', () => {
     const file = path.join(folder, 'm.safetensors')
     writeSafetensors(file, [{ name: 'x', dtype: 'U8', shape: [1], data: Uint8Array.of(7) }])
     const one: TensorToWrite = { name: 'x', dtype: 'U8', shape: [2], data: new Uint8Array(3) }
-    await refuses(() => writeSafetensors(file, [one]), 'ERR_SHAPE', /x, expected 2 bytes, got 3/)
+    await refuses(() => writeSafetensors(file, [one]), 'ERR_SHAPE', /x: expected 2 bytes, got 3/)
     await refuses(() => writeSafetensors(file, [{ ...one, data: new Uint8Array(2) }, one]), 'ERR_ARGUMENT', /distinct/)
     await refuses(() => writeSafetensors(file, [{ ...one, dtype: 'X' as StoredDtype }]), 'ERR_DTYPE', /known dtype/)
     await refuses(() => writeSafetensors(file, [{ ...one, shape: [-1] }]), 'ERR_SHAPE', /sizes/)
     const boom = (): Uint8Array => {
-      throw new AlignGPTError('ERR_DATA', '[x] y, expected z, got boom')
+      throw new AlignGPTError('ERR_DATA', '[x] y: expected z, got boom')
     }
     await refuses(() => writeSafetensors(file, [{ ...one, data: boom }]), 'ERR_DATA', /boom/)
     expect(fs.readdirSync(folder)).toEqual(['m.safetensors'])
@@ -291,7 +291,7 @@ describe('checkpoints', () => {
     writeSafetensors(path.join(folder, 's1.safetensors'), [
       { name: 'b', dtype: 'U8', shape: [], data: new Uint8Array(1) },
     ])
-    await refuses(() => openCheckpoint(folder), 'ERR_FORMAT', /"a", expected a tensor in s1/)
+    await refuses(() => openCheckpoint(folder), 'ERR_FORMAT', /"a": expected a tensor in s1/)
     writeSafetensors(path.join(folder, 's2.safetensors'), [
       { name: 'b', dtype: 'U8', shape: [], data: new Uint8Array(1) },
     ])

@@ -108,8 +108,8 @@ describe('a whitelisting reader', () => {
     ['no mark', () => bin('\x80\x02}u.'), /a mark/],
     ['a missing memo', () => bin('\x80\x02h\x05.'), /value 5 of the memo/],
     ['a list', () => bin('\x80\x02].'), /a dictionary of tensors/],
-    ['a nested dictionary', () => bin(dict({ state: '}' })), /"state", expected a tensor, got a dictionary/],
-    ['a number as key', () => bin(`\x80\x02}${int(1)}${int(2)}s.`), /key, expected a string/],
+    ['a nested dictionary', () => bin(dict({ state: '}' })), /"state": expected a tensor, got a dictionary/],
+    ['a number as key', () => bin(`\x80\x02}${int(1)}${int(2)}s.`), /key: expected a string/],
     [
       'a storage that is not there',
       () => bin(dict({ x: tensor(storage('FloatStorage', '7', 6), 0, [6], [1]) })),
@@ -124,7 +124,7 @@ describe('a whitelisting reader', () => {
     [
       'a transposed tensor',
       () => bin(dict({ x: tensor(s6, 0, [2, 3], [1, 2]) })),
-      /"x", expected contiguous strides for \[2,3\], got \[1,2\]/,
+      /"x": expected contiguous strides for \[2,3\], got \[1,2\]/,
     ],
     ['an expanded tensor', () => bin(dict({ x: tensor(s6, 0, [2, 3], [0, 1]) })), /contiguous/],
     ['a negative size', () => bin(dict({ x: tensor(s6, 0, [-1], [1]) })), /plain tensor/],

@@ -64,7 +64,7 @@ describe('saved index', () => {
     fs.utimesSync(long, 1000, 1000)
     const data = await loadDataset(long, { images: dir, index: `${long}.index` })
     expect([data.length, data.record(0).id, data.record(699).id]).toEqual([700, '0', '699'])
-    await refuses(() => [...data], 'ERR_DATA', /at byte \d+, expected/)
+    await refuses(() => [...data], 'ERR_DATA', /at byte \d+: expected/)
     data.close()
   })
   it.each<[string, RegExp, (file: string) => void]>([
@@ -112,9 +112,9 @@ describe('saved index', () => {
     await loadDataset(file, { images: dir })
     expect(fs.existsSync(`${file}.index`)).toBe(false)
     const index = `${file}.index`
-    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1, expected an images folder/)
+    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1: expected an images folder/)
     await open(file)
-    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1, expected an images folder/)
+    await refuses(() => loadDataset(file, { index }), 'ERR_DATA', /record 1: expected an images folder/)
     await refuses(
       () => loadDataset(fresh('.json'), { index: fresh('.index') }),
       'ERR_DATA',
@@ -187,7 +187,7 @@ describe('tar', () => {
     ],
     ['a compressed one', () => Buffer.from([0x1f, 0x8b, ...new Array(600).fill(1)]), /uncompressed tar/],
     ['a cut member', (b) => b.subarray(0, 600), /'a\.txt' of 1000 bytes, got the end of the file at 600/],
-    ['a cut header', (b) => b.subarray(0, 400), /at byte 0, expected a header of 512 bytes/],
+    ['a cut header', (b) => b.subarray(0, 400), /at byte 0: expected a header of 512 bytes/],
   ])('refuses %s', async (_, harm, pattern) => {
     const good = fs.readFileSync(tar([['a.txt', Buffer.alloc(1000, 65)]]))
     await refuses(() => contents(put(harm(good), '.tar')), 'ERR_DATA', pattern)

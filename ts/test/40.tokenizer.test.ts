@@ -223,7 +223,7 @@ describe('refusals', () => {
     await refuses(() => Tokenizer.load(d), 'ERR_FORMAT', /Nope/)
     await refuses(() => Tokenizer.load(clip('base')).encodeClip('x', 1), 'ERR_ARGUMENT', /at least 2/)
     const bare = new Tokenizer(readJson(path.join(llm('base'), 'tokenizer.json')))
-    await refuses(() => bare.eosId, 'ERR_CONFIG', /eos_token, expected a token, got none/)
+    await refuses(() => bare.eosId, 'ERR_CONFIG', /eos_token: expected a token, got none/)
   })
   it('takes a damaged tokenizer.model with its own errors only', async () => {
     const d = tempDir()

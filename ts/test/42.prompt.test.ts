@@ -162,7 +162,7 @@ describe('rules', () => {
       'a.png',
       /at most one/,
     ],
-    ['two questions in a row', [human('a'), human('b'), gpt('c')], null, /turn 1, expected from gpt, got from human/],
+    ['two questions in a row', [human('a'), human('b'), gpt('c')], null, /turn 1: expected from gpt, got from human/],
     ['no question', [gpt('a')], null, /at least one question/],
     ['no answer', [human('a')], null, /an answer to learn/],
     ['a late system turn', [human('a'), { from: 'system', value: 's' }, gpt('c')], null, /only at the start/],
@@ -178,7 +178,7 @@ describe('rules', () => {
     await refuses(
       () => buildPrompt([human('a'), gpt('b')], null, base, { style: 'vicuna_v1', patches: 4 }),
       'ERR_DATA',
-      /last turn, expected a question/,
+      /last turn: expected a question/,
     )
     await refuses(
       () => render(record([human('a')]), { style: 'chatml' as Style }),

@@ -174,7 +174,7 @@ describe('decoding', () => {
   const link = (to: string, name: string): string => doing(fs.symlinkSync(to, path.join(dir, name)), name)
   fs.copyFileSync(picture, path.join(outside, 'o.jpg'))
   const refused: [string, () => Promise<string> | string, RegExp][] = [
-    ['a missing file', () => 'none.png', /none\.png, expected a file, got ENOENT/],
+    ['a missing file', () => 'none.png', /none\.png: expected a file, got ENOENT/],
     ['..', () => '../x.png', /without \.\./],
     ['.. inside', () => 'a/../x.png', /without \.\./],
     ['.. with backslashes', () => 'a\\..\\x.png', /without \.\./],
@@ -219,7 +219,7 @@ describe('decoding', () => {
     await refuses(
       () => loadImage({ root: dir, name: 'in.jpg' }, { maxBytes: 100 }),
       'ERR_IMAGE',
-      /in\.jpg, expected at most 100 bytes/,
+      /in\.jpg: expected at most 100 bytes/,
     )
     await refuses(() => loadImage({ root: dir, name: 'in.jpg' }, { maxPixels: 100 }), 'ERR_IMAGE', /at most 100 pixels/)
     expect((await loadImage({ root: dir, name: 'inner.jpg' })).width).toBeGreaterThan(10)

@@ -79,12 +79,12 @@ describe('LLaMA', () => {
   it.each<[RawConfig, RegExp]>([
     [
       { rope_scaling: { type: 'linear', factor: 2 } },
-      /rope_scaling\.rope_type, expected 'default' or 'llama3', got "linear"/,
+      /rope_scaling\.rope_type: expected 'default' or 'llama3', got "linear"/,
     ],
     [{ rope_parameters: { rope_type: 'yarn' } }, /rope_parameters\.rope_type.*"yarn"/],
     [
       { rope_scaling: { rope_type: 'llama3', factor: 8 } },
-      /rope_scaling\.low_freq_factor, expected number, got nothing/,
+      /rope_scaling\.low_freq_factor: expected number, got nothing/,
     ],
     [
       {
@@ -99,19 +99,19 @@ describe('LLaMA', () => {
       /high_freq_factor/,
     ],
     [{ rope_scaling: 7 }, /rope_scaling/],
-    [{ partial_rotary_factor: 0.5 }, /partial_rotary_factor, expected 1, got 0.5/],
-    [{ hidden_size: '48' }, /hidden_size, expected number, got "48"/],
-    [{ hidden_size: 0 }, /hidden_size, expected number to be >0, got 0/],
-    [{ hidden_size: 1.5 }, /hidden_size, expected int, got 1.5/],
-    [{ hidden_size: 50, num_attention_heads: 4 }, /hidden_size, expected a multiple of num_attention_heads 4/],
-    [{ num_key_value_heads: 3, num_attention_heads: 4 }, /num_key_value_heads, expected a divisor/],
-    [{ head_dim: 7 }, /head_dim, expected an even number/],
+    [{ partial_rotary_factor: 0.5 }, /partial_rotary_factor: expected 1, got 0.5/],
+    [{ hidden_size: '48' }, /hidden_size: expected number, got "48"/],
+    [{ hidden_size: 0 }, /hidden_size: expected number to be >0, got 0/],
+    [{ hidden_size: 1.5 }, /hidden_size: expected int, got 1.5/],
+    [{ hidden_size: 50, num_attention_heads: 4 }, /hidden_size: expected a multiple of num_attention_heads 4/],
+    [{ num_key_value_heads: 3, num_attention_heads: 4 }, /num_key_value_heads: expected a divisor/],
+    [{ head_dim: 7 }, /head_dim: expected an even number/],
     [{ rms_norm_eps: 0 }, /rms_norm_eps/],
-    [{ hidden_act: 'gelu' }, /hidden_act, expected 'silu', got "gelu"/],
-    [{ model_type: 'mistral' }, /model_type, expected 'llama' or 'aligngpt', got "mistral"/],
-    [{ eos_token_id: 'x' }, /eos_token_id, expected a token id or a list of them/],
-    [{ vocab_size: 10, bos_token_id: 10 }, /bos_token_id, expected an id below vocab_size 10/],
-    [{ tie_word_embeddings: 1 }, /tie_word_embeddings, expected boolean, got 1/],
+    [{ hidden_act: 'gelu' }, /hidden_act: expected 'silu', got "gelu"/],
+    [{ model_type: 'mistral' }, /model_type: expected 'llama' or 'aligngpt', got "mistral"/],
+    [{ eos_token_id: 'x' }, /eos_token_id: expected a token id or a list of them/],
+    [{ vocab_size: 10, bos_token_id: 10 }, /bos_token_id: expected an id below vocab_size 10/],
+    [{ tie_word_embeddings: 1 }, /tie_word_embeddings: expected boolean, got 1/],
   ])('refuses %j', async (raw, pattern) => {
     await refuses(() => parseLlamaConfig(raw, 'some/config.json'), 'ERR_CONFIG', pattern)
     await refuses(() => parseLlamaConfig(raw, 'some/config.json'), 'ERR_CONFIG', /some\/config\.json: /)
@@ -120,7 +120,7 @@ describe('LLaMA', () => {
     const file = path.join(dir, 'config.json')
     await refuses(() => readLlamaConfig(file), 'ERR_CONFIG', /ENOENT/)
     fs.writeFileSync(file, '{"hidden_size": 4,\n "é": tru}')
-    await refuses(() => readLlamaConfig(dir), 'ERR_CONFIG', /config\.json at byte 26, expected a value, got "tru}"/)
+    await refuses(() => readLlamaConfig(dir), 'ERR_CONFIG', /config\.json at byte 26: expected a value, got "tru}"/)
     fs.writeFileSync(file, '[]')
     await refuses(() => readLlamaConfig(dir), 'ERR_CONFIG', /an object, got \[\]/)
     await refuses(() => modelTypeOf(dir), 'ERR_CONFIG', /an object/)
@@ -194,12 +194,12 @@ describe('CLIP', () => {
     expect(d.vision).toMatchObject({ hidden_size: 48, patch_size: 14, image_size: 224 })
   })
   it.each<[RawConfig, RegExp]>([
-    [{ model_type: 'siglip' }, /model_type, expected 'clip', got "siglip"/],
-    [{ vision_config: { hidden_size: 'x' } }, /vision_config\.hidden_size, expected number, got "x"/],
-    [{ text_config: [] }, /text_config, expected an object/],
-    [{ vision_config: { num_channels: 1 } }, /num_channels, expected 3/],
-    [{ vision_config: { image_size: 8 } }, /image_size, expected at least patch_size 32/],
-    [{ text_config: { hidden_size: 10, num_attention_heads: 4 } }, /text_config\.hidden_size, expected a multiple/],
+    [{ model_type: 'siglip' }, /model_type: expected 'clip', got "siglip"/],
+    [{ vision_config: { hidden_size: 'x' } }, /vision_config\.hidden_size: expected number, got "x"/],
+    [{ text_config: [] }, /text_config: expected an object/],
+    [{ vision_config: { num_channels: 1 } }, /num_channels: expected 3/],
+    [{ vision_config: { image_size: 8 } }, /image_size: expected at least patch_size 32/],
+    [{ text_config: { hidden_size: 10, num_attention_heads: 4 } }, /text_config\.hidden_size: expected a multiple/],
   ])('refuses %j', (raw, pattern) => refuses(() => parseClipConfig(raw), 'ERR_CONFIG', pattern))
 })
 
@@ -230,8 +230,8 @@ describe('AlignGPT', () => {
     expect(modelTypeOf(caseDir('base', 'model', 'aligngpt'))).toBe('aligngpt')
   })
   it.each<[RawConfig, RegExp]>([
-    [{}, /model_type, expected 'aligngpt', got undefined/],
-    [{ model_type: 'aligngpt' }, /mm_hidden_size, expected number, got nothing/],
+    [{}, /model_type: expected 'aligngpt', got undefined/],
+    [{ model_type: 'aligngpt' }, /mm_hidden_size: expected number, got nothing/],
     [{ model_type: 'aligngpt', mm_hidden_size: 4, mm_vision_select_feature: 'cls' }, /mm_vision_select_feature/],
     [{ model_type: 'aligngpt', mm_hidden_size: 4, n_indicators: 1 }, /n_indicators/],
     [{ model_type: 'aligngpt', mm_hidden_size: 4, use_s2: true }, /use_s2/],
@@ -274,12 +274,12 @@ describe('preprocessing and generation', () => {
     expect(readPreprocessor(caseDir('base', 'model', 'llm'), 48)).toMatchObject({ size: 48, crop: 48 })
   })
   it.each<[RawConfig, RegExp]>([
-    [{ size: { height: 2, width: 2 } }, /size, expected N or \{"shortest_edge": N\}/],
-    [{ crop_size: { height: 2, width: 3 } }, /crop_size, expected N or/],
-    [{ resample: 2 }, /resample, expected bicubic \(3\), got 2/],
-    [{ do_resize: false }, /do_resize, expected true, got false/],
-    [{ rescale_factor: 1 }, /rescale_factor, expected 1\/255/],
-    [{ size: 10, crop_size: 20 }, /crop_size, expected at most size 10, got 20/],
+    [{ size: { height: 2, width: 2 } }, /size: expected N or \{"shortest_edge": N\}/],
+    [{ crop_size: { height: 2, width: 3 } }, /crop_size: expected N or/],
+    [{ resample: 2 }, /resample: expected bicubic \(3\), got 2/],
+    [{ do_resize: false }, /do_resize: expected true, got false/],
+    [{ rescale_factor: 1 }, /rescale_factor: expected 1\/255/],
+    [{ size: 10, crop_size: 20 }, /crop_size: expected at most size 10, got 20/],
     [{ image_mean: [0, 0] }, /image_mean/],
     [{ image_std: [0, 1, 1] }, /image_std\.0/],
   ])('refuses %j', (raw, pattern) => refuses(() => parsePreprocessorConfig(raw), 'ERR_CONFIG', pattern))

@@ -92,9 +92,9 @@ test('an official folder is adaptive with the two-layer gate', async () => {
   expect(model.mix).toEqual({ mode: 'gate' })
   model.dispose()
   await expect(load({ alignment: 'global only' as 'global' })).rejects.toThrow(
-    /mm_alignment, expected one of "adaptive"/,
+    /mm_alignment: expected one of "adaptive"/,
   )
-  await expect(load({ gate: 'conv' as 'mlp' })).rejects.toThrow(/mm_gate_type, expected one of "mlp"/)
+  await expect(load({ gate: 'conv' as 'mlp' })).rejects.toThrow(/mm_gate_type: expected one of "mlp"/)
 })
 
 test('the weights of each variant', async () => {

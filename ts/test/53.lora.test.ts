@@ -184,11 +184,11 @@ test('what does not fit is named, and nothing is left behind', async () => {
   const model = await load()
   const held = memory().inUse
   expect(() => addLora(model, { targets: ['q_proj', 'lm_head'] })).toThrow(
-    /targets, expected all-linear or some of q_proj, k_proj.*, got lm_head/,
+    /targets: expected all-linear or some of q_proj, k_proj.*, got lm_head/,
   )
   expect(() => addLora(model, { targets: [] })).toThrow(/got nothing/)
-  expect(() => addLora(model, { rank: 0 })).toThrow(/rank, expected an integer >= 1, got 0/)
-  expect(() => addLora(model, { alpha: Number.NaN })).toThrow(/alpha, expected a number > 0/)
+  expect(() => addLora(model, { rank: 0 })).toThrow(/rank: expected an integer >= 1, got 0/)
+  expect(() => addLora(model, { alpha: Number.NaN })).toThrow(/alpha: expected a number > 0/)
   expect(() => saveAdapter(model, scratch)).toThrow(/expected adapters/)
   const dir = path.join(scratch, 'wrong')
   const other = await AlignGPT.load(folder.replace('/base/', '/gqa/'))

@@ -140,26 +140,26 @@ describe('reading data files', () => {
     [
       'no conversations',
       { id: 'a' },
-      /record 0 \(id "a"\) conversations, expected an array of turns, or caption.*, got nothing/,
+      /record 0 \(id "a"\) conversations: expected an array of turns, or caption.*, got nothing/,
     ],
     ['empty conversations', { id: 'a', conversations: [] }, /array of turns.*, got \[\]/],
-    ['a caption that is no text', { caption: 7 }, /record 0 .* caption, expected a string, got 7/],
-    ['a question alone', { question: 'Why?' }, /record 0 .* answer, expected a string, got nothing/],
-    ['an object as id', { id: {}, conversations: turns }, /id, expected a string or number/],
-    ['a list of images', rec('a', { image: ['x'] }), /image, expected a file name, got \["x"\]/],
+    ['a caption that is no text', { caption: 7 }, /record 0 .* caption: expected a string, got 7/],
+    ['a question alone', { question: 'Why?' }, /record 0 .* answer: expected a string, got nothing/],
+    ['an object as id', { id: {}, conversations: turns }, /id: expected a string or number/],
+    ['a list of images', rec('a', { image: ['x'] }), /image: expected a file name, got \["x"\]/],
     [
       'a foreign role',
       { id: 'a', conversations: [{ from: 'bot', value: 'x' }] },
-      /conversations\[0\]\.from, expected human \| user/,
+      /conversations\[0\]\.from: expected human \| user/,
     ],
     ['a role from Object', { id: 'a', conversations: [{ from: 'constructor', value: 'x' }] }, /\.from/],
     [
       'a value that is no text',
       { id: 'a', conversations: [{ from: 'human', value: 1 }] },
-      /\.value, expected a string, got 1/,
+      /\.value: expected a string, got 1/,
     ],
     ['a turn that is null', { id: 'a', conversations: [null] }, /\.from/],
-    ['half a level', rec('a', { similarity: 1.5 }), /similarity, expected an integer level/],
+    ['half a level', rec('a', { similarity: 1.5 }), /similarity: expected an integer level/],
     ['a negative level', rec('a', { similarity: -1 }), /similarity/],
     ['a picture without a folder', rec('a', { image: 'x.png' }), /an images folder/],
   ])('refuses %s', (_, r, pattern) => refuses(() => loadDataset(put(JSON.stringify([r]))), 'ERR_DATA', pattern))
@@ -168,7 +168,7 @@ describe('reading data files', () => {
     await refuses(
       () => loadDataset(put('[]'), { images: path.join(dir, 'no') }),
       'ERR_DATA',
-      /images, expected a folder/,
+      /images: expected a folder/,
     )
     await refuses(
       () => loadDataset(put(Buffer.from([0x5b, 0x7b, 0x22, 0xff, 0x22, 0x3a, 0x31, 0x7d, 0x5d]))),

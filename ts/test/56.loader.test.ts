@@ -108,7 +108,7 @@ describe('packing refuses', () => {
       t,
       { style: 'vicuna_v1', patches: 4 },
     )
-    await refuses(() => packBatch([{ ...s, skip: 'no' }], 4), 'ERR_DATA', /"a", expected a usable sample, got no/)
+    await refuses(() => packBatch([{ ...s, skip: 'no' }], 4), 'ERR_DATA', /"a": expected a usable sample, got no/)
     await refuses(() => packBatch([{ ...s, image: null }], 4), 'ERR_DATA', /one placeholder/)
     expect(packBatch([], 4).tokens.length).toBe(0)
   })
@@ -207,7 +207,7 @@ describe('loader', () => {
         [20, 'r20', 'text.png'],
         [3, 'r3', 'missing.png'],
       ])
-      expect(dropped.state.bad.find((x) => x.index === 3)?.reason).toMatch(/missing\.png, expected a file, got ENOENT/)
+      expect(dropped.state.bad.find((x) => x.index === 3)?.reason).toMatch(/missing\.png: expected a file, got ENOENT/)
       const lost = new Set(['r3', 'r11', 'r20'])
       expect(got.map((b) => b.packed?.ids)).toEqual(good.map((b) => b.packed?.ids.filter((id) => !lost.has(id))))
       const again = new DropLog(await broken({}))

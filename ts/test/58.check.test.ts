@@ -60,7 +60,7 @@ const MISTAKES: [ProblemKind, unknown, RegExp][] = [
   ['record', { id: 'x', conversations: [human('q'), { from: 'gpt', value: 3 }] }, /conversations\[1\]\.value/],
   ['record', { ...good('x'), similarity: 1.5 }, /similarity: expected an integer level/],
   ['role', { id: 'x', conversations: [human('q'), { from: 'bot', value: 'a' }] }, /human \| user .*got "bot"/],
-  ['turns', { id: 'x', conversations: [human('q'), human('q2'), gpt('a')] }, /turn 1, expected from gpt/],
+  ['turns', { id: 'x', conversations: [human('q'), human('q2'), gpt('a')] }, /turn 1: expected from gpt/],
   [
     'turns',
     { id: 'x', conversations: [human('q'), gpt('a'), { from: 'system', value: 's' }] },
@@ -78,7 +78,7 @@ const MISTAKES: [ProblemKind, unknown, RegExp][] = [
   ['image-without-placeholder', { id: 'x', image: 'ok.png', conversations: [human('q'), gpt('a')] }, /"ok\.png"/],
   ['duplicate-id', good('first', undefined, 'other'), /record 0 has it too/],
   ['duplicate', good('x', undefined, 'first'), /the same as record 0/],
-  ['missing', good('x', 'no.png'), /no\.png, expected a file, got ENOENT/],
+  ['missing', good('x', 'no.png'), /no\.png: expected a file, got ENOENT/],
   ['escaping', good('x', '../outside.png'), /a path without \.\./],
   ['escaping', good('x', 'link.png'), /a file inside the image folder/],
   ['escaping', good('x', '/etc/hostname'), /a file inside the image folder/],

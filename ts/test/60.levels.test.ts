@@ -64,7 +64,7 @@ describe('buckets', () => {
     )
   })
   it('refuses scores that are not finite, and odd arguments', async () => {
-    await refuses(() => bucketLevels([1, Number.NaN], 4), 'ERR_DATA', /score 1, expected a finite number, got NaN/)
+    await refuses(() => bucketLevels([1, Number.NaN], 4), 'ERR_DATA', /score 1: expected a finite number, got NaN/)
     await refuses(() => bucketLevels([Number.POSITIVE_INFINITY], 4), 'ERR_DATA', /Infinity/)
     await refuses(() => bucketLevels([1], 0), 'ERR_ARGUMENT', /number of levels/)
     await refuses(() => bucketLevels([1], 4, 'deciles' as Buckets), 'ERR_ARGUMENT', /'width' or 'quantile'/)

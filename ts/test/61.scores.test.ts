@@ -115,7 +115,7 @@ describe('levels', () => {
     list[3] = { id: 'text', conversations: list[3].conversations }
     fs.writeFileSync(file, JSON.stringify(list))
     const { bad, scores, written } = await run(file)
-    expect(bad).toEqual([{ id: list[2].id, reason: expect.stringMatching(/no\.png, expected a file, got ENOENT/) }])
+    expect(bad).toEqual([{ id: list[2].id, reason: expect.stringMatching(/no\.png: expected a file, got ENOENT/) }])
     expect([scores[2], scores[3], written[2], written[3]]).toEqual([null, null, list[2].similarity, null])
     expect(scores.filter((s) => s === null).length).toBe(2)
   })

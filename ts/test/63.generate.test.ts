@@ -94,7 +94,7 @@ describe('the context', () => {
     const n = lengthOf(ask)
     const m = await variant({ max_position_embeddings: n })
     const message = new RegExp(
-      `request 0, expected a prompt of at most ${n - 1} rows, for a context of ${n}, got ${n}$`,
+      `request 0: expected a prompt of at most ${n - 1} rows, for a context of ${n}, got ${n}$`,
     )
     await refuses(() => generateBatch(m, [ask]), 'ERR_DATA', message)
     const [one] = await generateBatch(await variant({ max_position_embeddings: n + 1 }), [ask])
@@ -175,11 +175,11 @@ describe('text is data', () => {
   })
   it('a second place is a named error; imageTurn says the place and makes every one text', async () => {
     const twice = { prompt: '<image>\nWhy?', history: [human('<image>\nHi'), gpt('Hello')] }
-    await refuses(() => shown(twice), 'ERR_DATA', /placeholder, expected at most one <image>, got a second one/)
+    await refuses(() => shown(twice), 'ERR_DATA', /placeholder: expected at most one <image>, got a second one/)
     await refuses(() => shown({ prompt: '<image>\nWhy?\n<image>' }), 'ERR_DATA', /placeholder/)
     expect(shown({ ...twice, imageTurn: 2 })).toBe('<image>\nHi ASSISTANT: Hello</s>USER: <image>\n<image>\nWhy?')
     expect(count(idsOf({ ...twice, image, imageTurn: 2 }), IMAGE_TOKEN)).toBe(1)
-    await refuses(() => shown({ ...twice, imageTurn: 1 }), 'ERR_DATA', /imageTurn, expected the place of a question/)
+    await refuses(() => shown({ ...twice, imageTurn: 1 }), 'ERR_DATA', /imageTurn: expected the place of a question/)
   })
 })
 

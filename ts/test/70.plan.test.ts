@@ -221,7 +221,7 @@ test('bad sizes are named', () => {
   expect(() => plan('7b', { ...o, dtype: 'f16' as 'f32' })).toThrow('[plan] dtype: expected f32 or bf16, got "f16"')
   expect(() => plan('7b', { ...o, lora: { rank: 8 } })).toThrow('[plan] lora.rank: expected none in pretrain, got 8')
   expect(() => plan({ size: '7b', projector: 'resampler' }, o)).toThrow(
-    /projector_type, expected linear.*got resampler/,
+    /projector_type: expected linear.*got resampler/,
   )
   expect(() => plan(path.join(temp, 'none'), o)).toThrow(/none/)
 })

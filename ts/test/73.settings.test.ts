@@ -89,7 +89,7 @@ describe('the library and a config file take the same values', () => {
         const [file, library] = [await byFile(phase, key, value), await byLibrary(phase, key, value)]
         expect([library === null, value, library], `${file}`).toEqual([file === null, value, library])
         if (!settingsOf(phase).some((s) => s.key === key)) continue
-        if (library) expect(library.split(': expected ')[1]).toBe(file?.split(', expected ')[1])
+        if (library) expect(library.split(': expected ')[1]).toBe(file?.split(': expected ')[1])
         else taken++
       }
     expect(taken).toBeGreaterThan(0)
@@ -113,10 +113,10 @@ describe('the library and a config file take the same values', () => {
     const flags = { data: 'none', model: 'none', out: path.join(dir, 'never') }
     const refused = (more: Values) => train(command, 'finetune', { ...flags, ...more })
     await expect(refused({ evalEvery: 2 })).rejects.toThrow(
-      'evalEvery, expected evalShare or evalData beside it, got 2',
+      'evalEvery: expected evalShare or evalData beside it, got 2',
     )
     await expect(refused({ evalImages: 'x', evalShare: 0.5 })).rejects.toThrow(
-      'evalImages, expected evalData beside it',
+      'evalImages: expected evalData beside it',
     )
     expect(fs.existsSync(flags.out)).toBe(false)
   })
@@ -172,13 +172,13 @@ describe('where settings come from', () => {
     ['lora: { ranc: 8 }', 'the nearest: lora.rank'],
     ['lora: 8', 'values for lora.rank, lora.alpha, lora.targets, got "lora"'],
     ['prest: 7b', 'the nearest: preset'],
-    ['batch: 0', 'batch, expected an integer > 0, got 0'],
-    ['batch: "8"', 'batch, expected an integer > 0, got "8"'],
-    ['dtype: f16', 'dtype, expected f32 or bf16, got "f16"'],
-    ['saveEvery: 3d', 'saveEvery, expected steps, or a time such as \'10m\', got "3d"'],
-    ['recompute: yes please', 'recompute, expected true or false'],
-    ['phase: pretrain', 'phase, expected finetune, got "pretrain"'],
-    ['preset: 70b', 'preset, expected tiny, 7b, 13b, got "70b"'],
+    ['batch: 0', 'batch: expected an integer > 0, got 0'],
+    ['batch: "8"', 'batch: expected an integer > 0, got "8"'],
+    ['dtype: f16', 'dtype: expected f32 or bf16, got "f16"'],
+    ['saveEvery: 3d', 'saveEvery: expected steps, or a time such as \'10m\', got "3d"'],
+    ['recompute: yes please', 'recompute: expected true or false'],
+    ['phase: pretrain', 'phase: expected finetune, got "pretrain"'],
+    ['preset: 70b', 'preset: expected tiny, 7b, 13b, got "70b"'],
     ['- batch', 'expected keys and values, got ["batch"]'],
     ['batch: [8', 'expected readable YAML or JSON, got'],
   ])('%s', async ([text, message]) => {
@@ -190,11 +190,11 @@ describe('where settings come from', () => {
   })
   test('the same in --set, and files that are not there', async () => {
     await expect(given({ set: ['bach=3'] })).rejects.toThrow(
-      '[config] --set, expected a known key (the nearest: batch)',
+      '[config] --set: expected a known key (the nearest: batch)',
     )
     await expect(given({ set: ['lora.rank.x=3'] })).rejects.toThrow('(the nearest: lora.rank), got "lora.rank.x"')
     expect(await given({ set: ['preset=tiny'] })).toMatchObject({ augment: true })
-    await expect(given({ set: ['batch'] })).rejects.toThrow('--set, expected key=value, got "batch"')
+    await expect(given({ set: ['batch'] })).rejects.toThrow('--set: expected key=value, got "batch"')
     await expect(given({ config: path.join(dir, 'none.yaml') })).rejects.toThrow('ENOENT')
   })
   test('what a run is made of', async () => {

@@ -135,7 +135,7 @@ test('a style that there is not is refused, and the model stays as it was', asyn
     )
   expect(() => {
     model.conversation = 'chatml' as ChatStyle
-  }).toThrow('[AlignGPT] conversation, expected vicuna_v1 or llama_2 or llama_3, got "chatml"')
+  }).toThrow('[AlignGPT] conversation: expected vicuna_v1 or llama_2 or llama_3, got "chatml"')
   expect(model.conversation).toBe('vicuna_v1')
   model.dispose()
 })

@@ -90,9 +90,9 @@ test('tensors that do not fit are named', () => {
   write(folder, 1, state)
   const at = path.join(folder, 'step-1')
   const other: StateTensor[] = [{ file: 'weights', name: 'model.w', tensor: zeros([8], 'bf16').persist() }]
-  expect(() => readCheckpoint(at, other)).toThrow(/model\.w, expected BF16 \[8\], got BF16 \[7\]/)
+  expect(() => readCheckpoint(at, other)).toThrow(/model\.w: expected BF16 \[8\], got BF16 \[7\]/)
   expect(() => readCheckpoint(at, [{ ...other[0], name: 'model.x' }])).toThrow(
-    /model\.x, expected BF16 \[8\], got none/,
+    /model\.x: expected BF16 \[8\], got none/,
   )
   dispose([...state, ...other])
 })

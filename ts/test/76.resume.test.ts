@@ -201,7 +201,7 @@ test('a damaged checkpoint is said, set aside, and the one before it continued',
   fs.writeFileSync(file, bytes)
   const p = await part('pretrain', out, { batch: 4, steps: 8, saveEvery: 2, resume: true })
   expect(p.said).toEqual([
-    expect.stringMatching(/step-6: optimizer\.safetensors, expected SHA-256 \w+, got \w+; trying the one before/),
+    expect.stringMatching(/step-6: optimizer\.safetensors: expected SHA-256 \w+, got \w+; trying the one before/),
     expect.stringMatching(/continuing from .*step-4/),
   ])
   expect(p.result).toMatchObject({ resumed: 4, steps: 8 })
@@ -223,7 +223,7 @@ test('what cannot be continued is refused by name; a fresh run does not mix with
     part(phase, out, { batch: 4, steps: 6, ...o })
   await expect(again({})).rejects.toThrow(/a folder without checkpoints, or resume, got those of a run/)
   await expect(again({ resume: true, lr: 0.5, steps: 9 })).rejects.toThrow(
-    /settings of the run to continue, expected lr 0.001, steps 6, got lr 0.5, steps 9/,
+    /settings of the run to continue: expected lr 0.001, steps 6, got lr 0.5, steps 9/,
   )
   await expect(again({ resume: true }, 'finetune')).rejects.toThrow(/expected phase "pretrain".*got phase "finetune"/)
   await expect(again({ resume: path.join(scratch, 'nowhere') })).rejects.toThrow(
@@ -266,7 +266,7 @@ test('intervals', async () => {
   expect(parseInterval('10m')).toEqual({ ms: 600_000 })
   expect(parseInterval('1.5h')).toEqual({ ms: 5_400_000 })
   for (const wrong of [0, -1, 1.5, Number.NaN, '', 'm', '10 m', '10d', '0s'])
-    expect(() => parseInterval(wrong), String(wrong)).toThrow(/saveEvery, expected a number of steps or a time/)
+    expect(() => parseInterval(wrong), String(wrong)).toThrow(/saveEvery: expected a number of steps or a time/)
   expect(() => new Schedule(11, 10, true)).toThrow(/an interval within the run, one of 10 steps, got 11/)
   expect(() => new Schedule('10m', 10, true).measured(59)).toThrow(/one of about 590 s, got 10m/)
   new Schedule('10m', 10, true).measured(60)

@@ -304,7 +304,7 @@ describe.runIf(typeof found !== 'string')('tensors on the GPU', () => {
       const run = (b: PackedBatch) => scope(() => void steps.lossAndGradients(b, { denominator: 1, micro: 0 }))
       for (const _ of [1, 2]) run(batch)
       const lossTargets = batch.lossTargets.with(0, 1e6)
-      expect(() => run({ ...batch, lossTargets })).toThrow(/lossTargets, expected ids below \d+, got 1000000/)
+      expect(() => run({ ...batch, lossTargets })).toThrow(/lossTargets: expected ids below \d+, got 1000000/)
       steps.dispose()
       model.dispose()
     })

@@ -173,9 +173,9 @@ test("a pre-training's file onto language model and CLIP is what `create` makes 
   model.dispose()
   made.dispose()
   await expect(into(pretrained)).rejects.toThrow(
-    /holds a projector alone, expected the folders of its language model and CLIP/,
+    /holds a projector alone: expected the folders of its language model and CLIP/,
   )
-  await expect(into(pretrained, { llm, clip, levels: 4 })).rejects.toThrow(/levels, expected the 8 that/)
+  await expect(into(pretrained, { llm, clip, levels: 4 })).rejects.toThrow(/levels: expected the 8 that/)
 })
 
 test('a projector is exported and comes back, with the settings beside it; LLaVA names are read too', async () => {
@@ -262,7 +262,7 @@ test('a model with alignment vectors becomes a LLaVA only when told; what is lef
 
 test('exported as LLaVA: its names, and imported again the same', async () => {
   await expect(out(own, { format: 'llava', dropAlignment: true })).rejects.toThrow(
-    /visionTower, expected a folder or Hub name/,
+    /visionTower: expected a folder or Hub name/,
   )
   const { to } = await out(own, { format: 'llava', dropAlignment: true, visionTower: 'me/tower' })
   const names = [...openCheckpoint(to).keys()]
@@ -333,7 +333,7 @@ test('an adapter is merged on the way, in any dtype, as the model itself merges 
   expect(expected.get(name)).not.toEqual(ownValues.get(name))
 
   const llava = foreign(toLlava, llavaConfig, { half: true })
-  await expect(into(llava, { clip, adapter })).rejects.toThrow(/"gated_weight_layer.*, expected a tensor of the model/)
+  await expect(into(llava, { clip, adapter })).rejects.toThrow(/"gated_weight_layer.*: expected a tensor of the model/)
   const half = await into(llava, { clip, adapter, levels: 8 })
   expect(half.result.fresh).toEqual(['align_indicators.indicator_embs']) // the adapter's folder has a gate
   const e = openCheckpoint(half.to).get(name) as TensorEntry
@@ -350,11 +350,11 @@ test('everything that does not fit is named before anything is written, and noth
   const held = memory().inUse
   const llava = LAYOUTS['official LLaVA']
   const cases: [string, () => Promise<unknown>, RegExp][] = [
-    ['no vision tower', () => into(llava()), /mm_vision_tower, expected a folder with config.json/],
+    ['no vision tower', () => into(llava()), /mm_vision_tower: expected a folder with config.json/],
     [
       'a missing tensor',
       () => into(foreign(toLlava, llavaConfig, { drop: /layers\.1\.mlp\.up_proj/ }), { clip }),
-      /'model\.layers\.1\.mlp\.up_proj\.weight' \[72,48\], expected a tensor, got none in the llava checkpoint/,
+      /'model\.layers\.1\.mlp\.up_proj\.weight' \[72,48\]: expected a tensor, got none in the llava checkpoint/,
     ],
     [
       'another shape',
@@ -364,7 +364,7 @@ test('everything that does not fit is named before anything is written, and noth
     [
       'a tensor too many',
       () => into(foreign(toLlava, { ...llavaConfig, num_hidden_layers: 1 }), { clip }),
-      /'model\.layers\.1\.[\w.]+', expected a tensor of such a model/,
+      /'model\.layers\.1\.[\w.]+': expected a tensor of such a model/,
     ],
     [
       'an unknown name',
@@ -373,7 +373,7 @@ test('everything that does not fit is named before anything is written, and noth
           foreign((n) => `x.${n}`, llavaConfig),
           { clip },
         ),
-      /'x\.[\w.]+', expected a known name/,
+      /'x\.[\w.]+': expected a known name/,
     ],
     [
       'two names for one',
@@ -395,7 +395,7 @@ test('everything that does not fit is named before anything is written, and noth
     [
       'LLaVA 1',
       () => into(foreign(toLlava, { ...llavaConfig, mm_use_im_start_end: true }), { clip }),
-      /mm_use_im_start_end, expected false/,
+      /mm_use_im_start_end: expected false/,
     ],
     [
       'LLaVA 1.6',
@@ -405,22 +405,22 @@ test('everything that does not fit is named before anything is written, and noth
     [
       'another language model',
       () => into(foreign(toLlava, { ...hfConfig, text_config: { model_type: 'mistral' } })),
-      /text_config\.model_type, expected 'llama', got "mistral"/,
+      /text_config\.model_type: expected 'llama', got "mistral"/,
     ],
     [
       'two layers',
       () => into(foreign(toLlava, { ...hfConfig, vision_feature_layer: [-2, -5] })),
       /vision_feature_layer/,
     ],
-    ['a LLaMA', () => into(llm, { clip }), /model_type, expected 'aligngpt', 'llava' or 'llava_llama', got "llama"/],
+    ['a LLaMA', () => into(llm, { clip }), /model_type: expected 'aligngpt', 'llava' or 'llava_llama', got "llama"/],
     ['nothing', () => into(path.join(scratch, 'none')), /expected a checkpoint, got no such file or folder/],
-    ['a used folder', () => importModel(own, own, { clip }), /to, expected a folder without a model/],
+    ['a used folder', () => importModel(own, own, { clip }), /to: expected a folder without a model/],
     [
       'a linear projector',
       () => out(path.join(golden, 'gqa/model/aligngpt'), { format: 'llava-hf', dropAlignment: true, clip: undefined }),
-      /mm_projector_type, expected 'mlp2x_gelu' for llava-hf, got "linear"/,
+      /mm_projector_type: expected 'mlp2x_gelu' for llava-hf, got "linear"/,
     ],
-    ['another table', () => into(own, { clip, levels: 4 }), /levels, expected the 8 that align_indicators/],
+    ['another table', () => into(own, { clip, levels: 4 }), /levels: expected the 8 that align_indicators/],
   ]
   const before = fs.readFileSync(path.join(own, 'config.json'), 'utf8')
   for (const [what, make, message] of cases) await expect(make(), what).rejects.toThrow(message)
@@ -481,7 +481,7 @@ test('the commands say what they did; their help has examples', () => {
   expect(run('export', own, '--to', fresh()).status).toBe(2)
   const again = run('import', llava, '--to', llava)
   expect(again.status).toBe(1)
-  expect(again.stderr).toMatch(/^ERR_ARGUMENT \[convert\] to, expected a folder without a model/m)
+  expect(again.stderr).toMatch(/^ERR_ARGUMENT \[convert\] to: expected a folder without a model/m)
   for (const command of ['import', 'export', 'download'])
     expect(run(command, '--help').stdout).toMatch(/Examples:\n {2}aligngpt /)
 })

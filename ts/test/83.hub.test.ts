@@ -160,7 +160,7 @@ test('--revision moves to another commit: changed files are fetched, files that 
 test('a file that was changed here is never overwritten', async () => {
   await get()
   fs.writeFileSync(path.join(folder, 'config.json'), '{"a": 9}')
-  await expect(get()).rejects.toThrow(/config\.json, expected the file of own\/tiny, got another: move it away/)
+  await expect(get()).rejects.toThrow(/config\.json: expected the file of own\/tiny, got another: move it away/)
   await expect(get({ revision: SECOND })).rejects.toThrow(/move it away/)
   expect(read('config.json').toString()).toBe('{"a": 9}')
 })
@@ -173,14 +173,14 @@ test('bytes that are not what the Hub says are refused and do not stay', async (
   })
   expect(fs.readdirSync(folder)).toEqual(['download.json'])
   hub.lies = Buffer.from('{"a": 1}  ')
-  await expect(get()).rejects.toThrow(/config\.json, expected 8 bytes, got 10/)
+  await expect(get()).rejects.toThrow(/config\.json: expected 8 bytes, got 10/)
   hub.lies = null
   await get()
 })
 
 test('globs choose files and are remembered; one that fits nothing is an error', async () => {
   await expect(get({ include: ['*.gguf'] })).rejects.toThrow(
-    /include "\*\.gguf", expected files of the repository, got none/,
+    /include "\*\.gguf": expected files of the repository, got none/,
   )
   await get({ include: ['*.txt', 'tf_model.??'] })
   const there = (): string[] => fs.readdirSync(folder).sort()
@@ -200,23 +200,23 @@ test('a data set is fetched whole', async () => {
 test('names that leave the folder are refused', async () => {
   for (const name of ['../evil', '/etc/evil', 'a/../../evil', 'a\\evil', 'download.json', './x']) {
     commits[FIRST][name] = Buffer.from('x')
-    await expect(get(), name).rejects.toThrow(/file name, expected one inside the folder/)
+    await expect(get(), name).rejects.toThrow(/file name: expected one inside the folder/)
     delete commits[FIRST][name]
   }
 })
 
 test('no access, no repository, no revision, no connection: each one line, and no folder', async () => {
   hub.token = 'hf_right'
-  await expect(get()).rejects.toThrow(/own\/tiny, expected a repository that is there and open to you, got status 401/)
+  await expect(get()).rejects.toThrow(/own\/tiny: expected a repository that is there and open to you, got status 401/)
   await expect(get({ token: 'hf_wrong' })).rejects.toThrow(/status 401/)
-  await expect(get({ token: 'right' })).rejects.toThrow(/token, expected one that starts with 'hf_'/)
+  await expect(get({ token: 'right' })).rejects.toThrow(/token: expected one that starts with 'hf_'/)
   hub.token = null
   await expect(get({ revision: 'nope' })).rejects.toThrow(
     /expected this revision and file, got status 404 RevisionNotFound/,
   )
   await expect(downloadRepo('own/other', folder, { endpoint })).rejects.toThrow(/own\/other, .*404 RepoNotFound/)
   await expect(downloadRepo('a/b/c', folder, { endpoint })).rejects.toThrow(/expected owner\/name/)
-  await expect(get({ endpoint: 'http://127.0.0.1:1' })).rejects.toThrow(/127\.0\.0\.1:1, expected a connection, got/)
+  await expect(get({ endpoint: 'http://127.0.0.1:1' })).rejects.toThrow(/127\.0\.0\.1:1: expected a connection, got/)
   expect(fs.existsSync(folder)).toBe(false)
   hub.token = 'hf_right'
   await get({ token: 'hf_right' })

@@ -218,7 +218,7 @@ test('text is escaped, and a run that recorded nothing is borne', () => {
 
 test('what is no run is named', () => {
   expect(() => reportPage([path.join(dir, 'none')])).toThrow(
-    /\[report\] .*none, expected a run's folder with log.jsonl/,
+    /\[report\] .*none: expected a run's folder with log.jsonl/,
   )
   expect(() => reportPage([])).toThrow(/at least one folder/)
 })

@@ -121,7 +121,7 @@ test('generate: one question streams, a file is answered in batches, the gate ca
 
   expect(few.err).toMatch(/^ERR_ARGUMENT .*coefficients: expected 8, got 2\n$/)
   expect(bad.err).toMatch(
-    /^ERR_DATA \[generate\] .*broken\.jsonl: record 1 prompt, expected a string, got undefined\n$/,
+    /^ERR_DATA \[generate\] .*broken\.jsonl: record 1 prompt: expected a string, got undefined\n$/,
   )
   expect(nowhere.err).toMatch(/^ERR_IMAGE .*a\.png/)
   expect([few, bad, nowhere, both, none].map((r) => r.status)).toEqual([1, 1, 1, 2, 2])
@@ -195,7 +195,7 @@ test('eval: loss, every kind of question, the blind control', async () => {
   expect(open.out).toMatch(/^loss \d+\.\d+ of \d+ tokens in 1 records$/m)
   expect([some.status, some.err]).toEqual([0, 'left out: 7: no question with its answer\n'])
   expect(bad.err).toMatch(
-    /^ERR_DATA \[eval\] .*record 0 options, expected some with the answer "c", got \["a","b"\]\n$/,
+    /^ERR_DATA \[eval\] .*record 0 options: expected some with the answer "c", got \["a","b"\]\n$/,
   )
   expect(empty.err).toMatch(/^ERR_DATA .*empty\.json/)
   expect([bad.status, empty.status]).toEqual([1, 1])

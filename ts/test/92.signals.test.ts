@@ -143,9 +143,9 @@ test('what cannot be done is one line and a status', async () => {
   expect(unsaved.status).toBe(3)
   expect(unsaved.err).toMatch(/ERR_SAVE .*3 failures in a row/)
   expect(wrong.status).toBe(1)
-  expect(wrong.err).toMatch(/^ERR_CHECKPOINT \[train\] resume, expected checkpoints in .*, got none\n$/)
+  expect(wrong.err).toMatch(/^ERR_CHECKPOINT \[train\] resume: expected checkpoints in .*, got none\n$/)
   expect(late.err).toMatch(
-    /^ERR_ARGUMENT \[train\] saveEvery, expected an interval within the run, one of 3 steps, got 10/,
+    /^ERR_ARGUMENT \[train\] saveEvery: expected an interval within the run, one of 3 steps, got 10/,
   )
 })
 

@@ -71,7 +71,7 @@ export async function refuses(f: () => unknown, code: string, pattern: RegExp): 
   const e = await errorOf(f)
   expect(e.message).toMatch(pattern)
   expect(e.code).toBe(code)
-  expect(e.message).toMatch(/^\[[^\]]+\] [\s\S]*, expected [\s\S]*, got [\s\S]*/)
+  expect(e.message).toMatch(/^\[[^\]]+\] [\s\S]*: expected [\s\S]*, got [\s\S]*/)
 }
 
 /** The value, after something has been done. */

@@ -55,7 +55,7 @@ function forward(spec: Spec, c: Case, dtype: Dtype, fail: (why: string) => void)
       const got = spec.run(x, c.o).toFloats()
       const want = spec.ref(plain, c.inputs, c.o)
       if (got.length !== want.length)
-        return fail(`${dtype} ${JSON.stringify(c.inputs)}: ${got.length} values, expected ${want.length}`)
+        return fail(`${dtype} ${JSON.stringify(c.inputs)}: ${got.length} values: expected ${want.length}`)
       const top = want.reduce((m, v) => Math.max(m, Math.abs(v)), 0)
       const depth = Math.sqrt(Math.max(1, spec.depth?.(c) ?? 1))
       const limit =

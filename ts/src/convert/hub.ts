@@ -144,14 +144,14 @@ class Hub {
     if (r.status === 403)
       return fail(this.repo, 'access', `${got}: accept its terms at ${this.endpoint}/${this.repo}, and use a token`)
     if (r.status === 404) return fail(this.repo, 'this revision and file', got)
-    return new Broken(`[hub] ${new URL(r.url).host}, expected an answer, got ${got}`)
+    return new Broken(`[hub] ${new URL(r.url).host}: expected an answer, got ${got}`)
   }
 
   #unreachable(e: unknown): Error {
     if (this.signal?.aborted) return e as Error
     const cause = (e as Error).cause as { code?: string; message?: string } | undefined
     const got = cause?.code ?? cause?.message ?? String(e)
-    return new Broken(`[hub] ${this.endpoint}, expected a connection, got ${got}; HF_ENDPOINT names a mirror`, {
+    return new Broken(`[hub] ${this.endpoint}: expected a connection, got ${got}; HF_ENDPOINT names a mirror`, {
       cause: e,
     })
   }
@@ -299,7 +299,7 @@ async function append(
         if (digest.bytes > file.size) return // a server that sends all where a part was asked for
       }
     if (digest.bytes < file.size)
-      throw new Broken(`[hub] ${file.path}, expected ${file.size} bytes, got ${digest.bytes}`)
+      throw new Broken(`[hub] ${file.path}: expected ${file.size} bytes, got ${digest.bytes}`)
     await to.sync()
   } finally {
     await to.close()

@@ -1,4 +1,4 @@
-/** Every error of this package: `[where] what, expected, got`, with a code for programs. */
+/** Every error of this package: `[where] what: expected X, got Y`, with a code for programs. */
 export class AlignGPTError extends Error {
   /** @param code ERR_FORMAT, ERR_SHAPE, ERR_DTYPE, ERR_IMAGE, ERR_DATA, ERR_CONFIG, ERR_ARGUMENT, ... */
   constructor(
@@ -23,7 +23,7 @@ export function show(value: unknown): string {
   return text.length > 120 ? `${text.slice(0, 117)}...` : text
 }
 
-/** An error in the package's standard form: `[where] what, expected X, got Y`. `got` is printed as it is. */
+/** An error in the package's standard form: `[where] what: expected X, got Y`. `got` is printed as it is. */
 export function mismatch(
   code: string,
   where: string,
@@ -32,6 +32,6 @@ export function mismatch(
   got: string,
   cause?: unknown,
 ): AlignGPTError {
-  const message = `[${where}] ${what}, expected ${expected}, got ${got}`
+  const message = `[${where}] ${what}: expected ${expected}, got ${got}`
   return new AlignGPTError(code, message, cause === undefined ? undefined : { cause })
 }
