@@ -183,7 +183,7 @@ describe('tar', () => {
     [
       'a wrong checksum',
       (b) => Buffer.concat([b.subarray(0, 3), Buffer.from('y'), b.subarray(4)]),
-      /at byte 0, .*checksum/,
+      /at byte 0: .*checksum/,
     ],
     ['a compressed one', () => Buffer.from([0x1f, 0x8b, ...new Array(600).fill(1)]), /uncompressed tar/],
     ['a cut member', (b) => b.subarray(0, 600), /'a\.txt' of 1000 bytes, got the end of the file at 600/],

@@ -214,7 +214,7 @@ test('no access, no repository, no revision, no connection: each one line, and n
   await expect(get({ revision: 'nope' })).rejects.toThrow(
     /expected this revision and file, got status 404 RevisionNotFound/,
   )
-  await expect(downloadRepo('own/other', folder, { endpoint })).rejects.toThrow(/own\/other, .*404 RepoNotFound/)
+  await expect(downloadRepo('own/other', folder, { endpoint })).rejects.toThrow(/own\/other: .*404 RepoNotFound/)
   await expect(downloadRepo('a/b/c', folder, { endpoint })).rejects.toThrow(/expected owner\/name/)
   await expect(get({ endpoint: 'http://127.0.0.1:1' })).rejects.toThrow(/127\.0\.0\.1:1: expected a connection, got/)
   expect(fs.existsSync(folder)).toBe(false)
@@ -256,5 +256,5 @@ test('the command: HF_ENDPOINT and HF_TOKEN, killed in the middle and run again'
   fs.rmSync(path.join(folder, 'config.json'))
   const denied = await run()
   expect(denied.status).toBe(1)
-  expect(denied.err.trim().split('\n').at(-1)).toMatch(/^ERR_HUB \[hub\] own\/tiny, .*status 401/)
+  expect(denied.err.trim().split('\n').at(-1)).toMatch(/^ERR_HUB \[hub\] own\/tiny: .*status 401/)
 })

@@ -321,7 +321,7 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
     await splitRecords(source, emit)
   } catch (e) {
     // The splitter says in its message at which byte; a file that cannot be opened has no such place.
-    const at = /at byte (\d+),/.exec(messageOf(e))
+    const at = /at byte (\d+):/.exec(messageOf(e))
     stopped = e === STOPPED
     if (!stopped && (!(e instanceof AlignGPTError) || !at)) throw e
     if (at) checker.note('syntax', checker.records, null, Number(at[1]), messageOf(e))
