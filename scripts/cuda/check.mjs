@@ -337,8 +337,8 @@ const inNode = (device, ...words) => [
   ...['npx', 'vitest', 'run', ...words.map((word) => (/^\d/.test(word) ? `ts/test/${word}.test.ts` : word))],
 ]
 const throughNode = () => [
-  inNode('cpu', '-t', 'cuda|GPU', '10.ops', '13.device', '50.goldens', '57.resume'), // those that name the device themselves
-  inNode('cuda', '55.train'),
+  inNode('cpu', '-t', 'cuda|GPU', '12.ops', '81.device', '51.goldens', '76.resume'), // those that name the device themselves
+  inNode('cuda', '72.train'),
 ]
 const emulated = (name, seeds, ...more) => seeds.map((seed) => [program(name), '--schedule', String(seed), ...more])
 /** Everything, and attention once more for each variable that chooses another kernel. */
