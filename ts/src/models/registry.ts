@@ -80,12 +80,6 @@ export function familyInAlignGPT(raw: RawConfig, file: string): LanguageFamily<L
   return found ?? refuse(file, 'model_type', known.join(' or '), raw.model_type)
 }
 
-/** Reads a language model's config.json (file or folder). @throws AlignGPTError ERR_CONFIG */
-export function readLanguageConfig(fileOrFolder: string): LanguageModelConfig {
-  const { raw, file } = loadConfig(fileOrFolder, 'config.json')
-  return languageFamily(raw, file).parse(raw, file)
-}
-
 /** Reads the config.json (file or folder) of the model that a vision tower is part of. @throws AlignGPTError ERR_CONFIG */
 export function readVisionConfig(fileOrFolder: string): ClipConfig {
   const { raw, file } = loadConfig(fileOrFolder, 'config.json')
