@@ -81,6 +81,21 @@ describe('a whitelisting reader', () => {
     ).toBe(4)
   })
 
+  it('reads the state dict in what a trainer saved, and nothing else that is nested', async () => {
+    const inner = (name: string): string => `}(${str(name)}${tensor(storage('FloatStorage', '0', 6), 0, [6], [1])}u`
+    for (const key of ['state_dict', 'model', 'module'])
+      expect([...openTorchBin(bin(dict({ [key]: inner('w'), step: int(3), optimizer: inner('m') }))).keys()]).toEqual([
+        'w',
+      ])
+    const beside = tensor(storage('FloatStorage', '0', 6), 0, [6], [1])
+    for (const more of [{ x: beside }, { state_dict: inner('v') }])
+      await refuses(
+        () => openTorchBin(bin(dict({ model: inner('w'), ...more }))),
+        'ERR_FORMAT',
+        /a tensor, got a dictionary/,
+      )
+  })
+
   const s6 = storage('FloatStorage', '0', 6)
   const refused: [string, () => string, RegExp][] = [
     [

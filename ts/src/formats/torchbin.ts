@@ -16,7 +16,9 @@ interface ZipEntry {
 const MAX_PICKLE = 256 * 1024 * 1024
 const MAX_DIRECTORY = 256 * 1024 * 1024
 const CONVERT =
-  'python -c "import torch,sys; p=sys.argv[1]; torch.save(torch.load(p, map_location=\'cpu\', weights_only=True), p)" FILE'
+  'python -c "import torch,sys; p=sys.argv[1]; d=torch.load(p, map_location=\'cpu\', weights_only=True); torch.save({k: v.contiguous() for k, v in d.items()}, p)" FILE'
+/** Where trainers put the state dict among other things: Lightning, torch's examples, DeepSpeed. */
+const NESTED = ['state_dict', 'model', 'module']
 
 const fail = (file: string, what: string, expected: string, got: string): AlignGPTError =>
   mismatch('ERR_FORMAT', 'torchbin', `${file}: ${what}`, expected, got)
@@ -375,7 +377,7 @@ function toEntry(file: string, name: string, t: TensorValue, zip: Map<string, Zi
   let count = 1
   for (let i = shape.length - 1; i >= 0; i--) {
     if (shape[i] > 1 && stride[i] !== count && !shape.includes(0))
-      throw fail(file, what, `contiguous strides for [${shape}]`, `[${stride}]`)
+      throw fail(file, what, `contiguous strides for [${shape}] (convert with: ${CONVERT})`, `[${stride}]`)
     count *= shape[i]
     if (!Number.isSafeInteger(count)) throw fail(file, what, 'at most 2^53 elements', show(shape))
   }
@@ -386,10 +388,17 @@ function toEntry(file: string, name: string, t: TensorValue, zip: Map<string, Zi
   return { name, dtype: storage.dtype, shape, offset: blob.offset + t.start * width, bytes: count * width, path: file }
 }
 
+/** The dictionary of tensors in what was saved: itself, or where there is no tensor in it the one that trainers put there. */
+function stateDict(root: Dict): Dict {
+  if ([...root.map.values()].some((v) => v instanceof TensorValue)) return root
+  const inner = NESTED.map((key) => root.map.get(key)).filter((v) => v instanceof Dict)
+  return inner.length === 1 ? inner[0] : root
+}
+
 /**
  * Tensors of a checkpoint written by torch.save (zip layout, PyTorch >= 1.6).
  * Entries point into the file; nothing is executed and there is no fallback. Numbers and other plain values beside the
- * tensors are ignored, nested dictionaries are refused by name.
+ * tensors are ignored. A dictionary in the place of a tensor is refused by name, but for the state dict in what a trainer saved.
  * @throws AlignGPTError ERR_FORMAT: an opcode or name off the whitelist, packed entries, a legacy file (with the command
  *   that converts it), strides that are not contiguous, ranges outside the file
  */
@@ -412,7 +421,7 @@ export function openTorchBin(file: string): Map<string, TensorEntry> {
     const root = new Machine(readRange(fd, blob.offset, blob.size, file), file).run()
     if (!(root instanceof Dict)) throw fail(file, 'data.pkl', 'a dictionary of tensors', 'something else')
     const entries = new Map<string, TensorEntry>()
-    for (const [name, value] of root.map) {
+    for (const [name, value] of stateDict(root).map) {
       if (typeof name !== 'string') throw fail(file, 'key', 'a string', show(name === null ? null : typeof name))
       if (value instanceof TensorValue) entries.set(name, toEntry(file, name, value, zip, prefix))
       else if (value instanceof Dict) throw fail(file, show(name), 'a tensor', 'a dictionary')

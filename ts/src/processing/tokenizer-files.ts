@@ -2,7 +2,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { fromSentencePiece } from '../formats/sentencepiece.js'
-import { mismatch } from '../util/errors.js'
+import { mismatch, show } from '../util/errors.js'
 import { readJsonFile } from '../util/json.js'
 
 export type Json = Record<string, unknown>
@@ -54,8 +54,50 @@ function fromClipFiles(folder: string): Json {
   }
 }
 
-/** tokenizer.json, or what the other files of the folder say, in its structure. */
-export function definitionOf(folder: string, config: Json): Json {
+/** Tokens that other files add to those of the definition: id (null: the next free one) and what is known of them. */
+function* tokensBeside(folder: string, config: Json): Generator<[id: number | null, token: Json]> {
+  const plain = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true }
+  for (const [id, token] of Object.entries((config.added_tokens_decoder ?? {}) as Json))
+    yield [Number(id), { ...plain, special: false, ...(token as Json) }]
+  for (const [content, id] of Object.entries(optionalJson(path.join(folder, 'added_tokens.json'))))
+    yield [Number(id), { ...plain, special: false, normalized: true, content }]
+  for (const key of ['additional_special_tokens', 'extra_special_tokens'])
+    for (const t of Object.values((config[key] ?? {}) as Json))
+      yield [null, { ...plain, ...(typeof t === 'object' ? (t as Json) : { content: t }), special: true }]
+}
+
+/**
+ * The definition with the tokens that tokenizer_config.json and added_tokens.json have besides, as transformers adds them: one
+ * that the vocabulary has keeps its id.
+ */
+function withAdded(definition: Json, folder: string, config: Json): Json {
+  const added = [...((definition.added_tokens ?? []) as Json[])]
+  const { vocab } = (definition.model ?? {}) as { vocab?: Json | [string, number][] }
+  const pieces: [string, unknown][] = Array.isArray(vocab)
+    ? vocab.map(([piece], id) => [piece, id])
+    : Object.entries(vocab ?? {})
+  const ids = new Map([...pieces, ...added.map((t): [string, unknown] => [String(t.content), t.id])])
+  const known = new Set(added.map((t) => t.content))
+  let next = 0
+  for (const id of ids.values()) if (Number(id) >= next) next = Number(id) + 1
+  for (const [given, token] of tokensBeside(folder, config)) {
+    const { content } = token
+    const id = ids.get(content as string) ?? given ?? next
+    if (typeof content !== 'string' || !Number.isSafeInteger(id) || Number(id) < 0)
+      throw mismatch('ERR_FORMAT', 'tokenizer', `${folder}: an added token`, 'its text and id', show({ id, content }))
+    if (known.has(content)) continue
+    known.add(content)
+    added.push({ ...token, id })
+    next = Math.max(next, Number(id) + 1)
+  }
+  return { ...definition, added_tokens: added }
+}
+
+/** tokenizer.json, or what the other files of the folder say, in its structure, with the tokens that are added beside it. */
+export const definitionOf = (folder: string, config: Json): Json =>
+  withAdded(ownDefinition(folder, config), folder, config)
+
+function ownDefinition(folder: string, config: Json): Json {
   const has = (name: string): boolean => fs.existsSync(path.join(folder, name))
   if (has('tokenizer.json')) return readJsonFile(path.join(folder, 'tokenizer.json'), 'ERR_FORMAT') as Json
   if (has('tokenizer.model')) {

@@ -75,11 +75,7 @@ function ropeOf(raw: RawConfig, file: string): Pick<LlamaConfig, 'rope_theta' | 
   const type = given?.rope_type ?? given?.type ?? 'default'
   if (type === 'default') return { rope_theta, rope_scaling: null }
   if (type !== 'llama3') refuse(file, `${key}.rope_type`, "'default' or 'llama3'", type)
-  const length =
-    raw.original_max_position_embeddings ??
-    given?.original_max_position_embeddings ??
-    raw.max_position_embeddings ??
-    MAX_POSITIONS
+  const length = given?.original_max_position_embeddings ?? raw.max_position_embeddings ?? MAX_POSITIONS
   const scaling = checkConfig(llama3Schema, { ...given, original_max_position_embeddings: length }, file, key)
   if (scaling.low_freq_factor >= scaling.high_freq_factor)
     refuse(
