@@ -1,6 +1,6 @@
 /** Settings in the checkpoint layouts of others (layouts.ts): their config.json to ours, and ours to theirs. */
 import { z } from 'zod'
-import { checkConfig, type RawConfig } from '../formats/zod-check.js'
+import { checkConfig, maybe, or, type RawConfig } from '../formats/zod-check.js'
 import { type AlignGPTConfig, alignGPTConfigJson } from '../models/config/aligngpt.js'
 import { type ClipConfig, parseClipConfig, patchCount } from '../models/config/clip.js'
 import { refuseQuantized } from '../models/config/refused.js'
@@ -8,7 +8,6 @@ import type { Format } from '../models/names.js'
 import { mismatch, show } from '../util/errors.js'
 
 const no = z.union([z.literal(false), z.null()], 'false').optional()
-const maybe = <T extends z.ZodType>(schema: T) => schema.nullish().transform((x) => x ?? null)
 
 /** What a LLaVA may say besides LLaMA's settings and AlignGPT's `mm_*`: versions before 1.5 and after it work otherwise. */
 const llavaSchema = z.object({
@@ -26,9 +25,9 @@ const hfSchema = z.object({
     .loose(),
   projector_hidden_act: z.literal('gelu', "'gelu'").optional(),
   multimodal_projector_bias: z.literal(true, 'true').nullish(),
-  vision_feature_layer: maybe(z.int('one layer')),
+  vision_feature_layer: maybe(z.union([z.int(), z.tuple([z.int()]).transform(([layer]) => layer)], 'one layer')),
   vision_feature_select_strategy: maybe(z.literal(['default', 'full'], "'default' or 'full'")),
-  tie_word_embeddings: maybe(z.boolean()),
+  tie_word_embeddings: or(z.boolean(), false),
 })
 
 /** A model's settings in this package's form; `clip` where the file has the vision tower's as well. */
@@ -76,8 +75,9 @@ function fromHf(raw: RawConfig, file: string): Settings {
     mm_vision_tower: 'vision_tower',
     mm_alignment: 'none' as const,
   }
-  const tied = c.tie_word_embeddings === null ? {} : { tie_word_embeddings: c.tie_word_embeddings }
-  return { format: 'llava-hf', raw: alignGPTConfigJson({ ...tied, ...c.text_config }, fields), clip }
+  // versions of transformers say it here or there; a head that the file has is read all the same
+  const tie_word_embeddings = c.tie_word_embeddings || c.text_config.tie_word_embeddings === true
+  return { format: 'llava-hf', raw: alignGPTConfigJson({ ...c.text_config, tie_word_embeddings }, fields), clip }
 }
 
 /** Fields of config.json that are AlignGPT's or LLaVA's and not the language model's. */
