@@ -251,6 +251,20 @@ describe('settings', () => {
     [{ use_parallel_residual: true }, /use_parallel_residual/],
     [{ hidden_act: 'gelu' }, /hidden_act/],
   ])('refuses %j', (raw, message) => refuses(() => parseLlamaConfig(raw), 'ERR_CONFIG', message))
+  it('generation_config.json with what generation has not', async () => {
+    const folder = variant(llm)
+    for (const more of [{ repetition_penalty: 1.2 }, { no_repeat_ngram_size: 3 }, { num_beams: 5 }, { min_p: 0.1 }]) {
+      write(more, folder, 'generation_config.json')
+      const message = new RegExp(`generation_config\\.json: ${Object.keys(more)[0]}: expected nothing`)
+      await refuses(() => create({ llm: folder }), 'ERR_CONFIG', message)
+    }
+    write(
+      { repetition_penalty: 1, num_beams: 1, min_p: null, max_length: 4096, temperature: 0.9 },
+      folder,
+      'generation_config.json',
+    )
+    await create({ llm: folder })
+  })
   it('takes what changes nothing', () => {
     const idle = {
       ...{ sliding_window: null, use_sliding_window: false, attention_dropout: 0, pretraining_tp: 2, use_cache: true },
