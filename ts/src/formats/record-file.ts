@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
-import { decodeUtf8, parseJson } from '../util/json.js'
+import { decodeUtf8, isDeep, parseJson, quoteLargeIntegers } from '../util/json.js'
 
 /** Where the image stands in a turn. */
 export const IMAGE_TEXT = '<image>'
@@ -164,9 +164,18 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
   }
 }
 
-/** Text of a record's bytes, parsed. `offset` is its place in the file. @throws AlignGPTError ERR_DATA */
+// What may be an integer that a number cannot hold.
+const LONG_DIGITS = /\d{16}/
+
+/**
+ * Text of a record's bytes, parsed; integers beyond 2^53 come as strings of their digits. `offset` is its place in the file.
+ * @throws AlignGPTError ERR_DATA
+ */
 export function parseBytes(bytes: Uint8Array, file: string, offset: number): unknown {
-  return parseJson(decodeUtf8(bytes, file, 'ERR_DATA', offset), file, 'ERR_DATA', offset)
+  const text = decodeUtf8(bytes, file, 'ERR_DATA', offset)
+  const value = parseJson(text, file, 'ERR_DATA', offset)
+  if (isDeep(value)) throw dataError(file, offset, 'a record that is not nested so deep', 'more than 500 levels')
+  return LONG_DIGITS.test(text) ? JSON.parse(quoteLargeIntegers(text)) : value
 }
 
 /** What is wrong with a record: the key, what it should be, what it is. */

@@ -17,7 +17,8 @@ export function show(value: unknown): string {
   try {
     text = typeof value === 'bigint' ? `${value}n` : JSON.stringify(value)
   } catch {
-    text = undefined
+    // Circular, or nested too deep for its text.
+    text = typeof value === 'object' ? 'an object without JSON' : undefined
   }
   text ??= String(value)
   return text.length > 120 ? `${text.slice(0, 117)}...` : text

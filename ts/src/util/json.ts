@@ -164,6 +164,32 @@ export function parseJson(text: string, file: string, code: string, base = 0): u
   }
 }
 
+/**
+ * JSON with its integers beyond 2^53 as strings of their digits, so that ids stay what they are. The text must be JSON.
+ */
+export function quoteLargeIntegers(text: string): string {
+  const next = /"|-?\d{16,}/g
+  let [out, done] = ['', 0]
+  for (let m = next.exec(text); m; m = next.exec(text)) {
+    if (m[0] === '"') {
+      next.lastIndex = scanString(text, m.index).end
+      continue
+    }
+    // Of a fraction or a power neither part is an integer.
+    const [before, after] = [text[m.index - 1] ?? '', text[next.lastIndex] ?? '']
+    if (/[.eE+\d]/.test(before) || /[.eE]/.test(after) || Number.isSafeInteger(Number(m[0]))) continue
+    out += `${text.slice(done, m.index)}"${m[0]}"`
+    done = next.lastIndex
+  }
+  return out + text.slice(done)
+}
+
+/** Whether arrays and objects lie in each other deeper than code that follows them can go. */
+export function isDeep(value: unknown, left = MAX_DEPTH): boolean {
+  if (typeof value !== 'object' || value === null) return false
+  return left === 0 || Object.values(value).some((v) => isDeep(v, left - 1))
+}
+
 /** Decodes UTF-8 and refuses what is none. `base` is the byte offset of `bytes` in the file. */
 export function decodeUtf8(bytes: Uint8Array, file: string, code: string, base = 0): string {
   if (!isUtf8(bytes)) throw mismatch(code, 'json', `${file}: text from byte ${base} on`, 'UTF-8', 'invalid bytes')
