@@ -7,6 +7,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { type Dataset, loadDataset } from '../data/dataset.js'
 import { DropLog, type DropState } from '../data/drop-log.js'
 import { type Loader, openLoader } from '../data/loader.js'
+import type { BadRecord, RecordNeeds } from '../data/record-check.js'
 import { type DataRecord, IMAGE_TEXT } from '../formats/record-file.js'
 import { generateBatch } from '../inference/generate.js'
 import { loadPixels } from '../inference/request.js'
@@ -148,22 +149,23 @@ export interface HeldOutSettings extends EvaluationOptions {
 }
 
 /**
- * What a run trains on and what it is evaluated on, null when that is not asked for.
+ * What a run trains on and what it is evaluated on, null when that is not asked for; without the records that it cannot use.
  * @throws AlignGPTError ERR_ARGUMENT, ERR_DATA
  */
 export async function holdOut(
   data: Dataset,
-  seed: number,
-  o: EvaluationOptions,
+  needs: RecordNeeds,
+  o: EvaluationOptions & { seed?: number },
 ): Promise<{ trained: Dataset; held: Dataset | null }> {
+  const trained = await data.usable(needs)
   if (o.evalShare !== undefined) {
-    const { rest, held } = data.holdOut(o.evalShare, seed)
+    const { rest, held } = trained.holdOut(o.evalShare, o.seed ?? 0)
     return { trained: rest, held }
   }
-  if (o.evalData === undefined) return { trained: data, held: null }
+  if (o.evalData === undefined) return { trained, held: null }
   const held = await loadDataset(o.evalData, { images: o.evalImages ?? data.images ?? undefined })
   if (held.length === 0) throw mismatch('ERR_DATA', 'train', `evalData ${o.evalData}`, 'records', 'none')
-  return { trained: data, held }
+  return { trained, held: await held.usable(needs) }
 }
 
 /** The evaluations of one run. */
@@ -195,6 +197,10 @@ export class HeldOut {
   /** Steps that were done at the last evaluation. */
   get evaluated(): number {
     return this.#evaluated
+  }
+  /** Records that were left out of its own data file. */
+  get bad(): readonly BadRecord[] {
+    return this.#data.bad
   }
   get best(): Best | null {
     return this.#best
