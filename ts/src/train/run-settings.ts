@@ -48,6 +48,7 @@ const count = from(1, 'an integer > 0')
 const number = kind<number>('a number >= 0', (v) => isNumber(v) && v >= 0)
 const positive = kind<number>('a number > 0', (v) => isNumber(v) && v > 0)
 const share = kind<number>('a number between 0 and 1', (v) => isNumber(v) && v > 0 && v < 1)
+const wholeShare = kind<number>('a number from 0 to 1', (v) => isNumber(v) && v >= 0 && v <= 1)
 const switches: Kind<boolean> = kind('true or false', (v) => typeof v === 'boolean', { flag: 'switch' })
 const oneOf = <const T extends string>(choices: readonly T[]): Kind<T> =>
   kind(choices.join(', ').replace(/, ([^,]*)$/, ' or $1'), (v) => choices.includes(v as T), { choices, value: 'name' })
@@ -192,7 +193,7 @@ export const RUN_SETTINGS = {
   groupByLength: { kind: switches, default: false, help: 'batches of similar lengths' },
   augment: { kind: switches, default: false, help: 'mild augmentation of the images' },
   workers: { kind: from(0, 'an integer >= 0'), help: 'threads that decode images (default: by the machine)' },
-  maxBad: { kind: number, default: 0.01, help: 'share of records that may be unusable' },
+  maxBad: { kind: wholeShare, default: 0.01, help: 'share of records that may be unusable' },
   saveEvery: {
     kind: orNever(interval),
     default: '30m',
