@@ -158,7 +158,7 @@ describe('a whitelisting reader', () => {
       /convert with: python/,
     ],
     ['a text file', () => doing(fs.writeFileSync(target, 'hello world'), target), /no zip file/],
-    ['an empty file', () => doing(fs.writeFileSync(target, ''), target), /no zip file/],
+    ['an empty file', () => doing(fs.writeFileSync(target, ''), target), /an empty file/],
   ]
   it.each(refused)('refuses %s', async (_, make, pattern) => {
     const file = make()

@@ -10,6 +10,7 @@ import type { RawConfig } from '../src/formats/zod-check.js'
 import { addLora, hasLora, mergeLora } from '../src/models/adapters.js'
 import { readAdapterConfig } from '../src/models/config/peft.js'
 import { loadAdapter, openAdapter, saveAdapter } from '../src/models/peft.js'
+import { plan } from '../src/train/memory-plan.js'
 import { caseDir, tempDir } from './data-cases.js'
 
 const dir = tempDir()
@@ -228,5 +229,8 @@ it('targets by any of their names; the nearest of an unknown one', async () => {
   }
   expect(() => addLora(model, { targets: ['qproj'] })).toThrow(/got qproj \(the nearest: q_proj\)/)
   expect(() => addLora(model, { targets: ['all_linears'] })).toThrow(/the nearest: all-linear/)
+  const asked = { phase: 'finetune', lora: { rank: 2, targets: ['vproj'] }, textTokens: 8 } as const
+  expect(() => plan({ model: own }, asked)).toThrow(/got vproj \(the nearest: v_proj\)/)
+  await expect(AlignGPT.load(await written())).rejects.toThrow(/an adapter alone/)
   model.dispose()
 })

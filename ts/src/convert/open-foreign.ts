@@ -4,7 +4,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
 import type { TensorEntry } from '../formats/safetensors.js'
-import { type RawConfig, readJsonObject } from '../formats/zod-check.js'
+import { loadConfig, type RawConfig, readJsonObject } from '../formats/zod-check.js'
 import { partOf } from '../models/aligngpt.js'
 import {
   type AlignGPTConfig,
@@ -75,8 +75,8 @@ export function openModel(from: string, o: Towers): Stored {
   const projector = hasWeights(from) ? undefined : projectorFileIn(from)
   if (projector) return openProjector(projector, o)
   if (o.llm !== undefined) throw fail('ERR_ARGUMENT', 'llm', `nothing, ${from} has a language model`, o.llm)
-  const file = path.join(from, 'config.json')
-  const { format, raw, clip: own } = settingsOf(readJsonObject(file), file)
+  const { raw: theirs, file } = loadConfig(from, 'config.json')
+  const { format, raw, clip: own } = settingsOf(theirs, file)
   const config = parseAlignGPTConfig(raw, file)
   const weights = openNamed(from)
   const clipDir = own ? null : visionTowerFolder(from, config, o.clip)

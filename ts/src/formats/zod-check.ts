@@ -50,6 +50,10 @@ export function readJsonObject(file: string): RawConfig {
 export function loadConfig(fileOrFolder: string, name: string): { raw: RawConfig; file: string } {
   const isFolder = fs.statSync(fileOrFolder, { throwIfNoEntry: false })?.isDirectory()
   const file = isFolder ? path.join(fileOrFolder, name) : fileOrFolder
+  if (isFolder && !fs.existsSync(file) && fs.existsSync(path.join(fileOrFolder, 'adapter_config.json'))) {
+    const got = 'an adapter alone (give its base model, and this folder to import --adapter or loadAdapter)'
+    throw mismatch('ERR_CONFIG', 'config', fileOrFolder, `the ${name} of a model`, got)
+  }
   return { raw: readJsonObject(file), file }
 }
 

@@ -11,7 +11,7 @@ import {
   mergedWeight,
   type NamedLinear,
 } from '../nn/lora.js'
-import { isTarget } from '../nn/lora-targets.js'
+import { isTarget, type LoraTargets } from '../nn/lora-targets.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { nearest } from '../util/nearest.js'
 import type { AlignGPTNetwork } from './aligngpt.js'
@@ -20,6 +20,17 @@ import { initSource, tensorToWrite } from './parameter-sources.js'
 /** Name and module of every matrix of the language model's layers. */
 export const languageMatrices = (model: AlignGPTNetwork): NamedLinear[] => matrices(model.language.model, 'model')
 export const hasLora = (model: AlignGPTNetwork): boolean => adapted(languageMatrices(model)).length > 0
+
+/** @throws ERR_ARGUMENT: no target at all, or one that is none of the matrices' names, with the nearest that is */
+export function checkTargets(matrices: readonly string[], targets: LoraTargets): void {
+  const asked = typeof targets === 'string' ? [targets] : targets
+  const unknown = asked.filter((t) => !matrices.some((name) => isTarget(name, [t])))
+  if (asked.length && !unknown.length) return
+  const known = [...new Set(matrices.map((name) => name.split('.').at(-1) as string))]
+  const near = asked.length ? ` (the nearest: ${nearest(unknown[0], ['all-linear', ...known])})` : ''
+  const got = asked.length ? `${unknown.join(', ')}${near}` : 'nothing'
+  throw mismatch('ERR_ARGUMENT', 'lora', 'targets', `all-linear or some of ${known.join(', ')}`, got)
+}
 
 /**
  * Gives a model fresh adapters: A uniform within 1 / sqrt(inputs) from the seed, B zero, so nothing changes before training.
@@ -32,15 +43,10 @@ export function addLora(model: AlignGPTNetwork, o: LoraOptions = {}, seed = 0): 
   if (!(Number.isFinite(alpha) && alpha > 0))
     throw mismatch('ERR_ARGUMENT', 'lora', 'alpha', 'a number > 0', show(alpha))
   const all = languageMatrices(model)
-  const none = (t: string): boolean => !all.some(([name]) => isTarget(name, [t]))
-  const asked = typeof targets === 'string' ? [targets] : targets
-  const unknown = asked.length ? asked.filter(none) : ['nothing']
-  if (unknown.length) {
-    const known = [...new Set(all.map(([name]) => name.split('.').at(-1) as string))]
-    const near = asked.length ? ` (the nearest: ${nearest(unknown[0], ['all-linear', ...known])})` : ''
-    const expected = `all-linear or some of ${known.join(', ')}`
-    throw mismatch('ERR_ARGUMENT', 'lora', 'targets', expected, `${unknown.join(', ')}${near}`)
-  }
+  checkTargets(
+    all.map(([name]) => name),
+    targets,
+  )
   if (hasLora(model))
     throw new AlignGPTError('ERR_ARGUMENT', '[lora] model: expected one without adapters, got one that has them')
   const chosen = all.filter(([name]) => isTarget(name, targets))

@@ -3,7 +3,7 @@
  * itself would make, and what its towers keep of a row is said by their families: nothing of an architecture is written down here.
  */
 import { headChunk } from '../core/ops.js'
-import { languageMatrices } from '../models/adapters.js'
+import { checkTargets, languageMatrices } from '../models/adapters.js'
 import { AlignGPTNetwork, type ParameterShape, type Part, partOf } from '../models/aligngpt.js'
 import type { LayerActivations } from '../models/language-model.js'
 import { familyInAlignGPT, visionFamily } from '../models/registry.js'
@@ -209,7 +209,8 @@ export class Planner {
   /** The adapters of a run, those that are asked for or those that the model has. */
   #lora({ lora }: PlanOptions): Adapters | null {
     if (!lora) return this.#adapters
-    const { rank = LORA_RANK, targets }: LoraOptions = lora
+    const { rank = LORA_RANK, targets = 'all-linear' }: LoraOptions = lora
+    checkTargets(this.#parameters.filter((p) => p.layer !== null).map(matrix), targets)
     return { rank, on: (name) => isTarget(name, targets) }
   }
 
