@@ -104,6 +104,7 @@ const LAYOUTS = {
   'official LLaVA': () => foreign(toLlava, llavaConfig),
   'official LLaVA, newer model_type, without its vision tower': () =>
     foreign(toLlava, { ...llavaConfig, model_type: 'llava_llama' }, { drop: /^vision_tower/ }),
+  'official LLaVA behind the name of a wrapper': () => foreign((name) => `module.${toLlava(name)}`, llavaConfig),
   'llava-hf as on the Hub': () =>
     foreign(
       hf('language_model.model.', 'language_model.', 'multi_modal_projector.', 'vision_tower.vision_model.'),
@@ -112,7 +113,10 @@ const LAYOUTS = {
   'llava-hf as transformers 5 saves it': () =>
     foreign(hf('language_model.model.', 'language_model.', 'multi_modal_projector.', 'vision_tower.'), hfConfig),
   "llava-hf under the names in transformers' memory": () =>
-    foreign(hf('model.language_model.', '', 'model.multi_modal_projector.', 'model.vision_tower.'), hfConfig),
+    foreign(hf('model.language_model.', '', 'model.multi_modal_projector.', 'model.vision_tower.'), {
+      ...hfConfig,
+      vision_feature_layer: [-2],
+    }),
 }
 
 for (const [what, make] of Object.entries(LAYOUTS))
