@@ -196,6 +196,10 @@ it('whole modules are read (modules_to_save), what nobody takes is not', async (
   const head = { 'base_model.model.lm_head.weight': { shape: [520, 48] } }
   const values = await withAdapter(await written({ config: { modules_to_save: ['lm_head'] }, extra: head }))
   expect(values.get('lm_head.weight')?.every((x) => x === 0)).toBe(true)
+  const levels = values.get('align_indicators.indicator_embs')?.length as number
+  const table = { 'base_model.model.model.align_indicators.indicator_embs': { shape: [levels / 48, 48] } }
+  const aligned = await withAdapter(await written({ extra: table }))
+  expect(aligned.get('align_indicators.indicator_embs')?.every((x) => x === 0)).toBe(true)
   const cases: [Extra, RegExp][] = [
     [
       { 'base_model.model.model.embed_tokens.weight': { shape: [521, 48] } },
