@@ -295,6 +295,10 @@ def gifs(art):
     ramp = bytes(v for i in range(16) for v in (17 * i,) * 3)
     idx = art.grey >> 4
     small = idx[: h // 2, : w // 2]
+    put("local-ramp.gif", gif((w, h), pal, [gif_frame(idx, palette=ramp)]))
+    put("local-ramp-offset.gif", gif((w, h), pal, [gif_frame(small, (3, 2), palette=ramp, transparent=4)], background=5))
+    put("global-ramp-local.gif", gif((w, h), ramp, [gif_frame(small, (3, 2), palette=local)], background=5))
+    put("two-controls.gif", gif((w, h), pal, [b"!\xf9\x04\x01\0\0\x05\0", gif_frame(idx, disposal=1)], background=5))
     put("global.gif", gif((w, h), pal, [gif_frame(idx)]))
     put("87a.gif", gif((w, h), pal, [gif_frame(idx)], version=b"GIF87a"))
     put("local.gif", gif((w, h), pal, [gif_frame(idx, palette=local)]))
@@ -602,6 +606,24 @@ def tiffs(art):
     put("bits-12.tif", tiff(w, h, [bytes(h * ((w * 12 + 7) // 8))], plain_tags(1, 12, 1, _278=(4, [h]))))
     put("double.tif", tiff(w, h, [(art.wide[..., 0] / 200.0).astype("<f8").tobytes()], plain_tags(1, 64, 1, _339=(3, [3]), _278=(4, [h]))))
     put("int8.tif", tiff(w, h, [b"".join(packed(art.samples(8, 1), 8))], plain_tags(1, 8, 1, _339=(3, [2]), _278=(4, [h]))))
+    low = [int(v) for v in art.rng.randint(0, 256, 768)]
+    rows = b"".join(packed(art.samples(8, 1), 8))
+    put("palette-low.tif", tiff(w, h, [rows], plain_tags(3, 8, 1, _320=(3, low), _278=(4, [h]))))
+    put("palette-short.tif", tiff(w, h, [rows], plain_tags(3, 8, 1, _320=(3, [v * 256 for v in low[:300]]), _278=(4, [h]))))
+    put("no-photometric.tif", tiff(w, h, [rows], {k: v for k, v in plain_tags(1, 8, 1, _278=(4, [h])).items() if k != 262}))
+    planes = [b"".join(packed(four[..., k : k + 1], 8)) for k in range(4)]
+    put("planar-rgba.tif", tiff(w, h, planes, plain_tags(2, 8, 4, planar=2, extra=[2], _278=(4, [h]))))
+    put("planar-rgbx.tif", tiff(w, h, planes, plain_tags(2, 8, 4, planar=2, extra=[0], _278=(4, [h]))))
+    p8 = b"".join(packed(art.samples(8, 2), 8))
+    for e in (0, 2):
+        tags = plain_tags(3, 8, 2, extra=[e], _320=(3, [v * 256 for v in low]), _278=(4, [h]))
+        put(f"palette-extra-{e}.tif", tiff(w, h, [p8], tags))
+    nan = (art.wide[..., 0] / 200 - 20).astype("<f4")
+    nan[0, :4] = [np.nan, np.inf, -np.inf, 255.5]
+    put("float-nan.tif", tiff(w, h, [nan.tobytes()], plain_tags(1, 32, 1, _339=(3, [3]), _278=(4, [h]))))
+    put("float-p0.tif", tiff(w, h, [nan.tobytes()], plain_tags(0, 32, 1, _339=(3, [3]), _278=(4, [h]))))
+    put("private-tag.tif", tiff(w, h, [rows], plain_tags(1, 8, 1, _278=(4, [h]), _60000=(3, [5]))))
+    put("strips-short.tif", tiff(w, h, strips(packed(rgb, 8), 4)[:-1], plain_tags(2, 8, 3, _278=(4, [4]))))
     whole = saved(art.image("RGB"), "TIFF", compression="tiff_lzw")
     put("cut.tif", tiff(w, h, [b"".join(packed(rgb, 8))], plain_tags(2, 8, 3, _278=(4, [h])))[: -w * 3])
     put("cut-lzw.tif", tiff(w, h, [zlib.compress(b"".join(packed(rgb, 8)))], plain_tags(2, 8, 3, 8, _278=(4, [h])))[:-40])

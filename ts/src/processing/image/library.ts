@@ -79,7 +79,8 @@ export async function decodeByLibrary(
   const { default: sharp } = await decoderLibrary()
   const { space, depth, channels } = 'space' in header ? header : await libraryHeader(b, format)
   const tiff = 'keepWhiteIsZero' in header ? header : null
-  const picture = sharp(b, OPEN)
+  // what is damaged in a tile is but a warning there
+  const picture = sharp(b, tiff?.tiled ? { ...OPEN, failOn: 'warning' } : OPEN)
   const deepGrey = depth !== 'uchar' && (channels === 1 || (format === 'PNG' && isDeepGreyPng(b)))
   if (space === 'cmyk' || deepGrey) {
     const s = await samplesOf(picture, space, depth as Depth)

@@ -6,8 +6,8 @@ import { damaged, type Header, unreadable } from './format.js'
 
 /** Bytes of one value, by type. */
 const SIZES: Record<number, number> = { 1: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8 }
-// more than any list that is looked at here
-const MAX_VALUES = 64
+// the longest list that is looked at: a palette of 8 bits
+const MAX_VALUES = 3 * 256
 
 const WIDTH = 256
 const HEIGHT = 257
@@ -19,10 +19,15 @@ const ORIENTATION = 274
 const SAMPLES = 277
 const PLANAR = 284
 const COLOUR_MAP = 320
+const TILE_WIDTH = 322
 const EXTRA = 338
 const SAMPLE_FORMAT = 339
+const WANTED = new Set([
+  ...[WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, ORIENTATION, SAMPLES, PLANAR],
+  ...[COLOUR_MAP, TILE_WIDTH, EXTRA, SAMPLE_FORMAT],
+])
 
-/** Integers of the first directory by tag; of long lists the first values. */
+/** What is looked at in the first directory, by tag. */
 function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; little: boolean } {
   const view = new DataView(b.buffer, b.byteOffset, b.byteLength)
   const little = b[0] === 0x49
@@ -37,8 +42,9 @@ function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; little: b
   for (let k = 0, e = at + (big ? 8 : 2); k < count; k++, e += big ? 20 : 12) {
     const [tag, type] = [u16(e), u16(e + 2)]
     const size = SIZES[type]
-    if (!size) continue
+    if (!size || !WANTED.has(tag)) continue
     const n = big ? u64(e + 4) : u32(e + 4)
+    if (n > MAX_VALUES) throw damaged('TIFF')
     const field = e + (big ? 12 : 8)
     const start = n * size <= (big ? 8 : 4) ? field : big ? u64(field) : u32(field)
     const value = (i: number): number => {
@@ -47,7 +53,7 @@ function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; little: b
     }
     tags.set(
       tag,
-      Array.from({ length: Math.min(n, MAX_VALUES) }, (_, i) => value(i)),
+      Array.from({ length: n }, (_, i) => value(i)),
     )
   }
   return { tags, little }
@@ -82,6 +88,7 @@ export interface TiffHeader extends Header {
   sampleFormat: number
   bits: number
   alpha: boolean
+  tiled: boolean
   /** the library would invert these, and Pillow does not */
   keepWhiteIsZero: boolean
 }
@@ -152,11 +159,13 @@ export function tiffHeader(b: Uint8Array): TiffHeader {
   const alike = all.every((n) => n === bits) && formats.every((f) => f === format)
   // of 16-bit planes Pillow reads the bytes of another order; of unused planes it makes other modes
   const planes = planar === 1 || (bits === 8 && extra.length === 0 && (photometric !== 6 || compression !== JPEG))
-  const narrowMap = photometric === 3 && !(tags.get(COLOUR_MAP)?.length ?? 0)
+  // Pillow takes the high bytes; libtiff takes a palette of low bytes alone for one of 8 bits
+  const map = tags.get(COLOUR_MAP) ?? []
+  const paletteRead = photometric !== 3 || (map.length === 3 << bits && map.some((v) => v > 255))
   if (
     !alike ||
     !planes ||
-    narrowMap ||
+    !paletteRead ||
     !isRead({ photometric, bits, samples, extra, format, fill, little, compression })
   ) {
     const kind = PHOTOMETRICS[photometric] ?? `photometric ${photometric}`
@@ -168,6 +177,7 @@ export function tiffHeader(b: Uint8Array): TiffHeader {
   return {
     ...{ width, height, orientation, bits, sampleFormat: format },
     alpha: samples === 2 || (photometric === 2 && samples > 3 && extra[0] !== 0),
+    tiled: tags.has(TILE_WIDTH),
     keepWhiteIsZero: photometric === 0 && bits >= 16,
   }
 }
