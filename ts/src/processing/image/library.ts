@@ -25,8 +25,9 @@ interface LibraryHeader extends Header {
 /** @throws whatever the library says */
 export async function libraryHeader(b: Uint8Array, format: Format): Promise<LibraryHeader> {
   const { default: sharp } = await decoderLibrary()
-  const { width, height, orientation = 1, space = '', depth = '', channels = 0 } = await sharp(b, OPEN).metadata()
+  const { width, height, orientation: o = 1, space = '', depth = '', channels = 0 } = await sharp(b, OPEN).metadata()
   if (!width || !height) throw damaged(format)
+  const orientation = o >= 1 && o <= 8 ? o : 1
   return { width, height, orientation, space, depth, channels }
 }
 

@@ -146,6 +146,7 @@ export function tiffHeader(b: Uint8Array): TiffHeader {
   const compression = one(COMPRESSION, UNCOMPRESSED)
   if (!READ.includes(compression))
     throw unreadable(`a TIFF with ${COMPRESSIONS[compression] ?? `unknown (${compression})`} compression`)
+  if (!tags.has(PHOTOMETRIC)) throw unreadable('a TIFF that does not name its colours')
   const photometric = one(PHOTOMETRIC, 0)
   const samples = one(SAMPLES, 1)
   const all = tags.get(BITS) ?? [1]
