@@ -76,7 +76,7 @@ const MISTAKES: [ProblemKind, unknown, RegExp][] = [
   ],
   ['no-answer', { id: 'x', conversations: [human('q')] }, /no turn is from gpt/],
   ['empty-answer', { id: 'x', conversations: [human('q'), gpt(' \n')] }, /turn 1 is " \\n"/],
-  ['placeholder-without-image', { id: 'x', conversations: [human('<image>\nq'), gpt('a')] }, /1 <image>, no picture/],
+  ['placeholders', { id: 'x', conversations: [human('<image>\nq'), gpt('a')] }, /1 <image>, no picture/],
   ['image-without-placeholder', { id: 'x', image: 'ok.png', conversations: [human('q'), gpt('a')] }, /"ok\.png"/],
   ['duplicate-id', good('first', undefined, 'other'), /record 0 has it too/],
   ['duplicate', good('x', undefined, 'first'), /the same as record 0/],

@@ -4,21 +4,21 @@
  */
 import fs from 'node:fs'
 import path from 'node:path'
+import { setImmediate as turn } from 'node:timers/promises'
 import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
 import { unpackParquet } from '../formats/parquet.js'
-import {
-  type DataRecord,
-  parseBytes,
-  parseRecord,
-  type RecordRange,
-  splitRecords,
-  wordCount,
-} from '../formats/record-file.js'
+import { type DataRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
 import { expandShards, type ImageFiles, type ImageSource, openImages } from '../processing/image/source.js'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
 import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
+import { type BadRecord, type Diagnosis, diagnose, needSome, type RecordNeeds, unmet } from './record-check.js'
+
+/** Of the saved index: a change of what a record means makes it another one. */
+const INDEX = 'records, version 2'
+// Records that are looked at before the event loop gets its turn.
+const AT_ONCE = 1000
 
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
@@ -30,6 +30,7 @@ export class Dataset {
   #words: Int32Array = new Int32Array(0)
   /** of a part of the file: the place of each record in the file */
   #numbers: Uint32Array | null = null
+  #bad: readonly BadRecord[] = []
   #fd: number | null = null
 
   /** Use loadDataset. */
@@ -57,11 +58,20 @@ export class Dataset {
     return this.#offsets.length
   }
 
-  /** Takes the index saved beside the file, or reads every record. @throws AlignGPTError ERR_DATA */
+  /** Records of the file that no run can use, in the file's order: they are not among those of the data set. */
+  get bad(): readonly BadRecord[] {
+    return this.#bad
+  }
+
+  /**
+   * Takes the index saved beside the file, or reads every record.
+   * @throws AlignGPTError ERR_DATA: no list of records, or none that can be used
+   */
   async open(fresh = false): Promise<this> {
     this.close()
     this.#numbers = null
-    const { offsets, sizes, words } = await savedArrays(this.file, 'records', this.#saved, () => this.#read(), fresh)
+    this.#bad = []
+    const { offsets, sizes, words } = await savedArrays(this.file, INDEX, this.#saved, () => this.#read(), fresh)
     this.#offsets = offsets as Float64Array
     this.#sizes = sizes as Uint32Array
     this.#words = words as Int32Array
@@ -69,7 +79,27 @@ export class Dataset {
       const i = this.#words.findIndex((w) => w > 0)
       if (i >= 0) throw this.#needsImages(i)
     }
+    if (this.#words.includes(0)) this.#leaveOut([...this.#words.keys()].filter((i) => this.#words[i] === 0))
     return this
+  }
+
+  /** Takes records out that are marked as bad; what is wrong with them is read again. */
+  #leaveOut(indices: number[]): void {
+    const bad = indices.map((index): BadRecord => {
+      const found = this.#diagnose(index)
+      const { offset: byte, bytes } = this.range(index)
+      if (!found.fault)
+        throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${byte}`, 'the record seen before', 'another one')
+      return { index, id: found.id, byte, bytes, kind: found.fault.kind, reason: found.fault.reason }
+    })
+    const good = this.#words.reduce((n, w) => n + Number(w !== 0), 0)
+    needSome(this.file, good, bad)
+    const left = this.subset(Uint32Array.from(this.#words.keys()).filter((i) => this.#words[i] !== 0))
+    this.#offsets = left.#offsets
+    this.#sizes = left.#sizes
+    this.#words = left.#words
+    this.#numbers = left.#numbers
+    this.#bad = bad
   }
 
   /** Reads the file again, for example after levels were written into it. @throws AlignGPTError ERR_DATA */
@@ -82,17 +112,17 @@ export class Dataset {
     return mismatch('ERR_DATA', 'data', what, 'an images folder, since it names a picture', 'none')
   }
 
-  /** Reads and checks every record. */
+  /** Reads and checks every record; a bad one has no words. */
   async #read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
     const [offsets, sizes, words] = [new Numbers(), new Numbers(), new Numbers()]
     let n = 0
     await splitRecords(this.file, (bytes, offset) => {
-      const record = parseRecord(parseBytes(bytes, this.file, offset), this.file, n)
-      if (record.image !== null && this.images === null) throw this.#needsImages(n)
-      const length = Math.max(wordCount(record), 1)
+      const { record } = diagnose(bytes, this.file, offset, n) as { record?: DataRecord }
+      if (record && record.image !== null && this.images === null) throw this.#needsImages(n)
+      const length = record ? Math.max(wordCount(record), 1) : 0
       offsets.push(offset)
       sizes.push(bytes.length)
-      words.push(record.image === null ? -length : length)
+      words.push(record?.image === null ? -length : length)
       n++
     })
     return {
@@ -108,7 +138,7 @@ export class Dataset {
   }
 
   /** Some of the records, in the order of their indices here, as a data set that has only them. */
-  subset(indices: readonly number[] | Int32Array): Dataset {
+  subset(indices: readonly number[] | Int32Array | Uint32Array): Dataset {
     const part = new Dataset(this.file, this.#pictures, this.#saved)
     part.#offsets = Float64Array.from(indices, (i) => this.#offsets[i])
     part.#sizes = Uint32Array.from(indices, (i) => this.#sizes[i])
@@ -128,7 +158,36 @@ export class Dataset {
       throw mismatch('ERR_DATA', 'data', `${this.file}: records`, `more than the ${count} held out`, `${this.length}`)
     const order = permutation(this.length, seed, HOLD_OUT_STREAM)
     const [held, rest] = [order.slice(0, count).sort(), order.slice(count).sort()]
-    return { rest: this.subset(rest), held: this.subset(held) }
+    const parts = { rest: this.subset(rest), held: this.subset(held) }
+    parts.rest.#bad = this.#bad
+    return parts
+  }
+
+  /**
+   * The records that a run can use: this data set, or a part of it without those that do not meet the needs, which are added to `bad`.
+   * @throws AlignGPTError ERR_DATA when there is none
+   */
+  async usable(needs: RecordNeeds): Promise<Dataset> {
+    const bad: BadRecord[] = []
+    const good: number[] = []
+    for (let i = 0; i < this.length; i++) {
+      if (i % AT_ONCE === AT_ONCE - 1) await turn()
+      const found = this.#diagnose(i)
+      const fault = found.fault ?? unmet(found.record, needs, found.raw)
+      if (!fault) good.push(i)
+      else {
+        const id = found.fault ? found.id : found.record.id
+        const { offset: byte, bytes } = this.range(i)
+        bad.push({ index: this.place(i), id, byte, bytes, ...fault })
+      }
+    }
+    this.close()
+    if (bad.length === 0) return this
+    const all = [...this.#bad, ...bad].sort((a, b) => a.index - b.index)
+    needSome(this.file, good.length, all)
+    const part = this.subset(good)
+    part.#bad = all
+    return part
   }
 
   /** Byte range of a record in the file. */
@@ -150,6 +209,13 @@ export class Dataset {
 
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */
   record(index: number): DataRecord {
+    const found = this.#diagnose(index)
+    if (!found.fault) return found.record
+    const what = `${this.file} at byte ${this.range(index).offset}: record ${this.place(index)}`
+    throw mismatch('ERR_DATA', 'data', what, 'the record seen before', `one with ${found.fault.reason}`)
+  }
+
+  #diagnose(index: number): Diagnosis {
     const { offset, bytes } = this.range(index)
     this.#fd ??= fs.openSync(this.file, 'r')
     const b = Buffer.allocUnsafe(bytes)
@@ -159,7 +225,7 @@ export class Dataset {
         throw mismatch('ERR_DATA', 'data', `${this.file} at byte ${offset + done}`, 'the record seen before', 'the end')
       done += n
     }
-    return parseRecord(parseBytes(b, this.file, offset), this.file, this.place(index))
+    return diagnose(b, this.file, offset, this.place(index))
   }
 
   /** Every record in file order. */
@@ -219,7 +285,8 @@ export async function openSources(
 
 /**
  * Opens a LLaVA data file: JSON array, JSON lines, or Parquet (one file, or `train-{00000..00009}.parquet`). Every record is
- * checked now, or was when the index beside a large file was saved; pictures are looked at when needed.
+ * checked now, or was when the index beside a large file was saved; pictures are looked at when needed. Bad records are left out: `bad`
+ * has them, with byte, id and what is wrong.
  * @throws AlignGPTError ERR_DATA: file, byte offset or record, what was expected
  */
 export async function loadDataset(file: string, options: DatasetOptions = {}): Promise<Dataset> {

@@ -4,6 +4,7 @@
  */
 import { mismatch } from '../util/errors.js'
 import type { Dataset } from './dataset.js'
+import { listOf, sayBad } from './record-check.js'
 
 /** A record that was left out of its batch, and why. */
 export interface Dropped {
@@ -17,7 +18,7 @@ export interface Dropped {
 
 /** The content of a log; plain JSON. */
 export interface DropState {
-  /** pictures that could not be used */
+  /** records, and pictures, that could not be used */
   bad: Dropped[]
   /** samples that do not fit the length limit */
   skipped: Dropped[]
@@ -32,11 +33,14 @@ export class DropLog {
   readonly #skipped = new Map<number, Dropped>()
   readonly #truncated = new Set<number>()
 
+  /** What the data set itself left out is noted at once. */
   constructor(data: Dataset) {
     this.#data = data
+    for (const d of data.bad)
+      add(this.#bad, { index: d.index, id: d.id ?? `${d.index}`, image: null, reason: sayBad(d) })
   }
 
-  /** Notes a picture that could not be used; `index` is that of the record in the data set, the state has its place in the file. */
+  /** Notes a record, or its picture, that could not be used; `index` is that of the record in the data set, the state has its place in the file. */
   noteBad(d: Dropped): void {
     this.#note(this.#bad, d)
   }
@@ -65,23 +69,17 @@ export class DropLog {
 
   /**
    * Stops a run whose data is broken.
-   * @param maxBad share of the records that may have unusable pictures
+   * @param maxBad share of the records that may be unusable, they or their pictures
    * @throws AlignGPTError ERR_DATA with the list
    */
   check(maxBad: number): void {
-    const { file, length } = this.#data
+    const { file, length, bad } = this.#data
+    const all = length + bad.length
     const n = this.#bad.size
-    if (n <= maxBad * length) return
-    const list = [...this.#bad.values()].slice(0, 50).map((d) => `\n  ${d.id}: ${d.image}: ${d.reason}`)
-    const more = n > list.length ? `\n  ... and ${n - list.length} more` : ''
-    const expected = `at most ${100 * maxBad} % of the records`
-    throw mismatch(
-      'ERR_DATA',
-      'data',
-      `${file}: unusable pictures`,
-      expected,
-      `${n} of ${length}:${list.join('')}${more}`,
-    )
+    if (n <= maxBad * all) return
+    const list = [...this.#bad.values()].map((d) => (d.image === null ? d.reason : `${d.id}: ${d.image}: ${d.reason}`))
+    const expected = `at most ${100 * maxBad} % of the records (maxBad)`
+    throw mismatch('ERR_DATA', 'data', `${file}: unusable records`, expected, `${n} of ${all}:${listOf(list, 50)}`)
   }
 }
 

@@ -4,17 +4,9 @@
  */
 
 import fs from 'node:fs'
-import {
-  type DataRecord,
-  IMAGE_TEXT,
-  parseBytes,
-  parseRecord,
-  recordProblem,
-  splitRecords,
-  wordCount,
-} from '../formats/record-file.js'
+import { type DataRecord, IMAGE_TEXT, splitRecords, wordCount } from '../formats/record-file.js'
 import { MODEL_DEFAULTS } from '../models/config/variants.js'
-import { render, type Style, styleOf } from '../processing/conversation/styles.js'
+import { type Style, styleOf } from '../processing/conversation/styles.js'
 import { type ImageLimits, imageHeader, loadImage, MAX_PIXELS } from '../processing/image/decode.js'
 import { type ImageFiles, type ImageSource, MAX_BYTES, resolveImage } from '../processing/image/source.js'
 import { buildSample, type SampleOptions } from '../processing/sample.js'
@@ -25,6 +17,7 @@ import { Numbers } from '../util/growable-array.js'
 import { hash53 } from '../util/hash.js'
 import { Fingerprints } from '../util/hash-map.js'
 import { type DatasetOptions, openSources } from './dataset.js'
+import { diagnose, type RecordNeeds, unmet } from './record-check.js'
 
 /** Errors keep a record, or the whole file, out of training; a warning is trained on, but probably not as it was meant. */
 export const PROBLEMS = {
@@ -33,8 +26,11 @@ export const PROBLEMS = {
   record: ['error', 'a key that is missing or of the wrong type'],
   role: ['error', 'a turn from nobody known'],
   turns: ['error', 'turns that do not alternate, or not as the prompt style needs them'],
-  placeholders: ['error', 'more than one <image>'],
+  image: ['error', 'a picture that is named in a way that is not understood, more than one, or a video'],
+  placeholders: ['error', 'more than one <image>, one in an answer, or one without a picture'],
   'no-answer': ['error', 'nothing to learn: the label mask is empty'],
+  level: ['error', 'a level that is not whole, negative or too high'],
+  'no-level': ['error', 'a picture without a level, which pre-training needs'],
   'too-long': ['error', 'left out: picture or answers do not fit into the longest sequence'],
   missing: ['error', 'a picture that is not there'],
   escaping: ['error', 'a picture outside the folder'],
@@ -43,7 +39,8 @@ export const PROBLEMS = {
   orientation: ['warning', 'a picture that its EXIF says to turn, as a telephone held upright; it is not turned'],
   cut: ['warning', 'text that is cut at the longest sequence'],
   'empty-answer': ['warning', 'an answer without text'],
-  'placeholder-without-image': ['warning', '<image> in a record without a picture: it stays text'],
+  'foreign-placeholder': ['warning', 'what other tools put in place of a picture: it stays text'],
+  'some-levels': ['warning', 'a picture without a level where other records have one'],
   'image-without-placeholder': ['warning', 'a picture without <image>: it goes in front of the first question'],
   'duplicate-id': ['warning', 'an id that an earlier record has'],
   duplicate: ['warning', 'the picture and the turns of an earlier record'],
@@ -71,6 +68,8 @@ export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked'
   patches?: number
   /** longest sequence, rows; default 2048 */
   maxLength?: number
+  /** alignment levels of the model, default 8 */
+  levels?: number
   /** decode every picture instead of reading its header */
   decode?: boolean
   limits?: ImageLimits
@@ -102,8 +101,8 @@ export interface CheckReport {
   /** records found, good ones and bad ones */
   records: number
   withImage: number
-  /** different pictures, and how many of them were looked at (none without `images`) */
-  pictures: { named: number; read: number }
+  /** different pictures, how many of them were looked at (none without `images`), and how many could be read */
+  pictures: { named: number; looked: number; read: number }
   errors: number
   warnings: number
   counts: Partial<Record<ProblemKind, number>>
@@ -136,12 +135,16 @@ class Checker {
   readonly #contents = new Fingerprints()
   readonly #names = new Fingerprints()
   readonly #sample: SampleOptions
+  readonly #needs: RecordNeeds
+  #levels = 0
+  readonly #withoutLevel: { index: number; id: string; byte: number }[] = []
 
   constructor(file: string, o: CheckOptions) {
     this.#file = file
     this.#o = o
     const { style = styleOf(o.tokenizer), patches = MODEL_DEFAULTS.patches, maxLength = MODEL_DEFAULTS.maxLength } = o
     this.#sample = { style, patches, maxLength }
+    this.#needs = { style, levels: o.levels ?? MODEL_DEFAULTS.levels, levelled: true }
   }
 
   note(kind: ProblemKind, record: number, id: string | null, byte: number, message: string): void {
@@ -153,27 +156,30 @@ class Checker {
   /** One record's bytes. */
   add(bytes: Buffer, byte: number): void {
     const index = this.records++
-    let raw: unknown
-    try {
-      raw = parseBytes(bytes, this.#file, byte)
-    } catch (e) {
-      this.note('json', index, null, byte, messageOf(e))
+    const found = diagnose(bytes, this.#file, byte, index)
+    if (found.fault) {
+      this.note(found.fault.kind, index, found.id, byte, found.fault.reason)
       return
     }
-    const problem = recordProblem(raw)
-    if (problem) {
-      const { key, expected, got } = problem
-      const id = (raw as { id?: unknown }).id
-      const message = `${key}: expected ${expected}, got ${got === undefined ? 'nothing' : show(got)}`
-      const name = typeof id === 'string' || typeof id === 'number' ? String(id) : null
-      this.note(key.endsWith('.from') ? 'role' : 'record', index, name, byte, message)
-      return
-    }
-    const record = parseRecord(raw, this.#file, index)
+    const { raw, record } = found
     const note = (kind: ProblemKind, message: string): void => this.note(kind, index, record.id, byte, message)
     this.#duplicates(record, index, 'id' in (raw as object), note)
     if (record.image !== null) this.#picture(record.image, index, byte, bytes.length)
     this.#turns(record, note)
+    const fault = unmet(record, this.#needs, raw)
+    // As long as no record has one, the levels are still to be written.
+    if (fault?.kind === 'no-level') this.#withoutLevel.push({ index, id: record.id, byte })
+    else if (fault) note(fault.kind, fault.reason)
+    if (!fault || fault.kind === 'no-level') this.#length(record, note)
+    if (record.similarity !== null) this.#levels++
+  }
+
+  /** Missing levels: what `levels` would write where no record has one, else mistakes. */
+  end(): void {
+    if (this.#levels === 0) return
+    const kind = this.#needs.style === 'plain' ? 'no-level' : 'some-levels'
+    for (const { index, id, byte } of this.#withoutLevel)
+      this.note(kind, index, id, byte, `similarity: expected a level, which ${this.#levels} records have, got nothing`)
   }
 
   #duplicates(r: DataRecord, index: number, named: boolean, note: (k: ProblemKind, m: string) => void): void {
@@ -196,25 +202,12 @@ class Checker {
 
   #turns(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
     const texts = record.conversations.filter((t) => t.from !== 'system')
-    const places = texts.reduce((n, t) => n + t.value.split(IMAGE_TEXT).length - 1, 0)
-    if (record.image === null && places > 0) note('placeholder-without-image', `${places} ${IMAGE_TEXT}, no picture`)
-    if (record.image !== null && places === 0) note('image-without-placeholder', show(record.image))
+    const placed = texts.some((t) => t.value.includes(IMAGE_TEXT))
+    if (record.image !== null && !placed) note('image-without-placeholder', show(record.image))
     const blank = texts.findIndex((t) => t.from === 'gpt' && t.value.trim() === '')
     if (blank >= 0) note('empty-answer', `turn ${blank} is ${show(texts[blank].value)}`)
-    if (record.image !== null && places > 1) note('placeholders', `expected at most one ${IMAGE_TEXT}, got ${places}`)
-    else if (this.#renders(record, note)) this.#length(record, note)
-  }
-
-  /** Whether training could render the record and learn something from it. */
-  #renders(record: DataRecord, note: (kind: ProblemKind, message: string) => void): boolean {
-    try {
-      const learned = render(record, this.#sample).some((p) => 'loss' in p && p.loss && p.text !== '')
-      if (!learned) note('no-answer', 'no turn is from gpt')
-      return learned
-    } catch (e) {
-      note('turns', messageOf(e))
-      return false
-    }
+    const foreign = texts.flatMap((t) => FOREIGN.exec(t.value.replaceAll(IMAGE_TEXT, '')) ?? [])
+    if (foreign.length) note('foreign-placeholder', show(foreign[0]))
   }
 
   #length(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {
@@ -228,6 +221,10 @@ class Checker {
     else if (s.length < s.fullLength) note('cut', `${s.fullLength} rows, the limit is ${this.#sample.maxLength}`)
   }
 }
+
+/** Places of pictures and other media as LLaVA-NeXT, Qwen-VL, InternVL, MiniGPT-4, Gemma, Phi and others write them. */
+const FOREIGN =
+  /<\|?(?:(?:image|img|vision|video|audio)[\w ]{0,20}|ImageHere|start_of_image|im_start|im_patch)\|?>|\[IMG\]|<\/?img>/i
 
 /** What makes two records the same but for their names. */
 const textOf = (r: DataRecord): string =>
@@ -262,20 +259,29 @@ async function imageProblem(source: ImageSource, o: CheckOptions): Promise<[Prob
 // Enough to keep the decoding threads busy; each may hold a large picture.
 const AT_ONCE = 16
 
-/** Reads every picture once; it is reported with the first record that names it. */
-async function checkImages(checker: Checker, file: string, pictures: ImageFiles, o: CheckOptions): Promise<number> {
+/** Looks at every picture once; it is reported with the first record that names it. */
+async function checkImages(
+  checker: Checker,
+  file: string,
+  pictures: ImageFiles,
+  o: CheckOptions,
+): Promise<{ looked: number; read: number }> {
   const [indices, offsets, sizes] = checker.first.map((n) => n.values)
   const fd = fs.openSync(file, 'r')
+  let read = 0
   const one = async (k: number): Promise<() => void> => {
     const bytes = readRange(fd, offsets[k], sizes[k], file)
-    const r = parseRecord(parseBytes(bytes, file, offsets[k]), file, indices[k])
+    const { record: r } = diagnose(bytes, file, offsets[k], indices[k]) as { record: DataRecord }
     const problem = await imageProblem(pictures.locate(r.image as string), o)
-    return () => problem && checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
+    return () => {
+      if (problem) checker.note(problem[0], indices[k], r.id, offsets[k], problem[1])
+      else read++
+    }
   }
   try {
     for (let at = 0; at < indices.length; at += AT_ONCE) {
       o.signal?.throwIfAborted()
-      if (o.stop?.()) return at
+      if (o.stop?.()) return { looked: at, read }
       const some = Array.from({ length: Math.min(AT_ONCE, indices.length - at) }, (_, i) => one(at + i))
       for (const report of await Promise.all(some)) report()
       o.onProgress?.(Math.min(at + AT_ONCE, indices.length), indices.length, 'pictures')
@@ -283,7 +289,7 @@ async function checkImages(checker: Checker, file: string, pictures: ImageFiles,
   } finally {
     fs.closeSync(fd)
   }
-  return indices.length
+  return { looked: indices.length, read }
 }
 
 /** Lengths with their histogram; null when there are none. */
@@ -332,7 +338,8 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
     if (!stopped && (!(e instanceof AlignGPTError) || !at)) throw e
     if (at) checker.note('syntax', checker.records, null, Number(at[1]), messageOf(e))
   }
-  const read = pictures ? await checkImages(checker, source, pictures, options) : 0
+  checker.end()
+  const { looked, read } = pictures ? await checkImages(checker, source, pictures, options) : { looked: 0, read: 0 }
   const { counts, findings, records, withImage } = checker
   const total = (severity: string): number =>
     Object.entries(counts).reduce((n, [k, c]) => n + (PROBLEMS[k as ProblemKind][0] === severity ? c : 0), 0)
@@ -341,13 +348,13 @@ export async function checkDataset(file: string, options: CheckOptions = {}): Pr
     bytes,
     records,
     withImage,
-    pictures: { named: checker.first[0].values.length, read },
+    pictures: { named: checker.first[0].values.length, looked, read },
     errors: total('error'),
     warnings: total('warning'),
     counts,
     findings: findings.sort((a, b) => a.byte - b.byte),
     lengths: summarise(checker.lengths.values, options.tokenizer ? 'tokens' : 'words'),
     seconds: (performance.now() - began) / 1000,
-    stopped: stopped || (pictures !== null && read < checker.first[0].values.length),
+    stopped: stopped || (pictures !== null && looked < checker.first[0].values.length),
   }
 }

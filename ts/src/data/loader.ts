@@ -4,13 +4,14 @@
  * (data, options, step): neither the number of workers nor timing changes it.
  */
 import { availableParallelism } from 'node:os'
+import type { DataRecord } from '../formats/record-file.js'
 import { type PackedBatch, packBatch } from '../models/packed-batch.js'
 import type { ImageLimits } from '../processing/image/decode.js'
 import { type ImageTask, prepareImage } from '../processing/image/prepare.js'
 import { normaliseInto, normaliseTable, type Preprocess } from '../processing/image/preprocess.js'
 import { buildSample, type Sample, type SampleOptions } from '../processing/sample.js'
 import type { Tokenizer } from '../processing/tokenizer.js'
-import { mismatch, show } from '../util/errors.js'
+import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import type { Dataset } from './dataset.js'
 import { DropLog, type Dropped } from './drop-log.js'
 import { ImagePool } from './image-pool.js'
@@ -33,7 +34,7 @@ export interface LoaderOptions extends SampleOptions {
   gateText?: 'all' | 'instruction'
   /** false: sequences without a place for an alignment vector */
   align?: boolean
-  /** share of records that may have unusable pictures before the run stops; default 0.01 */
+  /** share of records that may be unusable, they or their pictures, before the run stops; default 0.01 */
   maxBad?: number
   /** takes note of records that are left out; default: a log of the loader's own */
   dropped?: DropLog
@@ -75,6 +76,8 @@ interface Job {
   /** noted when the micro-batch is taken, so that the state belongs to the step */
   skipped: Dropped[]
   truncated: number[]
+  /** records that are no sample; a run has left them out before it starts (Dataset.usable) */
+  unusable: Dropped[]
   slot: number
   /** inline only */
   inline: Promise<(Uint8Array | Error)[]> | null
@@ -93,6 +96,9 @@ function checkOptions(o: LoaderOptions): void {
   whole('workers', o.workers ?? 0, 0)
   whole('ahead', o.ahead ?? 1, 1)
   whole('patches', o.patches, 1)
+  const { maxBad = 0 } = o
+  if (!(maxBad >= 0 && maxBad <= 1))
+    throw mismatch('ERR_ARGUMENT', 'loader', 'maxBad', 'a share of the records, 0..1', show(maxBad))
 }
 
 /** Micro-batch after micro-batch. Open it with openLoader, close it when done. */
@@ -173,14 +179,21 @@ export class Loader {
 
   /** Renders and tokenises the samples of a micro-batch and hands its pictures out. */
   #begin(p: Plan): Job {
-    const { tokenizer, preprocess, augment, seed, limits = {} } = this.#options
+    const { preprocess, augment, seed, limits = {} } = this.#options
     const slot = this.#scheduled++ % this.#slotCount
-    const empty = { indices: [], samples: [], picture: [], pictures: 0, skipped: [], truncated: [], inline: null }
-    const job: Job = { ...p, ...empty, slot }
+    const empty = { indices: [], samples: [], picture: [], pictures: 0, inline: null }
+    const left = { skipped: [], truncated: [], unusable: [] }
+    const job: Job = { ...p, ...empty, ...left, slot }
     const tasks: ImageTask[] = []
     for (const index of p.indices) {
-      const sample = buildSample(this.#dataset.record(index), tokenizer, this.#options)
-      const { id, image, skip } = sample
+      const record = this.#dataset.record(index)
+      const sample = this.#sample(record)
+      const { id, image } = record
+      if (sample instanceof Error) {
+        job.unusable.push({ index, id, image, reason: sample.message })
+        continue
+      }
+      const { skip } = sample
       if (skip) {
         job.skipped.push({ index, id, image, reason: skip })
         continue
@@ -204,6 +217,16 @@ export class Loader {
     return job
   }
 
+  /** The sample of a record, or why it is none. */
+  #sample(record: DataRecord): Sample | Error {
+    try {
+      return buildSample(record, this.#options.tokenizer, this.#options)
+    } catch (e) {
+      if (e instanceof AlignGPTError && e.code === 'ERR_DATA') return e
+      throw e
+    }
+  }
+
   /** Packs a finished micro-batch; samples with bad pictures are noted and left out. */
   #finish(job: Job, result: (i: number) => Uint8Array | Error): LoadedBatch {
     const { patches, gateText, align, preprocess, maxBad = 0.01 } = this.#options
@@ -220,6 +243,7 @@ export class Loader {
       indices.push(job.indices[k])
       pixels.push(u8)
     })
+    for (const d of job.unusable) this.dropped.noteBad(d)
     for (const d of job.skipped) this.dropped.noteSkipped(d)
     for (const i of job.truncated) this.dropped.noteTruncated(i)
     this.dropped.check(maxBad)
@@ -238,7 +262,7 @@ export class Loader {
 
   /**
    * The next micro-batch, null after the last.
-   * @throws AlignGPTError ERR_DATA: too many bad pictures (with the list), a record that cannot be rendered
+   * @throws AlignGPTError ERR_DATA: too many bad records and pictures (with the list)
    */
   async next(): Promise<LoadedBatch | null> {
     // Two calls at once would have more micro-batches in flight than there is shared memory for.

@@ -4,7 +4,9 @@
  */
 import fs from 'node:fs'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
-import { decodeUtf8, parseJson } from '../util/json.js'
+import { kindOfBytes, kindText, markedKind, unreadable } from '../util/file-kind.js'
+import { decodeUtf8, isDeep, parseJson, quoteLargeIntegers } from '../util/json.js'
+import { imageOf, type RecordProblem } from './image-key.js'
 
 /** Where the image stands in a turn. */
 export const IMAGE_TEXT = '<image>'
@@ -127,6 +129,14 @@ class Splitter {
   }
 }
 
+/** Refuses a file whose first bytes are no JSON, by its kind. @throws AlignGPTError ERR_DATA */
+function refuseOther(head: Buffer, file: string): void {
+  const kind =
+    markedKind(head) ??
+    (/^(\xef\xbb\xbf)?\s*([[{]|$)/.test(head.toString('latin1', 0, 1024)) ? null : kindOfBytes(head))
+  if (kind) throw mismatch('ERR_DATA', 'data', `${file} at byte 0`, 'JSON, JSON lines or Parquet', kindText(kind))
+}
+
 /**
  * Reads a data file in pieces and calls `emit` with the bytes of every record in turn.
  * @throws AlignGPTError ERR_DATA with file, byte offset and what was expected
@@ -136,9 +146,11 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
   try {
     handle = await fs.promises.open(file, 'r')
   } catch (e) {
-    throw mismatch('ERR_DATA', 'data', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+    throw mismatch('ERR_DATA', 'data', file, 'a readable file', unreadable(file, e), e)
   }
   try {
+    // Records are read again by their place later.
+    if (!(await handle.stat()).isFile()) throw mismatch('ERR_DATA', 'data', file, 'a regular file', unreadable(file))
     const splitter = new Splitter(file, emit)
     // One buffer for the whole file; it grows to the longest record and half as much again.
     let buffer = Buffer.allocUnsafe(2 * CHUNK)
@@ -146,6 +158,7 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
     for (let first = true; ; first = false) {
       const { bytesRead } = await handle.read(buffer, rest, buffer.length - rest, base + rest)
       if (bytesRead === 0) break
+      if (first) refuseOther(buffer.subarray(0, bytesRead), file)
       if (first && bytesRead >= 3 && buffer.readUIntBE(0, 3) === 0xefbbbf) {
         buffer.copyWithin(0, 3, bytesRead)
         base = 3
@@ -164,88 +177,173 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
   }
 }
 
-/** Text of a record's bytes, parsed. `offset` is its place in the file. @throws AlignGPTError ERR_DATA */
-export function parseBytes(bytes: Uint8Array, file: string, offset: number): unknown {
-  return parseJson(decodeUtf8(bytes, file, 'ERR_DATA', offset), file, 'ERR_DATA', offset)
-}
-
-/** What is wrong with a record: the key, what it should be, what it is. */
-export interface RecordProblem {
-  key: string
-  expected: string
-  got: unknown
-}
-
-const isLevel = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0 && (v as number) < 2 ** 31
-
-const SHORT_OR_TURNS = 'an array of turns, or caption, or question and answer'
-
-/** The keys that say a record's one exchange where it has no `conversations`; none in one that has. */
-function shortKeys(raw: Record<string, unknown>): ('caption' | 'question' | 'answer')[] {
-  if ((raw.conversations ?? null) !== null) return []
-  if ((raw.caption ?? null) !== null) return ['caption']
-  return (raw.question ?? null) !== null ? ['question', 'answer'] : []
-}
-
-/** The turns of a record, of a short one those that it stands for. */
-function turnsOf(raw: Record<string, unknown>): unknown {
-  const short = shortKeys(raw)
-  if (!short.length) return raw.conversations
-  const question = short[0] === 'question' ? String(raw.question) : ''
-  const place = (raw.image ?? null) !== null && !question.includes(IMAGE_TEXT) ? `${IMAGE_TEXT}\n` : ''
-  return [
-    { from: 'human', value: place + question },
-    { from: 'gpt', value: raw[short[short.length - 1]] },
-  ]
-}
-
-/** The first thing that keeps a parsed value from being a record, null when it is one; see parseRecord. */
-export function recordProblem(raw: unknown): RecordProblem | null {
-  const record = raw as Record<string, unknown>
-  const { id = 0, image = null, similarity = null } = record
-  if (typeof id !== 'string' && typeof id !== 'number') return { key: 'id', expected: 'a string or number', got: id }
-  if (image !== null && (typeof image !== 'string' || image === ''))
-    return { key: 'image', expected: 'a file name', got: image }
-  for (const key of shortKeys(record))
-    if (typeof record[key] !== 'string') return { key, expected: 'a string', got: record[key] }
-  const conversations = turnsOf(record)
-  if (!Array.isArray(conversations) || !conversations.length)
-    return { key: 'conversations', expected: SHORT_OR_TURNS, got: conversations }
-  if (similarity !== null && !isLevel(similarity))
-    return { key: 'similarity', expected: 'an integer level', got: similarity }
-  for (const [i, turn] of conversations.entries()) {
-    const { from, value } = (turn ?? {}) as Record<string, unknown>
-    if (typeof from !== 'string' || !Object.hasOwn(ROLES, from))
-      return { key: `conversations[${i}].from`, expected: Object.keys(ROLES).join(' | '), got: from }
-    if (typeof value !== 'string') return { key: `conversations[${i}].value`, expected: 'a string', got: value }
-  }
-  return null
-}
+// What may be an integer that a number cannot hold.
+const LONG_DIGITS = /\d{16}/
 
 /**
- * Checks one parsed record: id (string or number; absent: its index), image (optional string), conversations
- * ([{from: human|user|gpt|assistant|system, value}]) or in short caption, or question and answer; similarity (optional level,
- * integer >= 0). `task` is taken where it is a text.
+ * Text of a record's bytes, parsed; integers beyond 2^53 come as strings of their digits. `offset` is its place in the file.
+ * @throws AlignGPTError ERR_DATA
+ */
+export function parseBytes(bytes: Uint8Array, file: string, offset: number): unknown {
+  const text = decodeUtf8(bytes, file, 'ERR_DATA', offset)
+  const value = parseJson(text, file, 'ERR_DATA', offset)
+  if (isDeep(value)) throw dataError(file, offset, 'a record that is not nested so deep', 'more than 500 levels')
+  return LONG_DIGITS.test(text) ? JSON.parse(quoteLargeIntegers(text)) : value
+}
+
+type Raw = Record<string, unknown>
+const isEmpty = (v: unknown): boolean => (v ?? null) === null
+const isObject = (v: unknown): v is Raw => typeof v === 'object' && v !== null && !Array.isArray(v)
+const isLevel = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0 && (v as number) < 2 ** 31
+
+const TURN_KEYS = ['conversations', 'messages', 'conversation'] as const
+const SHORT_OR_TURNS = 'an array of turns, or caption, or question and answer'
+
+/** The keys that say a record's one exchange where it has no turns; none in one that has. */
+function shortKeys(raw: Raw): ('caption' | 'question' | 'answer')[] {
+  if (TURN_KEYS.some((k) => !isEmpty(raw[k]))) return []
+  if (!isEmpty(raw.caption)) return ['caption']
+  return isEmpty(raw.question) ? [] : ['question', 'answer']
+}
+
+/** Turns, and images that stand in them: key and value. */
+interface Talk {
+  turns: Turn[]
+  images: [string, unknown][]
+}
+type FoundTalk = (Talk & { problem?: undefined }) | { problem: RecordProblem }
+
+/** The text of a message's parts: images are `<image>`, and their names are added to the talk. */
+function textOfParts(parts: unknown[], key: string, images: Talk['images']): string | RecordProblem {
+  let text = ''
+  for (const [i, part] of parts.entries()) {
+    const at = `${key}[${i}]`
+    const { type, text: words } = isObject(part) ? part : ({} as Raw)
+    if (isObject(part) && (type === 'text' || type === undefined) && typeof words === 'string') text += words
+    else if (isObject(part) && (type === 'image' || type === 'image_url')) {
+      const { type: _, ...rest } = part
+      images.push([at, Object.keys(rest).length ? rest : null])
+      text += IMAGE_TEXT
+    } else return { key: at, expected: 'a part of type text or image', got: part }
+  }
+  return text
+}
+
+/** Turns of from and value (LLaVA, ShareGPT), or of role and content (OpenAI, ms-swift). */
+function longTalk(key: string, given: unknown): FoundTalk {
+  if (!Array.isArray(given) || !given.length) return { problem: { key, expected: SHORT_OR_TURNS, got: given } }
+  const talk: Talk = { turns: [], images: [] }
+  for (const [i, turn] of given.entries()) {
+    const raw = isObject(turn) ? turn : {}
+    const [who, what] = [isEmpty(raw.from) ? 'role' : 'from', isEmpty(raw.value) ? 'content' : 'value'] as const
+    const named = (usual: string, k: string): string => `${key}[${i}].${isEmpty(raw[k]) ? usual : k}`
+    const from = raw[who]
+    if (typeof from !== 'string' || !Object.hasOwn(ROLES, from))
+      return { problem: { key: named('from', who), expected: Object.keys(ROLES).join(' | '), got: from, kind: 'role' } }
+    const at = named('value', what)
+    const words = raw[what]
+    const value = Array.isArray(words) ? textOfParts(words, at, talk.images) : words
+    if (typeof value !== 'string') return Array.isArray(words) ? { problem: value as RecordProblem } : noText(at, value)
+    talk.turns.push({ from: ROLES[from], value })
+  }
+  return talk
+}
+
+const noText = (key: string, got: unknown): FoundTalk => ({ problem: { key, expected: 'a string', got } })
+
+/** What a record says; of a short one the turns that it stands for, still without `<image>`. */
+function talkOf(raw: Raw): FoundTalk {
+  const short = shortKeys(raw)
+  const key = TURN_KEYS.find((k) => !isEmpty(raw[k])) ?? 'conversations'
+  if (!short.length) return longTalk(key, raw[key])
+  for (const k of short) if (typeof raw[k] !== 'string') return noText(k, raw[k])
+  const [question, answer] = short.length === 2 ? [raw.question, raw.answer] : ['', raw.caption]
+  const turns: Turn[] = [
+    { from: 'human', value: question as string },
+    { from: 'gpt', value: answer as string },
+  ]
+  return { turns, images: [] }
+}
+
+/** Qwen-VL's way of naming an image within the text. */
+const IN_TEXT = /<img>[^<]+<\/img>/
+
+/** What is wrong with the places of the image in the turns. */
+function placeProblem({ turns }: Talk, image: string | null): RecordProblem | null {
+  const wrong = (key: string, expected: string, got: string): RecordProblem => ({
+    key,
+    expected,
+    got,
+    kind: 'placeholders',
+  })
+  let places = 0
+  for (const [i, { from, value }] of turns.entries()) {
+    const key = `turn ${i}`
+    const named = IN_TEXT.exec(value)
+    if (named) return wrong(key, 'the image under image, not within the text', named[0])
+    const here = value.split(IMAGE_TEXT).length - 1
+    if (here === 0) continue
+    if (image === null) return wrong(key, `no ${IMAGE_TEXT} in a record without an image`, value)
+    if (from !== 'human') return wrong(key, `${IMAGE_TEXT} in a question only`, `one in a turn from ${from}`)
+    places += here
+  }
+  return places > 1 ? wrong('conversations', `at most one ${IMAGE_TEXT}`, `${places}`) : null
+}
+
+/** A record as it was understood, or the first thing that keeps a parsed value from being one; see parseRecord. */
+export function readRecord(
+  raw: unknown,
+  index: number,
+): { record: DataRecord; problem?: undefined } | { problem: RecordProblem } {
+  if (!isObject(raw)) return { problem: { key: 'record', expected: 'a JSON object', got: raw } }
+  const { id = index, similarity, task } = raw
+  if (typeof id !== 'string' && typeof id !== 'number')
+    return { problem: { key: 'id', expected: 'a string or number', got: id } }
+  const talk = talkOf(raw)
+  if (talk.problem) return talk
+  const found = imageOf(raw, talk.images)
+  if (found.problem) return { problem: { kind: 'image', ...found.problem } }
+  const { image } = found
+  const short = shortKeys(raw)
+  if (short[0] === 'caption' && image === null)
+    return { problem: { key: 'image', expected: 'the image of the caption', got: undefined, kind: 'image' } }
+  const [first] = talk.turns
+  if (short.length && image !== null && !first.value.includes(IMAGE_TEXT)) first.value = `${IMAGE_TEXT}\n${first.value}`
+  const problem = placeProblem(talk, image)
+  if (problem) return { problem }
+  const level = isLevel(similarity) ? (similarity as number) : null
+  const more = typeof task === 'string' && task !== '' ? { task } : {}
+  return { record: { id: String(id), image, conversations: talk.turns, similarity: level, ...more } }
+}
+
+/** What is wrong with the level of a parsed record; it matters only where levels are used. */
+export function levelProblem(raw: unknown): RecordProblem | null {
+  const { similarity: got } = raw as Raw
+  return isEmpty(got) || isLevel(got)
+    ? null
+    : { key: 'similarity', expected: 'an integer level >= 0', got, kind: 'level' }
+}
+
+/** `key: expected X, got Y`. */
+export const sayProblem = ({ key, expected, got }: RecordProblem): string =>
+  `${key}: expected ${expected}, got ${got === undefined ? 'nothing' : show(got)}`
+
+/**
+ * Checks one parsed record: id (string or number; absent: its index), an image or none (see imageOf), conversations
+ * ([{from: human|user|gpt|assistant|system, value}]) or messages ([{role, content}]) or in short caption, or question and answer;
+ * similarity (optional level, integer >= 0). `task` is taken where it is a text.
  * @throws AlignGPTError ERR_DATA naming file, record and key
  */
 export function parseRecord(raw: unknown, file: string, index: number): DataRecord {
-  const problem = recordProblem(raw)
-  const { id = index, image, similarity, task } = raw as Record<string, unknown>
-  if (problem) {
-    const { key, expected, got } = problem
-    const what = `${file}: record ${index} (id ${show(id)}) ${key}`
-    throw mismatch('ERR_DATA', 'data', what, expected, got === undefined ? 'nothing' : show(got))
+  const { record, problem = levelProblem(raw) } = readRecord(raw, index) as {
+    record: DataRecord
+    problem?: RecordProblem
   }
-  return {
-    id: String(id),
-    image: (image ?? null) as string | null,
-    conversations: (turnsOf(raw as Record<string, unknown>) as Turn[]).map(({ from, value }) => ({
-      from: ROLES[from],
-      value,
-    })),
-    similarity: (similarity ?? null) as number | null,
-    ...(typeof task === 'string' && task !== '' && { task }),
-  }
+  if (!problem) return record
+  const { key, expected, got } = problem
+  const { id = index } = (isObject(raw) ? raw : {}) as Raw
+  const what = `${file}: record ${index} (id ${show(id)}) ${key}`
+  throw mismatch('ERR_DATA', 'data', what, expected, got === undefined ? 'nothing' : show(got))
 }
 
 // What \s of a regular expression matches beyond ASCII.

@@ -12,6 +12,7 @@ import {
   projectorDepth,
   SELECT_FEATURES,
 } from '../models/config/variants.js'
+import { isAllLinear, type LoraTargets } from '../nn/lora-targets.js'
 import { CHAT_STYLES } from '../processing/conversation/styles.js'
 import { show } from '../util/errors.js'
 import type { OutlierOptions } from './outliers.js'
@@ -47,6 +48,7 @@ const count = from(1, 'an integer > 0')
 const number = kind<number>('a number >= 0', (v) => isNumber(v) && v >= 0)
 const positive = kind<number>('a number > 0', (v) => isNumber(v) && v > 0)
 const share = kind<number>('a number between 0 and 1', (v) => isNumber(v) && v > 0 && v < 1)
+const wholeShare = kind<number>('a number from 0 to 1', (v) => isNumber(v) && v >= 0 && v <= 1)
 const switches: Kind<boolean> = kind('true or false', (v) => typeof v === 'boolean', { flag: 'switch' })
 const oneOf = <const T extends string>(choices: readonly T[]): Kind<T> =>
   kind(choices.join(', ').replace(/, ([^,]*)$/, ' or $1'), (v) => choices.includes(v as T), { choices, value: 'name' })
@@ -69,9 +71,9 @@ const interval = kind<number | string>("steps, or a time such as '10m'", (v) => 
 const folder = kind<boolean | string>('true, false or a folder', (v) => typeof v === 'boolean' || isText(v), {
   ...{ flag: 'optional', value: 'dir' },
 })
-const targets = kind<'all-linear' | readonly string[]>(
+const targets = kind<LoraTargets>(
   "a list of names, or 'all-linear'",
-  (v) => v === 'all-linear' || (Array.isArray(v) && v.length > 0 && v.every(isText)),
+  (v) => isAllLinear(v) || (Array.isArray(v) && v.length > 0 && v.every(isText)),
   { flag: 'list', value: 'names' },
 )
 const OUTLIER_KEYS: readonly string[] = ['window', 'z', 'warmup'] satisfies (keyof OutlierOptions)[]
@@ -195,7 +197,7 @@ export const RUN_SETTINGS = {
   groupByLength: { kind: switches, default: false, help: 'batches of similar lengths' },
   augment: { kind: switches, default: false, help: 'mild augmentation of the images' },
   workers: { kind: from(0, 'an integer >= 0'), help: 'threads that decode images (default: by the machine)' },
-  maxBad: { kind: number, default: 0.01, help: 'share of records that may be unusable' },
+  maxBad: { kind: wholeShare, default: 0.01, help: 'share of records that may be unusable' },
   saveEvery: {
     kind: orNever(interval),
     default: '30m',

@@ -4,6 +4,7 @@ import path from 'node:path'
 import type { Dataset } from '../data/dataset.js'
 import { DropLog, type DropState } from '../data/drop-log.js'
 import { type Loader, openLoader } from '../data/loader.js'
+import { listOf, sayBad } from '../data/record-check.js'
 import { type EvaluationInfo, HeldOut, type HeldOutState, holdOut } from '../evaluation/held-out.js'
 import { addLora, hasLora } from '../models/adapters.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
@@ -154,6 +155,7 @@ class PhaseRun {
   }
 
   async run(): Promise<TrainResult> {
+    this.#tellBad()
     const warning = this.#memory.warning()
     if (warning) this.#o.onMessage(warning)
     try {
@@ -167,6 +169,17 @@ class PhaseRun {
     }
   }
 
+  /** The records that are left out, before the first step. @throws AlignGPTError ERR_DATA when they are too many */
+  #tellBad(): void {
+    this.#dropped.check(this.#o.maxBad)
+    const told = [
+      [this.#data.file, this.#data.bad],
+      [this.#o.evalData, this.#held?.bad ?? []],
+    ] as const
+    for (const [file, bad] of told)
+      if (bad.length) this.#o.onMessage(`[data] ${file}: left out:${listOf(bad.map(sayBad))}`)
+  }
+
   #hooks(): LoopHooks<PackedBatch, PhaseResult, StepNumbers, EvaluationInfo> {
     const [model, data, phase, o, held] = [this.#model, this.#data, this.#phase, this.#o, this.#held]
     return {
@@ -177,6 +190,7 @@ class PhaseRun {
       restore: (state, checkpoint) => this.#restore(state as unknown as PhaseState, checkpoint),
       evaluation: held ?? undefined,
       sinks: (start) => this.#sinks(start),
+      finish: () => o.out && saveModel(model, o.out),
       describe: describeRecords,
       dump: dumpBatches,
       outOfMemory: (cause, where, batches) => {
@@ -219,7 +233,6 @@ class PhaseRun {
     const best = this.#held?.best ?? null
     const whole = { steps, resumed, loss, seconds, bad, skipped, outliers, best, aborted }
     if (out) {
-      saveModel(this.#model, out)
       const state = { phase: this.#phase.name, ...whole, loss: undefined, options }
       fs.writeFileSync(path.join(out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
     }
@@ -236,5 +249,8 @@ async function trainPhase(
   options: TrainOptions,
 ): Promise<TrainResult> {
   if (options.conversation) model.conversation = options.conversation
-  return new PhaseRun(model, await holdOut(data, options.seed ?? 0, options), phase, options).run()
+  const mix = options.mix ?? phase.mix
+  const levelled = mix.mode === 'level' && mix.level === undefined
+  const trained = await holdOut(data, { style: phase.style, levels: model.levels, levelled }, options)
+  return new PhaseRun(model, trained, phase, options).run()
 }

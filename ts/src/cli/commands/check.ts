@@ -29,10 +29,11 @@ function shown(file: string): string {
 function lines(r: CheckReport, problems: Record<ProblemKind, readonly [string, string]>): string[] {
   const { pictures, lengths } = r
   const file = shown(r.file)
-  const looked = pictures.read ? `${pictures.read} read` : 'not read (--images)'
+  const { named, looked, read } = pictures
+  const seen = looked ? `${read} read` : named ? 'not read (--images)' : 'none read'
   const out = r.stopped ? ['stopped: the report is of what was looked at so far'] : []
   out.push(
-    `${file}: ${r.records} records, ${r.withImage} with a picture (${pictures.named} different, ${looked}), ${r.seconds.toFixed(1)} s`,
+    `${file}: ${r.records} records, ${r.withImage} with a picture (${named} different, ${seen}), ${r.seconds.toFixed(1)} s`,
   )
   if (lengths) {
     const { unit, min, median, p95, max, mean, histogram } = lengths
