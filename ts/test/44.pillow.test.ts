@@ -105,22 +105,27 @@ it('what is not read is refused from the header, by name', async () => {
       expect((await errorOf(() => imageHeader({ root: dir, name }))).code, name).toBe('ERR_IMAGE')
 })
 
-it('files that are no pictures are named', () => {
-  const named: [string, string][] = [
-    ['<!DOCTYPE html><html>404', 'HTML page'],
-    ['\n<html lang="en">', 'HTML page'],
-    ['version https://git-lfs.github.com/spec/v1\noid', 'Git LFS pointer'],
-    ['<?xml version="1.0"?>\n<svg xmlns="x">', 'SVG'],
-    ['{"error": "not found"}', 'JSON'],
-    ['PK\x03\x04....', 'ZIP archive'],
-    ['\x1f\x8b\x08', 'gzip'],
-    ['\0\0\0\x20ftypisom\0\0\0\0isomiso2', 'MP4 or QuickTime video'],
-    ['\0\0\0\x18ftypmif1\0\0\0\0mif1heic', 'HEIC (HEVC)'],
-    ['\0\0\0\x18ftypmif1\0\0\0\0mif1avif', 'AVIF'],
-    ['\0\0\0\x18ftypmif1\0\0\0\0mif1unci', 'HEIF'],
+it('files that are no pictures are named', async () => {
+  const named: [string, RegExp][] = [
+    ['<!DOCTYPE html><html>404', /an HTML page/],
+    ['\n<html lang="en">', /an HTML page/],
+    ['version https://git-lfs.github.com/spec/v1\noid', /a Git LFS pointer/],
+    ['<?xml version="1.0"?>\n<svg xmlns="x">', /SVG$/],
+    ['{"error": "not found"}', /JSON$/],
+    ['PK\x03\x04....', /zip archive/],
+    ['\x1f\x8b\x08', /gzip/],
+    ['\0\0\0\x20ftypisom\0\0\0\0isomiso2', /MP4 video/],
+    ['\0\0\0\x18ftypmif1\0\0\0\0mif1heic', /HEIC \(HEVC\)$/],
+    ['\0\0\0\x18ftypmif1\0\0\0\0mif1unci', /HEIF$/],
+    ['hello', /text$/],
+    ['\x05\x06\x07\0\x09', /binary data$/],
   ]
-  for (const [bytes, name] of named) expect(formatOf(Buffer.from(bytes, 'latin1')), bytes).toBe(name)
-  expect(formatOf(Buffer.from('hello'))).toBeNull()
+  for (const [bytes, got] of named) {
+    const e = await errorOf(() => decodeImage(Buffer.from(bytes, 'latin1')))
+    expect(e.message).toMatch(/^\[image\] picture: expected a picture that can be decoded \(.*\), got /)
+    expect(e.message).toMatch(got)
+  }
+  expect(formatOf(Buffer.from('\0\0\0\x18ftypmif1\0\0\0\0mif1avif', 'latin1'))).toBe('AVIF')
 })
 
 describe('orientation', () => {
