@@ -417,7 +417,7 @@ def bmps(art):
     for row in idx8[::-1]:
         r = [int(v) for v in row]
         rle4 += bytes([4, r[0] << 4 | r[1]])
-        rest = r[4:]
+        rest = r[4:250]
         if len(rest) >= 3:
             body = bytes((rest[i] << 4) | (rest[i + 1] if i + 1 < len(rest) else 0) for i in range(0, len(rest), 2))
             rle4 += bytes([0, len(rest)]) + body + bytes(len(body) & 1)
@@ -517,10 +517,10 @@ def strips(rows, per):
 
 def tiffs(art):
     w, h, rgb = art.w, art.h, art.rgb
-    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "YCbCr", "LAB", "I;16", "F", "I"):
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "YCbCr", "I;16", "F", "I"):
         put(f"pillow-{mode.replace(';', '')}.tif", saved(art.image(mode), "TIFF"))
     for c in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma"):
-        for mode in ("RGB", "L", "P", "CMYK", "RGBA", "I;16"):
+        for mode in ("RGB", "L", "P", "CMYK", "I;16"):
             try:
                 put(f"{c}-{mode.replace(';', '')}.tif", saved(art.image(mode), "TIFF", compression=c))
             except OSError:
@@ -574,8 +574,14 @@ def tiffs(art):
         put(f"rgb-extra-{extra and extra[0]}.tif", tiff(w, h, [b"".join(packed(four, 8))], tags))
         tags = plain_tags(1, 8, 2, extra=extra, _278=(4, [h]))
         put(f"grey-extra-{extra and extra[0]}.tif", tiff(w, h, [b"".join(packed(art.samples(8, 2), 8))], tags))
+    for order, name in (("<", "le"), (">", "be")):
+        rows = b"".join(packed(art.samples(16, 4), 16, order))
+        put(f"rgb16-extra-1-{name}.tif", tiff(w, h, [rows], plain_tags(2, 16, 4, extra=[1], _278=(4, [h])), order))
+        data = zlib.compress(b"".join(packed(four, 8)))
+        put(f"rgb-extra-1-deflate-{name}.tif", tiff(w, h, [data], plain_tags(2, 8, 4, 8, extra=[1], _278=(4, [h])), order))
     five = np.dstack([four, art.grey])
     put("rgb-5.tif", tiff(w, h, [b"".join(packed(five, 8))], plain_tags(2, 8, 5, extra=[2, 0], _278=(4, [h]))))
+    put("rgb-5-10.tif", tiff(w, h, [b"".join(packed(five, 8))], plain_tags(2, 8, 5, extra=[1, 0], _278=(4, [h]))))
     put("rgb-5-00.tif", tiff(w, h, [b"".join(packed(five, 8))], plain_tags(2, 8, 5, extra=[0, 0], _278=(4, [h]))))
     put("cmyk-5.tif", tiff(w, h, [b"".join(packed(five, 8))], plain_tags(5, 8, 5, extra=[0], _278=(4, [h]))))
     put("cmyk.tif", tiff(w, h, [b"".join(packed(four, 8))], plain_tags(5, 8, 4, _278=(4, [h]))))

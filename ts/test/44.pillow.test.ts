@@ -24,10 +24,9 @@ const bytesOf = (name: string): Buffer => fs.readFileSync(path.join(dir, name))
 /** What Pillow reads and this package refuses, and with which words. Nothing else may be refused. */
 const REFUSED: [RegExp, RegExp][] = [
   [/^(lzma|zstd)-.*tif$/, /a TIFF with (LZMA|Zstandard) compression$/],
-  [/^(pillow-LAB|lab)\.tif$/, /a TIFF of CIELab, 3 x 8 bits$/],
+  [/^lab\.tif$/, /a TIFF of CIELab, 3 x 8 bits$/],
   [/^bits-12\.tif$/, /a TIFF of grey, 1 x 12 bits$/],
   [/^planar-16\.tif$/, /a TIFF of RGB, 3 x 16 bits, in planes$/],
-  [/^rgb-extra-1\.tif$/, /a TIFF of RGB, 4 x 8 bits \(extra 1\)$/],
   [/^palette-(low|short)\.tif$/, /a TIFF of palette, 1 x 8 bits$/],
   [/^palette-extra-[02]\.tif$/, /a TIFF of palette, 2 x 8 bits \(extra [02]\)$/],
   [/^planar-rgba\.tif$/, /a TIFF of RGB, 4 x 8 bits \(extra 2\), in planes$/],
@@ -100,9 +99,8 @@ it('what is not read is refused from the header, by name', async () => {
     const extension = path.extname(name).slice(1)
     expect(e.message).toMatch(new RegExp(`got ${known[extension] ?? extension.toUpperCase()}$`))
   }
-  for (const name of ['12-bit.jpg', 'lossless.jpg', 'lerc.tif', 'lab.tif', '2-bit.bmp', 'text-crc.png', '420.avif'])
-    if (fs.existsSync(path.join(dir, name)))
-      expect((await errorOf(() => imageHeader({ root: dir, name }))).code, name).toBe('ERR_IMAGE')
+  for (const name of ['12-bit.jpg', 'lossless.jpg', 'lzma-RGB.tif', 'lab.tif', '2-bit.bmp', 'text-crc.png', '420.avif'])
+    expect((await errorOf(() => imageHeader({ root: dir, name }))).code, name).toBe('ERR_IMAGE')
 })
 
 it('files that are no pictures are named', async () => {
