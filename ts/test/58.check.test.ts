@@ -44,6 +44,8 @@ beforeAll(async () => {
   fs.writeFileSync(path.join(images, 'cut.jpg'), data.subarray(0, data.length - 2000))
   fs.writeFileSync(path.join(images, 'text.png'), 'not a picture')
   fs.writeFileSync(path.join(images, 'empty.png'), '')
+  for (const name of ['exif-6.jpg', 'exif.png', 'exif.webp', 'orientation-6.tif', 'x.heic', '12-bit.jpg'])
+    fs.copyFileSync(path.join(import.meta.dirname, 'pictures', name), path.join(images, name))
   fs.writeFileSync(path.join(dir, 'outside.png'), picture)
   fs.symlinkSync('../outside.png', path.join(images, 'link.png'))
 })
@@ -85,6 +87,11 @@ const MISTAKES: [ProblemKind, unknown, RegExp][] = [
   ['corrupt', good('x', 'text.png'), /a picture that can be decoded/],
   ['corrupt', good('x', 'empty.png'), /an empty file/],
   ['corrupt', good('x', 'sub'), /a regular file/],
+  ['corrupt', good('x', 'x.heic'), /x\.heic: expected a picture .*, got HEIC \(HEVC\)$/],
+  ['corrupt', good('x', '12-bit.jpg'), /got a JPEG of 12 bits$/],
+  ['orientation', good('x', 'exif-6.jpg'), /expected EXIF orientation 1 or the setting exifOrientation, got 6/],
+  ['orientation', good('x', 'exif.png'), /got 6/],
+  ['orientation', good('x', 'exif.webp'), /got 6/],
 ]
 
 describe('finds', () => {
@@ -100,6 +107,11 @@ describe('finds', () => {
     expect(JSON.parse(rest.slice(0, rest.indexOf('\n },') + 3))).toEqual(bad)
     const severe = PROBLEMS[kind][0] === 'error'
     expect([report.errors, report.warnings, report.records]).toEqual([severe ? 1 : 0, severe ? 0 : 1, 3])
+  })
+  it('no turned picture where training turns them; a TIFF always is turned', async () => {
+    const turned = [good(1, 'exif-6.jpg'), good(2, 'exif.png'), good(3, 'orientation-6.tif')]
+    expect((await check(turned, { images })).counts).toEqual({ orientation: 2 })
+    expect((await check(turned, { images, exifOrientation: true, decode: true })).counts).toEqual({})
   })
   it('every kind is tested', () => {
     const elsewhere = ['syntax', 'json', 'too-long', 'cut', 'oversize']

@@ -111,6 +111,7 @@ export interface ModelOptions {
   level?: number
   alpha?: number[]
   style: Style
+  exifOrientation?: boolean
   dtype: LoadOptions['dtype']
   device: LoadOptions['device']
 }
@@ -129,6 +130,7 @@ export function modelOptions(command: Command): Command {
         .conflicts('level'),
     )
     .addOption(new Option('--style <name>', "prompt style; default the model's own").choices(CHAT_STYLES))
+    .option('--exif-orientation', "turn pictures as their EXIF says; default the model's own")
     .option('--dtype <type>', 'f32 or bf16', 'f32')
     .option('--device <device>', 'auto, cpu or cuda', 'auto')
 }
@@ -150,7 +152,8 @@ export function samplingOptions(command: Command): Command {
 /** Loads the model, and how its alignment vectors are to be made. */
 export async function loadModel(o: ModelOptions): Promise<{ model: AlignGPT; mix: Mix }> {
   const { AlignGPT } = await import('../aligngpt.js')
-  const model = await AlignGPT.load(o.model, { dtype: o.dtype, device: o.device, clip: o.clip })
+  const { dtype, device, clip, exifOrientation } = o
+  const model = await AlignGPT.load(o.model, { dtype, device, clip, exifOrientation })
   if (o.level !== undefined) return { model, mix: { mode: 'level', level: o.level } }
   return { model, mix: o.alpha ? { mode: 'fixed', coefficients: o.alpha } : model.mix }
 }

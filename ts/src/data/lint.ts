@@ -36,6 +36,7 @@ export const PROBLEMS = {
   escaping: ['error', 'a picture outside the folder'],
   oversize: ['error', 'a picture above the limits'],
   corrupt: ['error', 'a picture that cannot be read'],
+  orientation: ['warning', 'a picture that its EXIF says to turn, as a telephone held upright; it is not turned'],
   cut: ['warning', 'text that is cut at the longest sequence'],
   'empty-answer': ['warning', 'an answer without text'],
   'foreign-placeholder': ['warning', 'what other tools put in place of a picture: it stays text'],
@@ -72,6 +73,8 @@ export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked'
   /** decode every picture instead of reading its header */
   decode?: boolean
   limits?: ImageLimits
+  /** pictures will be turned as their EXIF says: no warning of it */
+  exifOrientation?: boolean
   /** findings of each kind that the report holds, default 20; all are counted */
   limit?: number
   onProgress?: (done: number, total: number, unit: 'bytes' | 'pictures') => void
@@ -239,11 +242,14 @@ async function imageProblem(source: ImageSource, o: CheckOptions): Promise<[Prob
     return [(e as Error).cause ? 'missing' : 'escaping', messageOf(e)]
   }
   try {
-    const { width, height } = await imageHeader(source, { maxBytes, maxPixels: Number.POSITIVE_INFINITY })
+    const header = await imageHeader(source, { maxBytes, maxPixels: Number.POSITIVE_INFINITY })
+    const { width, height, format, orientation } = header
     if (width * height > maxPixels)
       return ['oversize', `expected at most ${maxPixels} pixels, got ${width} x ${height}`]
     if (o.decode) await loadImage(source, { maxBytes, maxPixels })
-    return null
+    // TIFF is always turned, as Pillow does it
+    if (orientation === 1 || format === 'TIFF' || o.exifOrientation) return null
+    return ['orientation', `expected EXIF orientation 1 or the setting exifOrientation, got ${orientation}`]
   } catch (e) {
     if (!(e instanceof AlignGPTError)) throw e
     return ['corrupt', e.message]

@@ -322,7 +322,9 @@ export class Loader {
 }
 
 /** Only what a worker needs: a config's raw content may be large. */
-const plain = ({ size, crop, mean, std, pad }: Preprocess): Preprocess => ({ size, crop, mean, std, pad })
+const plain = ({ size, crop, mean, std, pad, exifOrientation }: Preprocess): Preprocess => ({
+  ...{ size, crop, mean, std, pad, exifOrientation },
+})
 
 /**
  * Opens a loader: workers run and the first micro-batches are under way.

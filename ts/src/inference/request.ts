@@ -98,7 +98,9 @@ export async function loadPixels(
   image: string | Uint8Array,
   pad = true,
 ): Promise<Float32Array> {
-  return normalise(preprocessImage(await decodeImage(image), model.preprocess(pad)), model.preprocessor)
+  const preprocess = model.preprocess(pad)
+  const { exifOrientation } = preprocess
+  return normalise(preprocessImage(await decodeImage(image, { exifOrientation }), preprocess), model.preprocessor)
 }
 
 /** Packs samples with the pixels of those that have a picture, for the way their vectors will be made. */

@@ -67,6 +67,7 @@ function dot(a: Float32Array, b: Float32Array): number {
  * text tower's length with the end token kept; images are preprocessed as CLIP's are.
  * @param clip of loadClip
  * @param o.batch pairs embedded at once, default 64
+ * @param o.exifOrientation images are turned as their EXIF says
  * @param o.pad images are padded to a square first; scores of the paper are without
  * @returns scores, and unit rows [pairs, projection_dim] of images and texts
  * @throws ERR_IMAGE naming the file
@@ -74,16 +75,18 @@ function dot(a: Float32Array, b: Float32Array): number {
 export async function clipScores(
   clip: LoadedClip,
   pairs: readonly Pair[],
-  o: { batch?: number; onProgress?: (done: number) => void; pad?: boolean } = {},
+  o: { batch?: number; onProgress?: (done: number) => void; pad?: boolean; exifOrientation?: boolean } = {},
 ): Promise<{ scores: number[]; imageEmbeds: Float32Array; textEmbeds: Float32Array }> {
   const size = o.batch ?? 64
   const embedder = new Embedder(clip, o.pad)
   const { width } = embedder
+  const { exifOrientation } = o
+  const decoded = (part: readonly Pair[]) => Promise.all(part.map((p) => decodeImage(p.image, { exifOrientation })))
   const imageEmbeds = new Float32Array(pairs.length * width)
   const textEmbeds = new Float32Array(pairs.length * width)
   for (let at = 0; at < pairs.length; at += size) {
     const part = pairs.slice(at, at + size)
-    imageEmbeds.set(embedder.images(await Promise.all(part.map((p) => decodeImage(p.image)))), at * width)
+    imageEmbeds.set(embedder.images(await decoded(part)), at * width)
     textEmbeds.set(embedder.texts(part.map((p) => p.caption)), at * width)
     o.onProgress?.(Math.min(at + size, pairs.length))
   }
@@ -108,6 +111,8 @@ export interface LevelsOptions {
   scores?: string
   /** folder that keeps CLIP's embeddings, so that other captions, or other pictures, need only what is new */
   features?: string
+  /** turn pictures as their EXIF says, as training with this setting will */
+  exifOrientation?: boolean
   /** pairs of each level that the result shows, from its lowest score to its highest; default 0 */
   examples?: number
   onProgress?: (done: number, total: number) => void
@@ -157,6 +162,7 @@ interface ScorerOptions {
   scores: ScoreFile
   /** folder of embeddings on file */
   features: string | undefined
+  exifOrientation: boolean | undefined
 }
 
 /** Scores the pairs of a data set that have none yet. The CLIP is loaded with the first of them. */
@@ -231,7 +237,7 @@ class Scorer {
 
   async #decode(name: string, batch: Waiting[]): Promise<RgbImage | null> {
     try {
-      return await loadImage(this.#o.data.picture(name))
+      return await loadImage(this.#o.data.picture(name), { exifOrientation: this.#o.exifOrientation })
     } catch (e) {
       if (!(e instanceof AlignGPTError) || e.code !== 'ERR_IMAGE') throw e
       for (const p of batch) if (p.image === name) this.bad.push({ id: p.id, reason: e.message })
@@ -318,17 +324,19 @@ function nothingScored(data: Dataset, bad: readonly { id: string; reason: string
  */
 export async function levels(
   data: Dataset,
-  model: { parts: { clipDir: string }; levels: number } | string,
+  model: { parts: { clipDir: string; config?: { image_exif_orientation: boolean } }; levels: number } | string,
   o: LevelsOptions = {},
 ): Promise<ScoredLevels> {
   const dir = typeof model === 'string' ? model : model.parts.clipDir
   const n = o.levels ?? (typeof model === 'string' ? 8 : model.levels)
   const notice = o.onNotice ?? ((text: string) => process.emitWarning(text, 'AlignGPTWarning'))
   const file = o.scores ?? `${data.file}.scores.jsonl`
-  const identity = clipIdentity(dir)
+  const own = typeof model === 'string' ? undefined : model.parts.config?.image_exif_orientation
+  const { exifOrientation = own, features } = o
+  const identity = exifOrientation ? `${clipIdentity(dir)}-turned` : clipIdentity(dir)
   const scores = new ScoreFile(file, identity)
   if (scores.stale) notice(`[levels] the scores in ${file} are made again: ${scores.stale}`)
-  const scorer = new Scorer({ data, dir, identity, scores, features: o.features })
+  const scorer = new Scorer({ data, dir, identity, scores, features, exifOrientation })
   try {
     const ill = data.bad.map((b) => ({ id: b.id ?? `${b.index}`, reason: sayBad(b) }))
     const every = await scoreAll(data, scorer, scores, o)

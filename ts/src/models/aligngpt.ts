@@ -224,7 +224,8 @@ export class AlignGPTNetwork extends Module {
    * @param pad to a square first, where the model's config wants it: in instruction tuning and at inference, not in pre-training
    */
   preprocess(pad = true): Preprocess {
-    return { ...this.preprocessor, pad: pad && this.config.image_aspect_ratio === 'pad' }
+    const { image_aspect_ratio, image_exif_orientation: exifOrientation } = this.config
+    return { ...this.preprocessor, pad: pad && image_aspect_ratio === 'pad', exifOrientation }
   }
 
   /** Pictures and text -> the packed input of the language model [T, H]. */

@@ -62,6 +62,7 @@ export function saveModel(model: AlignGPTNetwork, dir: string): void {
       mm_alignment: config.mm_alignment,
       mm_gate_type: config.mm_gate_type,
       mm_gate_text: config.mm_gate_text,
+      image_exif_orientation: config.image_exif_orientation,
       conversation,
     },
     torchNames[model.dtype],

@@ -27,6 +27,8 @@ export interface AlignmentOptions {
 export interface ModelOptions extends AlignmentOptions {
   /** style of instruction tuning and of answers; what config.json says, else recognised by architecture and tokenizer */
   conversation?: ChatStyle
+  /** whether images are turned as their EXIF says; what config.json says, else false, as LLaVA has them */
+  exifOrientation?: boolean
 }
 /** What is chosen of a new model besides its towers. */
 export interface NewModelOptions extends ModelOptions {
@@ -48,12 +50,14 @@ export interface ModelSettings {
 }
 
 /** Fields of config.json for what was asked for. */
-export function fieldsOf({ alignment, gate, gateText, conversation }: ModelOptions): Partial<AlignGPTFields> {
+export function fieldsOf(o: ModelOptions): Partial<AlignGPTFields> {
+  const { alignment, gate, gateText, conversation, exifOrientation } = o
   return {
     ...(alignment !== undefined && { mm_alignment: alignment }),
     ...(gate !== undefined && { mm_gate_type: gate }),
     ...(gateText !== undefined && { mm_gate_text: gateText }),
     ...(conversation !== undefined && { conversation }),
+    ...(exifOrientation !== undefined && { image_exif_orientation: exifOrientation }),
   }
 }
 

@@ -82,6 +82,8 @@ export function settings(model: AlignGPTNetwork, data: Dataset, phase: Phase, o:
     projectorLr: phase.projectorLr ?? null,
     groupByLength: o.groupByLength ?? false,
     augment: o.augment ?? false,
+    // checkpoints from before it could be chosen say nothing of it
+    exifOrientation: model.config.image_exif_orientation || undefined,
     data: { records: data.length, ...digestFile(data.file) },
     evaluation: held?.settings,
   }

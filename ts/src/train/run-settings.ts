@@ -153,6 +153,10 @@ export const RUN_SETTINGS = {
     kind: oneOf(CHAT_STYLES),
     help: "style of instruction tuning and of answers; the model keeps it (default: the model's)",
   },
+  exifOrientation: {
+    ...{ kind: switches, of: 'model' },
+    help: "turn images as their EXIF says; the model keeps it (default: the model's, false for a new one)",
+  },
   'lora.rank': {
     ...{ kind: count, phase: 'finetune' },
     help: 'train low-rank adapters in place of the language model',

@@ -93,6 +93,7 @@ export function check(program: Command): void {
     .option('--patches <n>', 'rows that a picture takes', integer, 576)
     .option('--max-length <n>', 'longest sequence in rows', integer, MODEL_DEFAULTS.maxLength)
     .option('--decode', 'decode every picture instead of reading its header')
+    .option('--exif-orientation', 'no warning of pictures that their EXIF turns: training will turn them')
     .option('--limit <n>', 'places shown of each kind', integer, 20)
     .option('--strict', 'warnings count as errors')
     .option('--json', 'the report as JSON')

@@ -15,6 +15,7 @@ interface Options {
   scores?: string
   features?: string
   report?: string
+  exifOrientation?: boolean
   write: boolean
 }
 
@@ -77,6 +78,7 @@ export function levels(program: Command): void {
     .option('--scores <file>', 'keep the scores there (default: beside the data until done); a run goes on from them')
     .option('--features <dir>', "keep CLIP's embeddings there")
     .option('--report <file>', 'HTML page with the histogram and pairs of each level')
+    .option('--exif-orientation', 'turn pictures as their EXIF says, as in training with this setting')
     .option('--no-write', 'leave the data file alone')
     .action(run)
 }

@@ -48,6 +48,8 @@ export interface AlignGPTConfig {
   mm_gate_text: GateText
   /** 'pad': pad to square with the mean colour; other values: plain CLIP preprocessing */
   image_aspect_ratio: string
+  /** whether images are turned as their EXIF says; not in official files, which do not turn them */
+  image_exif_orientation: boolean
   tokenizer_model_max_length: number
   /** style of instruction tuning and of answers; not in official files: recognised by architecture and tokenizer */
   conversation: ChatStyle | null
@@ -64,6 +66,7 @@ const alignSchema = z.object({
   mm_gate_type: or(z.enum(GATES), MODEL_DEFAULTS.gate),
   mm_gate_text: or(z.enum(GATE_TEXTS), MODEL_DEFAULTS.gateText),
   image_aspect_ratio: or(z.string(), 'pad'),
+  image_exif_orientation: or(z.boolean(), false),
   tokenizer_model_max_length: or(size, MODEL_DEFAULTS.maxLength),
   conversation: maybe(z.enum(CHAT_STYLES)),
 })
@@ -116,6 +119,7 @@ export type AlignGPTFields = Pick<AlignGPTConfig, 'mm_hidden_size' | 'mm_project
       AlignGPTConfig,
       | 'mm_vision_select_feature'
       | 'image_aspect_ratio'
+      | 'image_exif_orientation'
       | 'tokenizer_model_max_length'
       | 'mm_alignment'
       | 'mm_gate_type'

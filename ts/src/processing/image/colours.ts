@@ -35,6 +35,15 @@ export function cmykToRgb({ data, channels, width, height }: Samples, shift = 0)
   return out
 }
 
+/** Colours that were multiplied by alpha, divided by it in place: Pillow's mode RGBa. */
+export function divideByAlpha(data: Uint8Array, channels: number): void {
+  for (let s = 0; s < data.length; s += channels) {
+    const a = data[s + 3]
+    if (a === 255) continue
+    for (let c = 0; c < 3; c++) data[s + c] = a === 0 ? 0 : Math.min(255, Math.trunc((data[s + c] * 255) / a))
+  }
+}
+
 /**
  * Mode P. Colours beyond the palette are black.
  * @param palette RGB triples

@@ -1,5 +1,6 @@
-/** Which format a file has, by its first bytes: the pictures that are read, and the names of what is not. */
+/** Which format a picture has, by its first bytes: those that are read, and the names of the others. */
 import { AlignGPTError, mismatch } from '../../util/errors.js'
+import { kindOfBytes, kindText } from '../../util/file-kind.js'
 
 export type Format = 'PNG' | 'JPEG' | 'GIF' | 'TIFF' | 'WebP' | 'BMP' | 'PNM' | 'AVIF'
 export const FORMATS: readonly Format[] = ['PNG', 'JPEG', 'GIF', 'TIFF', 'WebP', 'BMP', 'PNM', 'AVIF']
@@ -43,7 +44,7 @@ export function asImageError(e: unknown, name: string, format: string): AlignGPT
 
 const text = (b: Uint8Array, from: number, to: number): string => Buffer.from(b.subarray(from, to)).toString('latin1')
 
-/** Bytes at the start, or at an offset, in Latin-1. */
+/** Formats of pictures that are not read: bytes at the start, or at an offset, in Latin-1. */
 const OTHERS: [string, string, number?][] = [
   ['JPEG XL', '\xff\x0a'],
   ['JPEG XL', '\0\0\0\x0cJXL '],
@@ -73,31 +74,15 @@ const OTHERS: [string, string, number?][] = [
   ['BPG', 'BPG\xfb'],
   ['FLIF', 'FLIF'],
   ['DICOM', 'DICM', 128],
-  ['HDF5', '\x89HDF'],
   ['PFM', 'Pf'],
   ['PFM', 'PF'],
   ['PAM', 'P7\n'],
   ['MNG', '\x8aMNG'],
   ['JNG', '\x8bJNG'],
-  ['AVI video', 'AVI ', 8],
-  ['WAVE sound', 'WAVE', 8],
-  ['WebM or Matroska video', '\x1a\x45\xdf\xa3'],
-  ['MPEG video', '\0\0\x01\xba'],
-  ['Ogg', 'OggS'],
-  ['NumPy array', '\x93NUMPY'],
-  ['ZIP archive', 'PK\x03\x04'],
-  ['gzip', '\x1f\x8b'],
-  ['bzip2', 'BZh'],
-  ['xz', '\xfd7zXZ'],
-  ['Zstandard', '\x28\xb5\x2f\xfd'],
-  ['7-Zip archive', "7z\xbc\xaf'\x1c"],
-  ['RAR archive', 'Rar!'],
-  ['Git LFS pointer', 'version https://git-lfs'],
-  ['Parquet', 'PAR1'],
 ]
 
 const HEVC = /hei[csxm]|hev[cx]/
-/** Files of boxes: `ftyp`, then the brands. */
+/** Files of boxes: `ftyp`, then the brands; null where they are of no picture. */
 function ofBrands(b: Uint8Array): string | null {
   if (text(b, 4, 8) !== 'ftyp') return null
   const size = Math.min(new DataView(b.buffer, b.byteOffset).getUint32(0), 256, b.length)
@@ -107,21 +92,12 @@ function ofBrands(b: Uint8Array): string | null {
   if (brands.includes('avif')) return 'AVIF'
   if (HEVC.test(brands)) return 'HEIC (HEVC)'
   if (/mif1|msf1|heif/.test(brands)) return 'HEIF'
-  return major.startsWith('crx') ? 'CR3' : 'MP4 or QuickTime video'
+  return major.startsWith('crx') ? 'CR3' : null
 }
 
-/** Text that is taken for a picture where a download failed. */
-function ofText(b: Uint8Array): string | null {
-  const start = text(b, 0, 1024)
-    .replace(/^\xef\xbb\xbf/, '')
-    .trimStart()
-  if (/^<svg[\s>]|^<(\?xml|!--|!DOCTYPE svg)[\s\S]*<svg[\s>]/i.test(start)) return 'SVG'
-  if (/^<(!doctype html|html|head|body)/i.test(start)) return 'HTML page'
-  if (start.startsWith('<?xml')) return 'XML'
-  return /^[[{]/.test(start) ? 'JSON' : null
-}
+const SVG = /^(\xef\xbb\xbf)?\s*<(svg[\s>]|(\?xml|!--|!DOCTYPE svg)[\s\S]*<svg[\s>])/i
 
-/** The format of a file by its first bytes, read or not; null when they say nothing. */
+/** The format of a picture by its first bytes, read or not; null when it is none that is known. */
 export function formatOf(b: Uint8Array): string | null {
   const start = text(b, 0, 16)
   // at the end: what it begins with looks like other formats
@@ -135,8 +111,13 @@ export function formatOf(b: Uint8Array): string | null {
   if (start.startsWith('BM') && b.length >= 18 && [12, 40, 52, 56, 64, 108, 124].includes(b[14])) return 'BMP'
   if (/^P[1-6][ \t\n\v\f\r]/.test(start)) return 'PNM'
   const other = OTHERS.find(([, magic, at = 0]) => text(b, at, at + magic.length) === magic)
-  if (other) return other[0]
-  return ofBrands(b) ?? ofText(b)
+  return other?.[0] ?? ofBrands(b) ?? (SVG.test(text(b, 0, 1024)) ? 'SVG' : null)
+}
+
+/** What a file is that is no known picture. */
+function otherKind(b: Uint8Array): string {
+  const kind = kindOfBytes(b)
+  return kind ? kindText(kind) : 'text'
 }
 
 /** The format, if it is one that is read. @throws AlignGPTError ERR_IMAGE with its name if it is not */
@@ -144,6 +125,6 @@ export function readableFormat(b: Uint8Array, name: string): Format {
   if (b.length === 0) throw badImage(name, 'a picture', 'an empty file')
   const format = formatOf(b)
   if (format === null || !FORMATS.includes(format as Format))
-    throw badImage(name, `a picture that can be decoded (${FORMATS.join(', ')})`, format ?? 'an unknown format')
+    throw badImage(name, `a picture that can be decoded (${FORMATS.join(', ')})`, format ?? otherKind(b))
   return format as Format
 }

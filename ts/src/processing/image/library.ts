@@ -1,9 +1,9 @@
 /** Pictures that libvips decodes (by sharp), brought to what Pillow makes of the same samples. */
 import type { Sharp } from 'sharp'
-import { clippedGrey, cmykToRgb, type Samples } from './colours.js'
+import { clippedGrey, cmykToRgb, divideByAlpha, type Samples } from './colours.js'
 import { damaged, type Format, type Header, type RgbImage } from './format.js'
 import { isDeepGreyPng } from './gates.js'
-import type { TiffHeader } from './tiff.js'
+import { type TiffHeader, withPlainAlpha } from './tiff.js'
 
 /** Imported with the first picture, since it takes longer than everything else of this package; once, since asking again takes time too. */
 let importing: Promise<typeof import('sharp')> | undefined
@@ -25,8 +25,9 @@ interface LibraryHeader extends Header {
 /** @throws whatever the library says */
 export async function libraryHeader(b: Uint8Array, format: Format): Promise<LibraryHeader> {
   const { default: sharp } = await decoderLibrary()
-  const { width, height, orientation = 1, space = '', depth = '', channels = 0 } = await sharp(b, OPEN).metadata()
+  const { width, height, orientation: o = 1, space = '', depth = '', channels = 0 } = await sharp(b, OPEN).metadata()
   if (!width || !height) throw damaged(format)
+  const orientation = o >= 1 && o <= 8 ? o : 1
   return { width, height, orientation, space, depth, channels }
 }
 
@@ -79,7 +80,9 @@ export async function decodeByLibrary(
   const { default: sharp } = await decoderLibrary()
   const { space, depth, channels } = 'space' in header ? header : await libraryHeader(b, format)
   const tiff = 'keepWhiteIsZero' in header ? header : null
-  const picture = sharp(b, OPEN)
+  // what is damaged in a tile is but a warning there
+  const file = tiff?.premultiplied ? withPlainAlpha(b, tiff.premultiplied) : b
+  const picture = sharp(file, tiff?.tiled ? { ...OPEN, failOn: 'warning' } : OPEN)
   const deepGrey = depth !== 'uchar' && (channels === 1 || (format === 'PNG' && isDeepGreyPng(b)))
   if (space === 'cmyk' || deepGrey) {
     const s = await samplesOf(picture, space, depth as Depth)
@@ -92,5 +95,6 @@ export async function decodeByLibrary(
   const { data, info } = await raw.toBuffer({ resolveWithObject: true })
   const { width, height } = info
   if (info.channels > 6 || data.length !== width * height * info.channels) throw new Error(`${info.channels} channels`)
+  if (tiff?.premultiplied) divideByAlpha(data, info.channels)
   return { ...toRgb(data, info.channels, withAlpha && tiff?.alpha !== false), width, height }
 }

@@ -32,14 +32,15 @@ export async function prepareImage(task: ImageTask, cache?: ImageCache): Promise
   const { source, preprocess, augmentation, limits } = task
   const keep = (key: unknown[], make: () => Promise<RgbImage>): Promise<RgbImage> =>
     cache ? cache.get(JSON.stringify(key), make) : make()
+  const { crop, exifOrientation } = preprocess
   if (augmentation) {
-    const decoded = await keep([source, limits], () => loadImage(source, { ...limits, alpha: true }))
+    const options = { ...limits, exifOrientation, alpha: true }
+    const decoded = await keep([source, options], () => loadImage(source, options))
     return preprocessImage(augment(decoded, new Rng(...augmentation)), preprocess)
   }
   // Always the same, and smaller than what was decoded: the result is kept.
-  const { crop } = preprocess
   const make = async (): Promise<RgbImage> => {
-    const data = preprocessImage(await loadImage(source, limits), preprocess)
+    const data = preprocessImage(await loadImage(source, { ...limits, exifOrientation }), preprocess)
     return { data, width: crop, height: crop }
   }
   return (await keep([source, limits, preprocess], make)).data

@@ -11,6 +11,8 @@ import { resizeBicubic } from './resize.js'
 export type Preprocess = Pick<PreprocessorConfig, 'size' | 'crop' | 'mean' | 'std'> & {
   /** pad to a square with the mean colour first (instruction tuning, inference) */
   pad: boolean
+  /** turn it as its EXIF says, when it is decoded */
+  exifOrientation?: boolean
 }
 
 /** Colour of the padding: the mean, truncated to 8 bits, (122, 116, 104) for CLIP. */

@@ -6,8 +6,8 @@ import { damaged, type Header, unreadable } from './format.js'
 
 /** Bytes of one value, by type. */
 const SIZES: Record<number, number> = { 1: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8 }
-// more than any list that is looked at here
-const MAX_VALUES = 64
+// the longest list that is looked at: a palette of 8 bits
+const MAX_VALUES = 3 * 256
 
 const WIDTH = 256
 const HEIGHT = 257
@@ -19,11 +19,17 @@ const ORIENTATION = 274
 const SAMPLES = 277
 const PLANAR = 284
 const COLOUR_MAP = 320
+const TILE_WIDTH = 322
 const EXTRA = 338
 const SAMPLE_FORMAT = 339
+const PREMULTIPLIED = 1
+const WANTED = new Set([
+  ...[WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, ORIENTATION, SAMPLES, PLANAR],
+  ...[COLOUR_MAP, TILE_WIDTH, EXTRA, SAMPLE_FORMAT],
+])
 
-/** Integers of the first directory by tag; of long lists the first values. */
-function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; little: boolean } {
+/** What is looked at in the first directory, by tag. */
+function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; places: Map<number, number>; little: boolean } {
   const view = new DataView(b.buffer, b.byteOffset, b.byteLength)
   const little = b[0] === 0x49
   const u16 = (at: number): number => view.getUint16(at, little)
@@ -34,23 +40,26 @@ function firstDirectory(b: Uint8Array): { tags: Map<number, number[]>; little: b
   const at = big ? u64(8) : u32(4)
   const count = big ? u64(at) : u16(at)
   const tags = new Map<number, number[]>()
+  const places = new Map<number, number>()
   for (let k = 0, e = at + (big ? 8 : 2); k < count; k++, e += big ? 20 : 12) {
     const [tag, type] = [u16(e), u16(e + 2)]
     const size = SIZES[type]
-    if (!size) continue
+    if (!size || !WANTED.has(tag)) continue
     const n = big ? u64(e + 4) : u32(e + 4)
+    if (n > MAX_VALUES) throw damaged('TIFF')
     const field = e + (big ? 12 : 8)
     const start = n * size <= (big ? 8 : 4) ? field : big ? u64(field) : u32(field)
     const value = (i: number): number => {
       const p = start + i * size
       return size === 1 ? view.getUint8(p) : size === 2 ? u16(p) : size === 4 ? u32(p) : u64(p)
     }
+    places.set(tag, start)
     tags.set(
       tag,
-      Array.from({ length: Math.min(n, MAX_VALUES) }, (_, i) => value(i)),
+      Array.from({ length: n }, (_, i) => value(i)),
     )
   }
-  return { tags, little }
+  return { tags, places, little }
 }
 
 const UNCOMPRESSED = 1
@@ -82,6 +91,9 @@ export interface TiffHeader extends Header {
   sampleFormat: number
   bits: number
   alpha: boolean
+  tiled: boolean
+  /** colours are multiplied by alpha: where the two bytes lie that say so, and in which order */
+  premultiplied: { at: number; little: boolean } | null
   /** the library would invert these, and Pillow does not */
   keepWhiteIsZero: boolean
 }
@@ -110,10 +122,10 @@ function isRead(o: {
       if (format === 2) return bits === 8 && photometric === 1 && fill === 1
       return format === 1 && [1, 2, 4, 8].includes(bits)
     case 2:
-      if (format !== 1 || samples < 3 || extra[0] === 1) return false
+      if (format !== 1 || samples < 3) return false
       if (bits === 16) return samples === 3 + extra.length ? samples <= 4 : samples === 4 && !extra.length
       if (bits !== 8 || samples > 6) return false
-      if (samples === 3 + extra.length) return unspecified && (samples === 3 || [0, 2, 999].includes(extra[0]))
+      if (samples === 3 + extra.length) return unspecified && (samples === 3 || [0, 1, 2, 999].includes(extra[0]))
       return samples === 4 && !extra.length
     case 3:
       if (format !== 1) return false
@@ -132,13 +144,14 @@ function isRead(o: {
 
 /** The header of a TIFF that is read. @throws with the kind of the others */
 export function tiffHeader(b: Uint8Array): TiffHeader {
-  const { tags, little } = firstDirectory(b)
+  const { tags, places, little } = firstDirectory(b)
   const one = (tag: number, otherwise: number): number => tags.get(tag)?.[0] ?? otherwise
   const [width, height] = [one(WIDTH, 0), one(HEIGHT, 0)]
   if (!width || !height) throw damaged('TIFF')
   const compression = one(COMPRESSION, UNCOMPRESSED)
   if (!READ.includes(compression))
     throw unreadable(`a TIFF with ${COMPRESSIONS[compression] ?? `unknown (${compression})`} compression`)
+  if (!tags.has(PHOTOMETRIC)) throw unreadable('a TIFF that does not name its colours')
   const photometric = one(PHOTOMETRIC, 0)
   const samples = one(SAMPLES, 1)
   const all = tags.get(BITS) ?? [1]
@@ -152,11 +165,13 @@ export function tiffHeader(b: Uint8Array): TiffHeader {
   const alike = all.every((n) => n === bits) && formats.every((f) => f === format)
   // of 16-bit planes Pillow reads the bytes of another order; of unused planes it makes other modes
   const planes = planar === 1 || (bits === 8 && extra.length === 0 && (photometric !== 6 || compression !== JPEG))
-  const narrowMap = photometric === 3 && !(tags.get(COLOUR_MAP)?.length ?? 0)
+  // Pillow takes the high bytes; libtiff takes a palette of low bytes alone for one of 8 bits
+  const map = tags.get(COLOUR_MAP) ?? []
+  const paletteRead = photometric !== 3 || (map.length === 3 << bits && map.some((v) => v > 255))
   if (
     !alike ||
     !planes ||
-    narrowMap ||
+    !paletteRead ||
     !isRead({ photometric, bits, samples, extra, format, fill, little, compression })
   ) {
     const kind = PHOTOMETRICS[photometric] ?? `photometric ${photometric}`
@@ -168,6 +183,15 @@ export function tiffHeader(b: Uint8Array): TiffHeader {
   return {
     ...{ width, height, orientation, bits, sampleFormat: format },
     alpha: samples === 2 || (photometric === 2 && samples > 3 && extra[0] !== 0),
+    tiled: tags.has(TILE_WIDTH),
+    premultiplied: extra[0] === PREMULTIPLIED ? { at: places.get(EXTRA) as number, little } : null,
     keepWhiteIsZero: photometric === 0 && bits >= 16,
   }
+}
+
+/** The same file that says of its alpha that colours are not multiplied by it, so that the library leaves them alone. */
+export function withPlainAlpha(b: Uint8Array, { at, little }: { at: number; little: boolean }): Uint8Array {
+  const copy = Uint8Array.from(b)
+  new DataView(copy.buffer).setUint16(at, 2, little)
+  return copy
 }
