@@ -215,6 +215,11 @@ export class Dataset {
     return this.#words[index] > 0
   }
 
+  /** Number of records that name a picture. */
+  get withImage(): number {
+    return this.#words.reduce((n, w) => n + Number(w > 0), 0)
+  }
+
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */
   record(index: number): DataRecord {
     const found = this.#diagnose(index)
