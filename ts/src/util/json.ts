@@ -5,6 +5,7 @@
 import { isUtf8 } from 'node:buffer'
 import fs from 'node:fs'
 import { mismatch } from './errors.js'
+import { foundIn, kindOfBytes, kindText, markedKind, unreadable } from './file-kind.js'
 import { writeAtomicText } from './files.js'
 
 /** A member of the outermost object; positions are UTF-16 offsets into the text, ends are exclusive. */
@@ -160,8 +161,35 @@ export function parseJson(text: string, file: string, code: string, base = 0): u
     const at = base + Buffer.byteLength(text.slice(0, problem.position))
     const rest = text.slice(problem.position, problem.position + 20)
     const got = rest ? JSON.stringify(rest) : 'the end'
-    throw mismatch(code, 'json', `${file} at byte ${at}`, problem.expected, got, e)
+    const expected = /^(\/[/*]|#)/.test(rest) ? `${problem.expected} (JSON takes no comments)` : problem.expected
+    throw mismatch(code, 'json', `${file} at byte ${at}`, expected, got, e)
   }
+}
+
+/**
+ * JSON with its integers beyond 2^53 as strings of their digits, so that ids stay what they are. The text must be JSON.
+ */
+export function quoteLargeIntegers(text: string): string {
+  const next = /"|-?\d{16,}/g
+  let [out, done] = ['', 0]
+  for (let m = next.exec(text); m; m = next.exec(text)) {
+    if (m[0] === '"') {
+      next.lastIndex = scanString(text, m.index).end
+      continue
+    }
+    // Of a fraction or a power neither part is an integer.
+    const [before, after] = [text[m.index - 1] ?? '', text[next.lastIndex] ?? '']
+    if (/[.eE+\d]/.test(before) || /[.eE]/.test(after) || Number.isSafeInteger(Number(m[0]))) continue
+    out += `${text.slice(done, m.index)}"${m[0]}"`
+    done = next.lastIndex
+  }
+  return out + text.slice(done)
+}
+
+/** Whether arrays and objects lie in each other deeper than code that follows them can go. */
+export function isDeep(value: unknown, left = MAX_DEPTH): boolean {
+  if (typeof value !== 'object' || value === null) return false
+  return left === 0 || Object.values(value).some((v) => isDeep(v, left - 1))
 }
 
 /** Decodes UTF-8 and refuses what is none. `base` is the byte offset of `bytes` in the file. */
@@ -170,15 +198,25 @@ export function decodeUtf8(bytes: Uint8Array, file: string, code: string, base =
   return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString('utf8')
 }
 
+/** Reads a file of text, without its byte order mark. @throws AlignGPTError with `code`; what is not UTF-8 is named */
+export function readText(file: string, code: string, where: string, expected: string): string {
+  let bytes: Buffer
+  try {
+    bytes = fs.readFileSync(file)
+  } catch (e) {
+    throw mismatch(code, where, file, 'a readable file', unreadable(file, e), e)
+  }
+  const other = bytes.length ? (markedKind(bytes) ?? (isUtf8(bytes) ? null : kindOfBytes(bytes, true))) : null
+  if (other) throw mismatch(code, where, file, expected, kindText(other))
+  const text = bytes.toString()
+  return text.charCodeAt(0) === 0xfeff ? text.slice(1) : text
+}
+
 /** Reads and parses a JSON file. @throws AlignGPTError with `code` that names the file */
 export function readJsonFile(file: string, code: string): unknown {
-  let text: string
-  try {
-    text = fs.readFileSync(file, 'utf8')
-  } catch (e) {
-    throw mismatch(code, 'json', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
-  }
-  return parseJson(text.charCodeAt(0) === 0xfeff ? text.slice(1) : text, file, code)
+  const text = readText(file, code, 'json', 'a JSON file')
+  if (text.trim() === '') throw mismatch(code, 'json', file, 'a JSON file', foundIn(file))
+  return parseJson(text, file, code)
 }
 
 /** Writes a value as indented JSON, atomically. */
