@@ -120,13 +120,12 @@ describe('reading data files', () => {
     ['something behind the array', `[${good}] x`, n + 3, /nothing after the array, got "x"/],
     ['an open record', `[${good.slice(0, -1)}`, n, /'\}' of the record that starts at byte 1, got the end/],
     ['an open string', `[{"id": "a`, 10, /'"' and '\}'/],
-    ['a bad value', `[${good}, {"id": é}]`, n + 10, /a value/],
+    ['a bad value', `[{"id": é}]`, 8, /a value/],
     ['a bad value behind a two-byte letter', `[{"é": 1, "b": x}]`, 16, /a value, got "x\}"/],
     ['a missing colon', `[{"id" 1}]`, 7, /':'/],
     ['a raw newline in a string', `[{"id": "a\nb"}]`, 10, /control characters/],
     ['a bad escape', `[{"id": "a\\q"}]`, 10, /valid escapes/],
     ['brackets that do not match', `[{"id": [1}]`, 10, /',' or '\]'/],
-    ['a second line that is broken', `${good}\n{"id": }`, n + 8, /a value/],
     ['a line that is no record', `${good}\n"x"`, n + 1, /'\{' of a record/],
   ])('names file, byte and expectation: %s', async (_, text, at, pattern) => {
     const file = put(text)
@@ -140,13 +139,13 @@ describe('reading data files', () => {
     [
       'no conversations',
       { id: 'a' },
-      /record 0 \(id "a"\) conversations: expected an array of turns, or caption.*, got nothing/,
+      /record 0 \(id "a"\) at byte 1: conversations: expected an array of turns, or caption.*, got nothing/,
     ],
     ['empty conversations', { id: 'a', conversations: [] }, /array of turns.*, got \[\]/],
     ['a caption that is no text', { caption: 7 }, /record 0 .* caption: expected a string, got 7/],
     ['a question alone', { question: 'Why?' }, /record 0 .* answer: expected a string, got nothing/],
     ['an object as id', { id: {}, conversations: turns }, /id: expected a string or number/],
-    ['a list of images', rec('a', { image: ['x'] }), /image: expected a file name, got \["x"\]/],
+    ['a list of images', rec('a', { image: ['x', 'y'] }), /image: expected one image, got \["x","y"\]/],
     [
       'a foreign role',
       { id: 'a', conversations: [{ from: 'bot', value: 'x' }] },
@@ -159,8 +158,6 @@ describe('reading data files', () => {
       /\.value: expected a string, got 1/,
     ],
     ['a turn that is null', { id: 'a', conversations: [null] }, /\.from/],
-    ['half a level', rec('a', { similarity: 1.5 }), /similarity: expected an integer level/],
-    ['a negative level', rec('a', { similarity: -1 }), /similarity/],
     ['a picture without a folder', rec('a', { image: 'x.png' }), /an images folder/],
   ])('refuses %s', (_, r, pattern) => refuses(() => loadDataset(put(JSON.stringify([r]))), 'ERR_DATA', pattern))
   it('refuses what is not there', async () => {

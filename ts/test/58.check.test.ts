@@ -54,13 +54,14 @@ beforeAll(async () => {
 const MISTAKES: [ProblemKind, unknown, RegExp][] = [
   ['record', { id: 'x' }, /conversations: expected an array of turns, or caption, or question and answer, got nothing/],
   ['record', { id: {}, conversations: [human('q'), gpt('a')] }, /id: expected a string or number/],
-  [
-    'record',
-    { id: 'x', image: ['a'], conversations: [human('q'), gpt('a')] },
-    /image: expected a file name, got \["a"\]/,
-  ],
+  ['image', { id: 'x', image: ['a', 'b'], conversations: [human('q'), gpt('a')] }, /image: expected one image, got/],
+  ['image', { id: 'x', video: 'a.mp4', conversations: [human('q'), gpt('a')] }, /video: expected none: only images/],
+  ['image', { id: 'x', image_url: 'http://a/b.jpg', conversations: [human('q'), gpt('a')] }, /the image under image/],
+  ['image', { id: 'x', caption: 'a cat' }, /image: expected the image of the caption, got nothing/],
   ['record', { id: 'x', conversations: [human('q'), { from: 'gpt', value: 3 }] }, /conversations\[1\]\.value/],
-  ['record', { ...good('x'), similarity: 1.5 }, /similarity: expected an integer level/],
+  ['level', { ...good('x'), similarity: 1.5 }, /similarity: expected an integer level/],
+  ['level', { ...good('x'), similarity: -1 }, /similarity: expected an integer level/],
+  ['level', { ...good('x', 'ok.png'), similarity: '3' }, /similarity: expected an integer level/],
   ['role', { id: 'x', conversations: [human('q'), { from: 'bot', value: 'a' }] }, /human \| user .*got "bot"/],
   ['turns', { id: 'x', conversations: [human('q'), human('q2'), gpt('a')] }, /turn 1: expected from gpt/],
   [
@@ -74,9 +75,21 @@ const MISTAKES: [ProblemKind, unknown, RegExp][] = [
     { id: 'x', image: 'ok.png', conversations: [human('<image> <image>'), gpt('a')] },
     /at most one <image>, got 2/,
   ],
-  ['no-answer', { id: 'x', conversations: [human('q')] }, /no turn is from gpt/],
+  [
+    'placeholders',
+    { id: 'x', image: 'ok.png', conversations: [human('q'), gpt('<image> a')] },
+    /turn 1: expected <image> in a question only/,
+  ],
+  ['placeholders', { id: 'x', conversations: [human('<img>a.png</img> q'), gpt('a')] }, /not within the text/],
+  ['foreign-placeholder', { id: 'x', conversations: [human('<|image_pad|>\nq'), gpt('a')] }, /image_pad/],
+  ['foreign-placeholder', { id: 'x', conversations: [human('<video>\nq'), gpt('a')] }, /<video>/],
+  ['no-answer', { id: 'x', conversations: [human('q')] }, /an answer to learn, got none/],
   ['empty-answer', { id: 'x', conversations: [human('q'), gpt(' \n')] }, /turn 1 is " \\n"/],
-  ['placeholders', { id: 'x', conversations: [human('<image>\nq'), gpt('a')] }, /1 <image>, no picture/],
+  [
+    'placeholders',
+    { id: 'x', conversations: [human('<image>\nq'), gpt('a')] },
+    /turn 0: expected no <image> in a record/,
+  ],
   ['image-without-placeholder', { id: 'x', image: 'ok.png', conversations: [human('q'), gpt('a')] }, /"ok\.png"/],
   ['duplicate-id', good('first', undefined, 'other'), /record 0 has it too/],
   ['duplicate', good('x', undefined, 'first'), /the same as record 0/],
@@ -114,7 +127,7 @@ describe('finds', () => {
     expect((await check(turned, { images, exifOrientation: true, decode: true })).counts).toEqual({})
   })
   it('every kind is tested', () => {
-    const elsewhere = ['syntax', 'json', 'too-long', 'cut', 'oversize']
+    const elsewhere = ['syntax', 'json', 'too-long', 'cut', 'oversize', 'no-level', 'some-levels']
     expect(new Set([...MISTAKES.map(([k]) => k as string), ...elsewhere])).toEqual(new Set(Object.keys(PROBLEMS)))
   })
   it('nothing in good data: the golden cases', async () => {
@@ -205,9 +218,16 @@ describe('finds', () => {
       { missing: 26 },
       3,
       26,
-      { named: 26, read: 26 },
+      { named: 26, looked: 26, read: 0 },
     ])
-    expect(await check(list)).toMatchObject({ errors: 0, pictures: { named: 26, read: 0 }, withImage: 50 })
+    expect(await check(list)).toMatchObject({ errors: 0, pictures: { named: 26, looked: 0, read: 0 }, withImage: 50 })
+  })
+  it('levels: too high for the model, and missing where other records have one', async () => {
+    const level = (id: string, similarity?: number): object => ({ ...good(id, 'ok.png'), similarity })
+    const list = [level('a', 7), level('b', 8), level('c'), good('text')]
+    expect((await check(list)).counts).toEqual({ level: 1, 'some-levels': 1 })
+    expect((await check(list, { levels: 9, style: 'plain' })).counts).toEqual({ 'no-level': 1 })
+    expect((await check([level('c')], { style: 'plain' })).counts).toEqual({})
   })
   it('plain style wants one caption', async () => {
     const two = { id: 1, conversations: [human('q'), gpt('a'), human('q'), gpt('a')] }
@@ -231,12 +251,21 @@ it('agrees with loading: what loads has no error that loading names, and the oth
       for (const [at, v] of flips) b[at] = v
       const file = path.join(dir, 'fuzz.json')
       fs.writeFileSync(file, b.subarray(0, cut))
-      const { counts } = await checkDataset(file)
-      const fatal = (['syntax', 'json', 'record', 'role'] as const).some((k) => counts[k])
+      const { counts, records } = await checkDataset(file)
+      const bad = (['json', 'record', 'role', 'image', 'placeholders'] as const).reduce(
+        (n, k) => n + (counts[k] ?? 0),
+        0,
+      )
+      const fatal = !!counts.syntax || (records > 0 && bad === records)
+      let left = bad
       const e = await loadDataset(file, { images: dir }).then(
-        (d) => d.close(),
+        (d) => {
+          left = d.bad.length
+          d.close()
+        },
         (e) => e,
       )
+      expect(left).toBe(bad)
       expect(e !== undefined, `${b.subarray(0, cut)} ${JSON.stringify(counts)} ${e}`).toBe(fatal)
     }),
     { numRuns: 300, seed: 3 },
@@ -254,7 +283,7 @@ describe('aligngpt check', () => {
       '.jsonl',
     )
     const bad = run(file, '--images', images)
-    expect(bad.stdout).toContain('3 records, 2 with a picture (2 different, 2 read)')
+    expect(bad.stdout).toContain('3 records, 2 with a picture (2 different, 1 read)')
     expect(bad.stdout).toContain('error missing: 1 (a picture that is not there)')
     expect(bad.stdout).toMatch(
       new RegExp(`${file}:${JSON.stringify(good('a', 'ok.png')).length + 1} record 1 \\(b\\): .*ENOENT`),

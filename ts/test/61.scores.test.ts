@@ -108,15 +108,18 @@ describe('levels', () => {
     fs.writeFileSync(rows, bytes.subarray(0, bytes.length - 5))
     expect((await run(file, { features })).scores).toEqual(first.scores)
   })
-  it('a picture that cannot be read is named, and its record left as it is', async () => {
+  it('a picture that cannot be read is named; a record without a score has no level afterwards', async () => {
     const { file } = fresh()
     const list = JSON.parse(fs.readFileSync(file, 'utf8'))
     list[2].image = 'no.png'
-    list[3] = { id: 'text', conversations: list[3].conversations }
+    const [, answer] = list[3].conversations
+    list[3] = { id: 'text', conversations: [{ from: 'human', value: 'What?' }, answer], similarity: 3 }
+    list[2].similarity = 1
     fs.writeFileSync(file, JSON.stringify(list))
-    const { bad, scores, written } = await run(file)
+    const { bad, scores, written, removed } = await run(file)
+    expect(removed).toBe(2)
     expect(bad).toEqual([{ id: list[2].id, reason: expect.stringMatching(/no\.png: expected a file, got ENOENT/) }])
-    expect([scores[2], scores[3], written[2], written[3]]).toEqual([null, null, list[2].similarity, null])
+    expect([scores[2], scores[3], written[2], written[3]]).toEqual([null, null, null, null])
     expect(scores.filter((s) => s === null).length).toBe(2)
   })
   it('the page shows every level with pairs from it and needs nothing from outside', async () => {

@@ -41,6 +41,7 @@ async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) =
   const model = await openModel(job)
   try {
     const dataset = await loadDataset(data.file, { images: data.images })
+    tell({ text: `${dataset.file}: ${dataset.length} records, ${dataset.withImage} with a picture` })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {
       ...options,
       signal,

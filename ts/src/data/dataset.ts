@@ -9,7 +9,7 @@ import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
 import { unpackParquet } from '../formats/parquet.js'
 import { type DataRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
 import { expandShards, type ImageFiles, type ImageSource, openImages } from '../processing/image/source.js'
-import { type AlignGPTError, mismatch, show } from '../util/errors.js'
+import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
 import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
@@ -116,14 +116,22 @@ export class Dataset {
   async #read(): Promise<{ offsets: Float64Array; sizes: Uint32Array; words: Int32Array }> {
     const [offsets, sizes, words] = [new Numbers(), new Numbers(), new Numbers()]
     let n = 0
-    await splitRecords(this.file, (bytes, offset) => {
-      const { record } = diagnose(bytes, this.file, offset, n) as { record?: DataRecord }
+    let broken = ''
+    const add = (bytes: Buffer, offset: number): void => {
+      const found = diagnose(bytes, this.file, offset, n)
+      const record = found.fault ? null : found.record
+      if (found.fault?.kind === 'json') broken ||= found.fault.reason
       if (record && record.image !== null && this.images === null) throw this.#needsImages(n)
       const length = record ? Math.max(wordCount(record), 1) : 0
       offsets.push(offset)
       sizes.push(bytes.length)
       words.push(record?.image === null ? -length : length)
       n++
+    }
+    // Where brackets or quotes do not match, the first record that is no JSON says more than where they end.
+    await splitRecords(this.file, add).catch((e: Error) => {
+      if (!broken || !(e instanceof AlignGPTError)) throw e
+      throw new AlignGPTError('ERR_DATA', `[data] ${this.file} ${broken}; from there on: ${e.message}`, { cause: e })
     })
     return {
       offsets: offsets.values.slice(),
@@ -205,6 +213,11 @@ export class Dataset {
   /** Whether a record names a picture; known without reading it. */
   hasImage(index: number): boolean {
     return this.#words[index] > 0
+  }
+
+  /** Number of records that name a picture. */
+  get withImage(): number {
+    return this.#words.reduce((n, w) => n + Number(w > 0), 0)
   }
 
   /** Reads one record from the file. @throws AlignGPTError ERR_DATA, ERR_ARGUMENT */

@@ -64,7 +64,7 @@ export function imageIn(value: unknown, key: string): FoundImage {
   }
   if (Array.isArray(value)) {
     const some = value.filter((v) => !isEmpty(v))
-    if (some.length > 1) return wrong('one image', `${some.length}: ${JSON.stringify(value)}`)
+    if (some.length > 1) return wrong('one image')
     return Array.isArray(some[0])
       ? wrong('a list of one file name')
       : imageIn(some[0], `${key}[${value.indexOf(some[0])}]`)

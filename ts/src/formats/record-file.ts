@@ -270,7 +270,7 @@ const IN_TEXT = /<img>[^<]+<\/img>/
 
 /** What is wrong with the places of the image in the turns. */
 function placeProblem({ turns }: Talk, image: string | null): RecordProblem | null {
-  const wrong = (key: string, expected: string, got: string): RecordProblem => ({
+  const wrong = (key: string, expected: string, got: unknown): RecordProblem => ({
     key,
     expected,
     got,
@@ -284,10 +284,10 @@ function placeProblem({ turns }: Talk, image: string | null): RecordProblem | nu
     const here = value.split(IMAGE_TEXT).length - 1
     if (here === 0) continue
     if (image === null) return wrong(key, `no ${IMAGE_TEXT} in a record without an image`, value)
-    if (from !== 'human') return wrong(key, `${IMAGE_TEXT} in a question only`, `one in a turn from ${from}`)
+    if (from !== 'human') return wrong(key, `${IMAGE_TEXT} in a question only`, value)
     places += here
   }
-  return places > 1 ? wrong('conversations', `at most one ${IMAGE_TEXT}`, `${places}`) : null
+  return places > 1 ? wrong('conversations', `at most one ${IMAGE_TEXT}`, places) : null
 }
 
 /** A record as it was understood, or the first thing that keeps a parsed value from being one; see parseRecord. */
