@@ -270,7 +270,7 @@ describe('Parquet', () => {
     const cut = embedded()
     for (const [bytes, pattern] of [
       [Buffer.from('no parquet at all'), /a Parquet file that can be read, got .*PAR1/],
-      [other, /a column conversations or caption or question, got id/],
+      [other, /a column conversations or .* or caption or question, got id/],
       [Buffer.concat([Buffer.alloc(2000), cut.subarray(2000)]), /a Parquet file that can be read/],
     ] as const) {
       const file = put(bytes, '.parquet')
