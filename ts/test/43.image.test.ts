@@ -192,7 +192,7 @@ describe('decoding', () => {
     ['a named pipe', () => doing(execFileSync('mkfifo', [path.join(dir, 'pipe.png')]), 'pipe.png'), /regular file/],
     ['an empty file', () => put('empty.png', ''), /an empty file/],
     ['text', () => put('text.png', 'hello'), /can be decoded/],
-    ['an SVG', () => put('x.svg', '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'), /got svg/],
+    ['an SVG', () => put('x.svg', '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'), /got SVG/],
     ['a truncated JPEG', () => put('cut.jpg', fs.readFileSync(picture).subarray(0, 900)), /can be decoded/],
     [
       'a truncated PNG',

@@ -18,12 +18,12 @@ import { levels } from './commands/levels.js'
 import { plan } from './commands/plan.js'
 import { pretrain } from './commands/pretrain.js'
 import { report } from './commands/report.js'
-import { complain } from './options.js'
+import { complain, mindOutput } from './output.js'
 
 const STATUS = `
 Exit status: 0 done; 1 it could not be done (one line on standard error says why), or what was checked is not in order;
-2 the command line is not understood; 3 training stopped because checkpoints could not be saved; 130 and 143 stopped by
-SIGINT and SIGTERM.`
+2 the command line is not understood; 3 training stopped because checkpoints could not be saved; 129, 130 and 143
+stopped by SIGHUP, SIGINT and SIGTERM; 141 nobody reads its output any more.`
 
 /** The program with all its commands. */
 export function commandLine(): Command {
@@ -55,8 +55,18 @@ export function commandLine(): Command {
 
 /** Runs the command that process.argv names. @returns the exit status; undefined while a command still runs */
 export async function main(): Promise<number | undefined> {
+  const program = commandLine()
+  let name: string | undefined
+  program.hook('preAction', (_, command) => {
+    name = command.name()
+  })
+  mindOutput(() => name)
+  process.on('uncaughtException', (e) => {
+    complain(e)
+    process.exit(1)
+  })
   try {
-    await commandLine().parseAsync()
+    await program.parseAsync()
   } catch (e) {
     if (e instanceof CommanderError) return e.exitCode === 0 ? 0 : 2 // commander has said what is wrong
     complain(e)

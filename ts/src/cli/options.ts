@@ -42,13 +42,6 @@ export function bytes(text: string): number {
   return n
 }
 
-/** Expected errors (ours, the file system's) have a code and are one line; one without is a bug and shows its stack. */
-export function complain(e: unknown): void {
-  const { code, message } = e as { code?: unknown; message?: unknown }
-  const known = e instanceof Error && typeof code === 'string'
-  console.error(known ? `${code} ${String(message).replaceAll('\n', ' ')}` : e)
-}
-
 /** The given settings of the data, of the model, of its place, or of the run itself. */
 function part(settings: Values, of?: 'data' | 'model' | 'place'): Values {
   const keys = new Set(SETTINGS.filter((s) => s.of === of).map((s) => s.key.split('.')[0]))

@@ -1,13 +1,13 @@
-/** SIGINT and SIGTERM of a command: the first one asks for an end in good order, the second ends the process. */
+/** SIGINT, SIGTERM and SIGHUP of a command: the first one asks for an end in good order, the second ends the process. */
 import { native } from '../core/native.js'
 
 /** Exit status of a process that a signal ended, as shells give it. */
-const STATUS = { SIGINT: 130, SIGTERM: 143 } as const
+const STATUS = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 } as const
 type Signal = keyof typeof STATUS
 
 /**
  * Hears signals until `end`. The second one ends the process at once, also while a kernel keeps the event loop waiting
- * (native.secondSignalEnds); what was written before it stays.
+ * (native.secondSignalEnds); what was written before it stays. SIGHUP is no second one: a terminal that closes may send several.
  */
 export class Signals {
   heard: Signal | null = null
@@ -19,6 +19,7 @@ export class Signals {
     native.secondSignalEnds(true)
   }
   #hear(name: Signal): void {
+    if (this.heard && name === 'SIGHUP') return
     if (this.heard) native.exit(STATUS[name]) // where the native core does not
     this.heard = name
     console.error(`\n${name}: ${this.promise} (once more to stop at once)`)
@@ -28,7 +29,7 @@ export class Signals {
   get signal(): AbortSignal {
     return this.#controller.signal
   }
-  /** 0, or 130 and 143 after SIGINT and SIGTERM */
+  /** 0, or 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM */
   get status(): number {
     return this.heard ? STATUS[this.heard] : 0
   }

@@ -1,6 +1,6 @@
 /**
  * A training run as a command makes it: in a thread of its own, so that this one hears signals and shows progress while kernels
- * run. The first SIGINT or SIGTERM lets the step finish and saves; the second ends the process at once, whatever its threads do,
+ * run. The first SIGINT, SIGTERM or SIGHUP lets the step finish and saves; the second ends the process at once, whatever its threads do,
  * and the checkpoint before it stays.
  */
 import type { Worker } from 'node:worker_threads'
@@ -14,7 +14,7 @@ import type { StopRequest, TrainJob, TrainNews } from './train-worker.js'
 
 export interface RunOutcome {
   result: TrainResult
-  /** 0, or 130 and 143 after SIGINT and SIGTERM */
+  /** 0, or 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM */
   status: number
 }
 
