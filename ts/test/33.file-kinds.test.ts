@@ -111,7 +111,7 @@ const KINDS: [string, string | Uint8Array, RegExp][] = [
   ['XML', '<?xml version="1.0"?><a/>', /XML/],
   ['Arrow', Buffer.concat([Buffer.from('ARROW1\0\0'), Buffer.alloc(600, 1)]), /Arrow or Feather/],
   ['SQLite', Buffer.concat([Buffer.from('SQLite format 3\0'), Buffer.alloc(600, 1)]), /an SQLite database/],
-  ['PDF', '%PDF-1.7\n%âãÏÓ\n1 0 obj', /a PDF document/],
+  ['PDF', '%PDF-1.7\n%âãÏÓ\n1 0 obj', /PDF/],
   ['HDF5', hex('894844460d0a1a0a'), /HDF5/],
   ['a pickle', hex('80049520000000'), /a Python pickle/],
   ['GGUF', hex('4747554603000000'), /a GGUF model/],
