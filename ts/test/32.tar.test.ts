@@ -1,4 +1,4 @@
-/** The saved index of a data file, tar files, keys by their hash. */
+/** The saved index of a data file, tar files, names in tars and folders, keys by their hash. */
 
 import { execFileSync } from 'node:child_process'
 import fs from 'node:fs'
@@ -7,6 +7,7 @@ import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { loadDataset } from '../src/data/dataset.js'
 import { tarMembers } from '../src/formats/tar.js'
+import { openImages, readImage } from '../src/processing/image/source.js'
 import { hash53 } from '../src/util/hash.js'
 import { Fingerprints } from '../src/util/hash-map.js'
 import { refuses, tempDir, writeTar } from './data-cases.js'
@@ -191,6 +192,113 @@ describe('tar', () => {
   ])('refuses %s', async (_, harm, pattern) => {
     const good = fs.readFileSync(tar([['a.txt', Buffer.alloc(1000, 65)]]))
     await refuses(() => contents(put(harm(good), '.tar')), 'ERR_DATA', pattern)
+  })
+})
+
+describe('names', () => {
+  it('finds names however they are written, through links', async () => {
+    const folder = tempDir()
+    const inside = path.join(folder, 'in')
+    fs.mkdirSync(path.join(inside, 'sub'), { recursive: true })
+    fs.writeFileSync(path.join(inside, 'p.png'), 'p')
+    fs.writeFileSync(path.join(inside, 'sub', 'q.png'), 'q')
+    fs.linkSync(path.join(inside, 'p.png'), path.join(inside, 'sub', 'hard.png'))
+    const links = {
+      'soft.png': 'p.png',
+      'chain.png': 'soft.png',
+      'sub/up.png': '../p.png',
+      folder: 'sub',
+      deep: './folder',
+      'loop.png': 'pool.png',
+      'pool.png': 'loop.png',
+      'round/x': '../round',
+      'out.png': '../p.png',
+      'absolute.png': '/etc/hostname',
+      'dangling.png': 'none.png',
+      away: '../..',
+    }
+    fs.mkdirSync(path.join(inside, 'round'))
+    for (const [name, to] of Object.entries(links)) fs.symlinkSync(to, path.join(inside, name))
+    execFileSync('mkfifo', [path.join(inside, 'pipe.png')])
+    for (const [format, top] of [
+      ['gnu', '.'],
+      ['pax', '.'],
+      ['ustar', 'in'],
+    ]) {
+      const file = fresh('.tar')
+      const from = top === '.' ? inside : folder
+      execFileSync('tar', [`--format=${format}`, '--sort=name', '-cf', file, '-C', from, top])
+      const p = await openImages(file)
+      const at = (name: string): string => (top === '.' ? name : `in/${name}`)
+      const read = (name: string): string => readImage(p.locate(name)).toString()
+      for (const name of ['p.png', './p.png', './/p.png', 'sub/../p.png', 'soft.png', 'chain.png', 'sub/up.png'])
+        expect(read(at(name)), `${format} ${name}`).toBe('p')
+      for (const name of ['sub/hard.png', 'folder/hard.png', 'deep/up.png']) expect(read(at(name)), name).toBe('p')
+      for (const name of ['sub//q.png', 'folder/q.png', 'deep/q.png']) expect(read(at(name)), name).toBe('q')
+      const stem = path.basename(file, '.tar')
+      expect(read(`/${at('p.png')}`) + read(`./${stem}/./${at('chain.png')}`)).toBe('pp')
+      for (const [name, reason] of [
+        ['loop.png', /a link that leads to itself/],
+        ['round/x/x/x', /a folder|link/],
+        ['absolute.png', /a link that leads out of the tar/],
+        ['dangling.png', /a link to (in\/)?none\.png, which is not in the tar/],
+        ['sub', /a folder, not a file/],
+        ['folder', /a folder, not a file/],
+        ['pipe.png', /a pipe, not a file/],
+        ['none.png', /none of this name/],
+        ['folder/none.png', /none of this name|not in the tar/],
+      ] as const)
+        await refuses(() => read(at(name)), 'ERR_IMAGE', reason)
+      if (top === '.')
+        for (const name of ['out.png', 'away/x']) await refuses(() => read(name), 'ERR_IMAGE', /out of the tar/)
+    }
+  })
+  it('finds composed and decomposed names in tars and folders', async () => {
+    const [composed, decomposed] = ['caf\u00e9/\u00fc.png', 'cafe\u0301/u\u0308.png']
+    for (const [stored, asked] of [
+      [composed, decomposed],
+      [decomposed, composed],
+      [composed, composed],
+      [decomposed, decomposed],
+      ['\uac00.png', '\u1100\u1161.png'],
+      ['\u1100\u1161.png', '\uac00.png'],
+    ]) {
+      const p = await openImages(tar([[stored, Buffer.from(stored)]]))
+      expect(readImage(p.locate(asked)).toString()).toBe(stored)
+      const folder = tempDir()
+      fs.mkdirSync(path.dirname(path.join(folder, stored)), { recursive: true })
+      fs.writeFileSync(path.join(folder, stored), stored)
+      expect(readImage((await openImages(folder)).locate(asked)).toString()).toBe(stored)
+    }
+    // Where both are there, each is itself.
+    const p = await openImages(
+      tar([
+        [composed, Buffer.from('1')],
+        [decomposed, Buffer.from('2')],
+      ]),
+    )
+    expect(readImage(p.locate(composed)).toString() + readImage(p.locate(decomposed)).toString()).toBe('12')
+  })
+  it('takes names that stay in the folder, and follows links out of it when told to', async () => {
+    const [folder, elsewhere] = [tempDir(), tempDir()]
+    fs.mkdirSync(path.join(folder, 'sub'))
+    fs.writeFileSync(path.join(folder, 'p.png'), 'p')
+    fs.writeFileSync(path.join(folder, 'sub', 'a b.JPG'), 'q')
+    fs.writeFileSync(path.join(elsewhere, 'o.png'), 'o')
+    fs.symlinkSync(elsewhere, path.join(folder, 'coco'))
+    fs.symlinkSync(folder, path.join(elsewhere, 'root'))
+    const read = async (name: string, followLinks = false, root = folder): Promise<string> =>
+      readImage((await openImages(root, { followLinks })).locate(name)).toString()
+    for (const name of ['p.png', './p.png', 'sub/../p.png', 'coco/../p.png', `${folder}/p.png`, 'sub//..//p.png'])
+      expect(await read(name), name).toBe('p')
+    expect(await read(`${elsewhere}/root/p.png`, false, `${elsewhere}/root`)).toBe('p')
+    await refuses(() => read('coco/o.png'), 'ERR_IMAGE', /a link that leads outside \(--follow-links allows that\)/)
+    expect(await read('coco/o.png', true)).toBe('o')
+    for (const out of ['../p.png', 'coco/../../x', `${elsewhere}/o.png`, '/etc/hostname', '.', ''])
+      for (const follow of [true, false])
+        await refuses(() => read(out, follow), 'ERR_IMAGE', /inside the image folder .*, got a path that leads outside/)
+    for (const near of ['sub\\a b.JPG', 'sub/a%20b.JPG', 'sub/a b.jpg'])
+      await refuses(() => read(near), 'ERR_IMAGE', /got ENOENT \(there is sub\/a b\.JPG\)/)
   })
 })
 

@@ -1,4 +1,4 @@
-/** Data at full size: pictures in shards, Parquet. */
+/** Data at full size: pictures in shards and folders, Parquet. */
 
 import fs from 'node:fs'
 import path from 'node:path'
@@ -265,12 +265,147 @@ describe('Parquet', () => {
     })
     data.close()
   })
+  const list = (name: string, ...element: SchemaElement[]): SchemaElement[] => [
+    { name, repetition_type: 'OPTIONAL', num_children: 1, converted_type: 'LIST' },
+    { name: 'list', repetition_type: 'REPEATED', num_children: 1 },
+    ...element,
+  ]
+  const struct = (name: string, ...fields: SchemaElement[]): SchemaElement[] => [
+    { name, repetition_type: 'OPTIONAL', num_children: fields.length },
+    ...fields,
+  ]
+  const bytes = (name: string): SchemaElement => ({ name, repetition_type: 'OPTIONAL', type: 'BYTE_ARRAY' })
+  const png = picture('a00.png')
+  /** A file of captions and one more column. */
+  const captioned = (name: string, data: unknown[], schema: SchemaElement[]): string =>
+    put(
+      write(
+        [
+          { name, data },
+          { name: 'caption', data: ids.slice(0, data.length) },
+        ] as ColumnSource[],
+        [...schema, text('caption')],
+        2,
+      ),
+      '.parquet',
+    )
+
+  it.each<[string, string, unknown, SchemaElement[]]>([
+    ['bytes in image', 'image', png, [bytes('image')]],
+    ['bytes in images', 'images', png, [bytes('images')]],
+    ['bytes in img', 'img', png, [bytes('img')]],
+    ['bytes in jpg', 'jpg', png, [bytes('jpg')]],
+    ['bytes in png', 'png', png, [bytes('png')]],
+    ['bytes in a column of any name', 'pixels', png, [bytes('pixels')]],
+    ['{data, filename}', 'image', { data: png, filename: 'x.png' }, struct('image', bytes('data'), text('filename'))],
+    [
+      'a list of {bytes, path}',
+      'images',
+      [{ bytes: png, path: 'x.png' }],
+      list('images', ...struct('element', bytes('bytes'), text('path'))),
+    ],
+    ['a list of bytes', 'image', [png], list('image', bytes('element'))],
+    [
+      'a list of numbers',
+      'image',
+      Array.from(png),
+      list('image', { name: 'element', repetition_type: 'OPTIONAL', type: 'INT32' }),
+    ],
+    ['{bytes, path} of any name', 'foto', { bytes: png, path: null }, struct('foto', bytes('bytes'), text('path'))],
+  ])('finds a picture: %s', async (_, name, cell, schema) => {
+    const data = await loadDataset(captioned(name, [cell, cell], schema), quiet)
+    expect(data.length).toBe(2)
+    for (const r of data) {
+      expect(r.image).toMatch(/^00000000\d(\.png)?$/)
+      expect(new Uint8Array(readImage(data.picture(r.image as string)))).toEqual(png)
+    }
+    data.close()
+  })
+  it.each<[string, string, unknown, SchemaElement[]]>([
+    ['a list of one', 'images', ['p.png'], list('images', text('element'))],
+    ['image_path', 'image_path', 'p.png', [text('image_path')]],
+    ['bytes that are text', 'image', Buffer.from('p.png'), [bytes('image')]],
+    ['{bytes: null, path}', 'image', { bytes: null, path: 'p.png' }, struct('image', bytes('bytes'), text('path'))],
+  ])('takes a name: %s', async (_, name, cell, schema) => {
+    const data = await loadDataset(captioned(name, [cell], schema), { ...quiet, images: dir })
+    expect([...data].map((r) => r.image)).toEqual(['p.png'])
+    data.close()
+  })
+  it('refuses several pictures in one row, by name', async () => {
+    const two = captioned('images', [[png, png], [png]], list('images', bytes('element')))
+    const data = await loadDataset(two, quiet)
+    expect(data.bad.map((b) => [b.index, b.reason])).toEqual([
+      [0, expect.stringMatching(/images: expected one image, got .*000000000/)],
+    ])
+    data.close()
+    const file = put(
+      write(
+        [
+          { name: 'left', data: [png] },
+          { name: 'right', data: [png] },
+          { name: 'caption', data: ['c'] },
+        ] as ColumnSource[],
+        [bytes('left'), bytes('right'), text('caption')],
+        3,
+      ),
+      '.parquet',
+    )
+    await refuses(
+      () => loadDataset(file, quiet),
+      'ERR_DATA',
+      /row 0: expected one column with a picture, image, got left and right/,
+    )
+  })
+  it('refuses a folder beside embedded pictures, and takes both where rows differ', async () => {
+    const both = [
+      { bytes: png, path: 'x.png' },
+      { bytes: null, path: 'in the folder.png' },
+    ]
+    const schema = struct('image', bytes('bytes'), text('path'))
+    const folder = tempDir()
+    fs.writeFileSync(`${folder}/in the folder.png`, picture('a08.png'))
+    const data = await loadDataset(captioned('image', both, schema), { ...quiet, images: folder })
+    const seen = [...data].map((r) => new Uint8Array(readImage(data.picture(r.image as string))))
+    expect(seen).toEqual([png, picture('a08.png')])
+    data.close()
+    const all = captioned('image', both.slice(0, 1), schema)
+    const embedded = /images: expected none, since all pictures are embedded in the file \(leave --images out/
+    await refuses(() => loadDataset(all, { ...quiet, images: folder }), 'ERR_DATA', embedded)
+    expect((await loadDataset(all, { ...quiet, defaultImages: folder })).length).toBe(1)
+  })
+  it('reads turns of messages, of lists in a structure, ids beyond 2^53, text without its mark, and any file name', async () => {
+    const roles = list('messages', ...struct('element', text('role'), text('content')))
+    const messages = [
+      { role: 'user', content: 'q' },
+      { role: 'assistant', content: 'a' },
+    ]
+    const sequences = struct('conversations', ...list('from', text('element')), ...list('value', text('element')))
+    sequences[0].num_children = 2
+    const want = [
+      { from: 'human', value: 'q' },
+      { from: 'gpt', value: 'a' },
+    ]
+    const id = 1234567890123456789n
+    for (const [column, schema] of [
+      [{ name: 'messages', data: [messages] }, roles],
+      [{ name: 'conversations', data: [{ from: ['human', 'gpt'], value: ['q', 'a'] }] }, sequences],
+    ] as [ColumnSource, SchemaElement[]][]) {
+      const file = put(write([column, { name: 'id', data: [id] }], [...schema, int('id')], 2), '.json')
+      const data = await loadDataset(file, quiet)
+      expect([...data]).toMatchObject([{ id: `${id}`, conversations: want }])
+      data.close()
+    }
+    const columns = ['question', 'answer'].map((name) => ({ name, data: [Buffer.from('é')] })) as ColumnSource[]
+    const raw = await loadDataset(put(write(columns, [bytes('question'), bytes('answer')], 2), '.parquet'), quiet)
+    expect(raw.record(0).conversations.map((t) => t.value)).toEqual(['é', 'é'])
+    raw.close()
+  })
   it('refuses what is no Parquet, or has no conversations, and leaves nothing behind', async () => {
     const other = write([{ name: 'id', data: ids }], [text('id')], 1)
     const cut = embedded()
     for (const [bytes, pattern] of [
       [Buffer.from('no parquet at all'), /a Parquet file that can be read, got .*PAR1/],
-      [other, /a column conversations or caption or question, got id/],
+      [other, /a column conversations or .* or caption or question, got id/],
       [Buffer.concat([Buffer.alloc(2000), cut.subarray(2000)]), /a Parquet file that can be read/],
     ] as const) {
       const file = put(bytes, '.parquet')

@@ -51,14 +51,14 @@ function part(settings: Values, of?: 'data' | 'model' | 'place'): Values {
 /** The run that settings describe. Ends the command when something is missing. */
 export function jobOf(command: Command, phase: TrainJob['phase'], settings: Values): TrainJob {
   const missing = (what: string): never => command.error(`error: ${what} missing: give it here or in --config`)
-  const { data: file, images } = part(settings, 'data') as { data?: string; images?: string }
+  const { data: file, ...pictures } = part(settings, 'data') as { data?: string } & Omit<TrainJob['data'], 'file'>
   const { model, ...made } = part(settings, 'model') as { model?: string } & Partial<CreateOptions>
   const options: TrainOptions = part(settings)
   if (file === undefined) return missing('--data is')
   if (options.lora !== undefined && options.lora.rank === undefined)
     command.error('error: --lora-rank is missing beside --lora-alpha, --lora-targets')
   const { gateText, seed } = options
-  const job = { phase, place: { ...part(settings, 'place'), seed }, data: { file, images }, options }
+  const job = { phase, place: { ...part(settings, 'place'), seed }, data: { file, ...pictures }, options }
   if (model !== undefined) {
     const twice = SETTINGS.find((s) => s.of === 'model' && s.phase === 'pretrain' && settings[s.key] !== undefined)
     if (twice) command.error(`error: ${flagOf(twice)} does not go with --model, which has one`)
@@ -103,6 +103,9 @@ function summary(result: TrainResult, out: string): void {
   for (const b of bad) console.error(`unusable: ${b.id}: ${b.reason}`)
   for (const s of skipped) console.error(`too long: ${s.id}: ${s.reason}`)
 }
+
+/** The option beside --images. */
+export const FOLLOW_LINKS = ['--follow-links', 'links in the folder of the pictures may lead out of it'] as const
 
 /** The parsed options of the commands that ask a model. */
 export interface ModelOptions {

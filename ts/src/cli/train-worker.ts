@@ -2,7 +2,7 @@
 
 import type { MessagePort } from 'node:worker_threads'
 import { AlignGPT } from '../aligngpt.js'
-import { loadDataset } from '../data/dataset.js'
+import { type DatasetOptions, loadDataset } from '../data/dataset.js'
 import type { EvaluationInfo } from '../evaluation/held-out.js'
 import type { CreateOptions, LoadOptions } from '../models/load.js'
 import type { AlignmentOptions } from '../models/settings.js'
@@ -14,7 +14,7 @@ export interface TrainJob {
   /** a new model, or a folder */
   model: { create: CreateOptions } | ({ load: string; clip?: string } & AlignmentOptions)
   place: LoadOptions
-  data: { file: string; images?: string }
+  data: { file: string } & Pick<DatasetOptions, 'images' | 'followLinks'>
   options: Omit<TrainOptions, 'signal' | 'onStep' | 'onEvaluation' | 'onMessage'>
 }
 
@@ -40,7 +40,8 @@ async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) =
   const { phase, data, options } = job
   const model = await openModel(job)
   try {
-    const dataset = await loadDataset(data.file, { images: data.images })
+    const { file, ...pictures } = data
+    const dataset = await loadDataset(file, pictures)
     tell({ text: `${dataset.file}: ${dataset.length} records, ${dataset.withImage} with a picture` })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {
       ...options,

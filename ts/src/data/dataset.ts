@@ -8,8 +8,15 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
 import { unpackParquet } from '../formats/parquet.js'
 import { type DataRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
-import { expandShards, type ImageFiles, type ImageSource, openImages } from '../processing/image/source.js'
+import {
+  expandShards,
+  type ImageFiles,
+  type ImageSource,
+  type LinkOptions,
+  openImages,
+} from '../processing/image/source.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
+import { headOf } from '../util/file-kind.js'
 import { Numbers } from '../util/growable-array.js'
 import { permutation } from '../util/rng.js'
 import { epochOrder, HOLD_OUT_STREAM, type OrderOptions } from './order.js'
@@ -23,7 +30,7 @@ const AT_ONCE = 1000
 /** A data file and its image folder. Open it with loadDataset. */
 export class Dataset {
   readonly #pictures: ImageFiles | null
-  readonly #saved: SavedOptions
+  readonly #saved: SavedOptions & LinkOptions
   #offsets: Float64Array = new Float64Array(0)
   #sizes: Uint32Array = new Uint32Array(0)
   /** words, negative for text-only records (as LLaVA's modality_lengths) */
@@ -37,7 +44,7 @@ export class Dataset {
   constructor(
     readonly file: string,
     pictures: ImageFiles | null,
-    saved: SavedOptions = {},
+    saved: SavedOptions & LinkOptions = {},
   ) {
     this.#pictures = pictures
     this.#saved = saved
@@ -46,6 +53,11 @@ export class Dataset {
   /** Folder or tar files of the pictures, null when none was given. */
   get images(): string | null {
     return this.#pictures?.where ?? null
+  }
+
+  /** Whether links in the folder of the pictures may lead out of it. */
+  get followLinks(): boolean {
+    return this.#saved.followLinks ?? false
   }
 
   /** Where the picture of this name lies. */
@@ -272,28 +284,49 @@ export class Dataset {
   }
 }
 
-export interface DatasetOptions extends SavedOptions {
+export interface DatasetOptions extends SavedOptions, LinkOptions {
   /**
    * folder the `image` names are relative to (pictures outside it are refused), or tar files with them
    * (`shards/{00000..00009}.tar`, see openImages); default for Parquet: the embedded pictures
    */
   images?: string
+  /** the same, where neither `images` is given nor pictures are embedded */
+  defaultImages?: string
   /** where Parquet is unpacked; default `<file>.unpacked` */
   unpacked?: string
 }
 
-/** The data file itself and its pictures, after Parquet has been unpacked. */
+/** Pictures of Parquet rows: embedded, others by their name. */
+const bothOf = (embedded: ImageFiles, named: ImageFiles): ImageFiles => ({
+  where: named.where,
+  locate: (name) => {
+    const found = embedded.locate(name)
+    return 'problem' in found ? named.locate(name) : found
+  },
+})
+
+/**
+ * The data file itself and its pictures, after Parquet has been unpacked.
+ * @throws AlignGPTError ERR_DATA: a folder of pictures beside a file that has them all embedded
+ */
 export async function openSources(
   file: string,
-  { images, unpacked, ...saved }: DatasetOptions,
+  { images, defaultImages, unpacked, ...saved }: DatasetOptions,
 ): Promise<{ records: string; pictures: ImageFiles | null }> {
-  let [records, where] = [path.resolve(file), images]
-  if (file.endsWith('.parquet')) {
-    const u = await unpackParquet(expandShards(records), saved, unpacked)
-    records = u.records
-    where ??= u.pictures ?? undefined
+  const full = path.resolve(file)
+  const open = (where: string | undefined): Promise<ImageFiles> | null =>
+    where === undefined ? null : openImages(where, saved)
+  const isParquet = file.endsWith('.parquet') || (headOf(full)?.toString('latin1', 0, 4) ?? '') === 'PAR1'
+  if (!isParquet) return { records: full, pictures: await open(images ?? defaultImages) }
+  const u = await unpackParquet(expandShards(full), saved, unpacked)
+  if (u.pictures === null) return { records: u.records, pictures: await open(images ?? defaultImages) }
+  const embedded = await openImages(u.pictures, saved)
+  if (images === undefined || path.resolve(images) === embedded.where) return { records: u.records, pictures: embedded }
+  if (u.named === 0) {
+    const expected = 'none, since all pictures are embedded in the file (leave --images out, or the column)'
+    throw mismatch('ERR_DATA', 'data', `${file}: images`, expected, images)
   }
-  return { records, pictures: where === undefined ? null : await openImages(where, saved) }
+  return { records: u.records, pictures: bothOf(embedded, await openImages(images, saved)) }
 }
 
 /**

@@ -59,7 +59,7 @@ export interface Finding {
   message: string
 }
 
-export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'unpacked' | 'onNotice'> {
+export interface CheckOptions extends Pick<DatasetOptions, 'images' | 'followLinks' | 'unpacked' | 'onNotice'> {
   /** with it lengths are tokens of the spliced sequence, otherwise words */
   tokenizer?: Tokenizer
   /** how records are rendered, `plain` for pre-training; default the tokenizer's (styleOf) */
@@ -235,7 +235,7 @@ async function imageProblem(source: ImageSource, o: CheckOptions): Promise<[Prob
   const { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS } = o.limits ?? {}
   if ('problem' in source) return ['missing', source.problem]
   try {
-    const bytes = 'root' in source ? fs.statSync(resolveImage(source.root, source.name)).size : source.bytes
+    const bytes = 'root' in source ? fs.statSync(resolveImage(source.root, source.name, source)).size : source.bytes
     if (bytes > maxBytes) return ['oversize', `expected at most ${maxBytes} bytes, got ${bytes}`]
   } catch (e) {
     // resolveImage passes on what the file system said as the cause; without one the path leads outside.
@@ -316,8 +316,8 @@ function summarise(lengths: Float64Array, unit: Lengths['unit']): Lengths | null
  */
 export async function checkDataset(file: string, options: CheckOptions = {}): Promise<CheckReport> {
   const began = performance.now()
-  const { images, unpacked, onNotice } = options
-  const { records: source, pictures } = await openSources(file, { images, unpacked, onNotice })
+  const { images, followLinks, unpacked, onNotice } = options
+  const { records: source, pictures } = await openSources(file, { images, followLinks, unpacked, onNotice })
   const bytes = fs.statSync(source, { throwIfNoEntry: false })?.size ?? 0
   const checker = new Checker(source, options)
   let [told, stopped] = [0, false]

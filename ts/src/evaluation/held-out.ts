@@ -163,7 +163,11 @@ export async function holdOut(
     return { trained: rest, held }
   }
   if (o.evalData === undefined) return { trained, held: null }
-  const held = await loadDataset(o.evalData, { images: o.evalImages ?? data.images ?? undefined })
+  const held = await loadDataset(o.evalData, {
+    images: o.evalImages,
+    defaultImages: data.images ?? undefined,
+    followLinks: data.followLinks,
+  })
   if (held.length === 0) throw mismatch('ERR_DATA', 'train', `evalData ${o.evalData}`, 'records', 'none')
   return { trained, held: await held.usable(needs) }
 }

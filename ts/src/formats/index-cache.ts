@@ -5,12 +5,13 @@
 import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import { mismatch } from '../util/errors.js'
+import { unreadable } from '../util/file-kind.js'
 import { writeAll, writeAtomic } from '../util/files.js'
 
 /** Sources from this size on are worth a saved index; smaller ones are read in less than a second. */
 export const WORTH_SAVING = 64 * 2 ** 20
 
-const MAGIC = 'ALGNIDX2'
+const MAGIC = 'ALGNIDX1'
 const ENDS = 64 * 1024
 const TYPES = { f64: Float64Array, u32: Uint32Array, i32: Int32Array } as const
 type Arrays = Record<string, Float64Array | Uint32Array | Int32Array>
@@ -38,9 +39,10 @@ export function stampOf(file: string): Stamp {
   try {
     fd = fs.openSync(file, 'r')
   } catch (e) {
-    throw mismatch('ERR_DATA', 'data', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+    throw mismatch('ERR_DATA', 'data', file, 'a readable file', unreadable(file, e), e)
   }
   try {
+    if (!fs.fstatSync(fd).isFile()) throw mismatch('ERR_DATA', 'data', file, 'a regular file', unreadable(file))
     const { size, mtimeNs } = fs.fstatSync(fd, { bigint: true })
     const hash = createHash('sha256')
     const b = Buffer.alloc(ENDS)

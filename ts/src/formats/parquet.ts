@@ -6,19 +6,22 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { AlignGPTError, mismatch } from '../util/errors.js'
+import { otherKind } from '../util/file-kind.js'
 import { readJsonFile, writeJsonFile } from '../util/json.js'
+import { IMAGE_KEYS } from './image-key.js'
 import { type SavedOptions, type Stamp, stampOf } from './index-cache.js'
+import { jsonValue, type Row, recordOfRow, TURN_COLUMNS } from './parquet-row.js'
 import { TarWriter } from './tar.js'
 
-const VERSION = 1
-const TURNS = ['conversations', 'caption', 'question']
-const COLUMNS = ['id', 'image', ...TURNS, 'answer', 'similarity', 'task']
+const VERSION = 2
 
 export interface Unpacked {
   /** JSON lines */
   records: string
-  /** tar with the embedded pictures; null when the `image` column has names only */
+  /** tar with the embedded pictures; null when there are names only */
   pictures: string | null
+  /** rows whose picture is not embedded but named */
+  named: number
 }
 
 interface Manifest {
@@ -26,9 +29,8 @@ interface Manifest {
   sources: { name: string; stamp: Stamp }[]
   rows: number
   pictures: number
+  named: number
 }
-
-type Row = Record<string, unknown>
 
 /** Rows of a Parquet file in order, a row group in memory at a time. @throws AlignGPTError ERR_DATA */
 async function* parquetRows(file: string): AsyncGenerator<Row> {
@@ -40,64 +42,62 @@ async function* parquetRows(file: string): AsyncGenerator<Row> {
     const source = await asyncBufferFromFile(file)
     const metadata = await parquetMetadataAsync(source)
     const names = parquetSchema(metadata).children.map((c) => c.element.name)
-    if (!TURNS.some((c) => names.includes(c)))
-      throw mismatch('ERR_DATA', 'parquet', file, `a column ${TURNS.join(' or ')}`, names.join(', ') || 'none')
-    const columns = COLUMNS.filter((c) => names.includes(c))
+    if (!TURN_COLUMNS.some((c) => names.includes(c)))
+      throw mismatch('ERR_DATA', 'parquet', file, `a column ${TURN_COLUMNS.join(' or ')}`, names.join(', ') || 'none')
     let rowStart = 0
     for (const group of metadata.row_groups) {
       const rowEnd = rowStart + Number(group.num_rows)
       // utf8: false leaves columns of bytes bytes; text has its own type.
-      const o = { file: source, metadata, compressors, columns, rowStart, rowEnd, utf8: false }
+      const o = { file: source, metadata, compressors, rowStart, rowEnd, utf8: false }
       yield* await parquetReadObjects(o)
       rowStart = rowEnd
     }
   } catch (e) {
     if (e instanceof AlignGPTError) throw e
-    throw mismatch('ERR_DATA', 'parquet', file, 'a Parquet file that can be read', (e as Error).message, e)
+    const expected = 'a Parquet file that can be read'
+    const broken = mismatch('ERR_DATA', 'parquet', file, expected, (e as Error).message, e)
+    throw otherKind('parquet', file, expected, ['Parquet'], broken) ?? broken
   }
 }
 
-/** Bytes and file name of an `image` cell: a name, bytes, or Hugging Face's {bytes, path}. */
-function imageOf(cell: unknown): { bytes: Uint8Array | null; name: string | null } {
-  if (cell instanceof Uint8Array) return { bytes: cell, name: null }
-  if (cell === null || typeof cell !== 'object') return { bytes: null, name: (cell ?? null) as string | null }
-  const { bytes, path: name } = cell as { bytes?: unknown; path?: unknown }
-  return { bytes: bytes instanceof Uint8Array ? bytes : null, name: typeof name === 'string' && name ? name : null }
-}
+const endOf = (name: string | null): string => /\.\w{1,5}$/.exec(name ?? '')?.[0] ?? ''
 
-/** 64-bit columns come as bigint. */
-const plain = (_: string, v: unknown): unknown => (typeof v === 'bigint' ? Number(v) : v)
-
-async function unpackInto(folder: string, files: string[]): Promise<{ rows: number; pictures: number }> {
+async function unpackInto(folder: string, files: string[]): Promise<Pick<Manifest, 'rows' | 'pictures' | 'named'>> {
   const [records, pictures] = ['records.jsonl', 'pictures.tar'].map((f) => fs.openSync(path.join(folder, f), 'w'))
   const tar = new TarWriter(pictures)
-  let [rows, embedded, text] = [0, 0, '']
+  const n = { rows: 0, pictures: 0, named: 0 }
+  let text = ''
   try {
-    for (const file of files)
-      for await (const { image, ...row } of parquetRows(file)) {
-        const { bytes, name } = imageOf(image)
-        const record: Row = { ...row }
-        if (record.similarity === null) delete record.similarity
-        if (bytes) {
-          const member = `${String(rows).padStart(9, '0')}${/\.\w{1,5}$/.exec(name ?? '')?.[0] ?? ''}`
-          tar.add(member, bytes)
-          record.image = member
-          embedded++
-        } else if (name !== null) record.image = name
-        rows++
-        text += `${JSON.stringify(record, plain)}\n`
+    for (const file of files) {
+      const first = n.rows
+      for await (const row of parquetRows(file)) {
+        let own = 0
+        const record = recordOfRow(
+          row,
+          ({ bytes, name }) => {
+            const member = `${String(n.rows).padStart(9, '0')}${own++ ? `-${own}` : ''}${endOf(name)}`
+            tar.add(member, bytes)
+            return member
+          },
+          `${file}: row ${n.rows - first}`,
+        )
+        n.pictures += own
+        if (own === 0 && IMAGE_KEYS.some((k) => record[k] !== undefined)) n.named++
+        n.rows++
+        text += `${JSON.stringify(record, jsonValue)}\n`
         if (text.length < 1 << 20) continue
         fs.writeFileSync(records, text)
         text = ''
       }
+    }
     fs.writeFileSync(records, text)
     tar.end()
   } finally {
     fs.closeSync(records)
     fs.closeSync(pictures)
   }
-  if (embedded === 0) fs.rmSync(path.join(folder, 'pictures.tar'))
-  return { rows, pictures: embedded }
+  if (n.pictures === 0) fs.rmSync(path.join(folder, 'pictures.tar'))
+  return n
 }
 
 /** Whether a folder holds what these sources were unpacked into: yes, or why not (null: there is none). */
@@ -115,8 +115,9 @@ function isUnpacked(folder: string, sources: Manifest['sources']): true | string
 
 /**
  * Unpacks Parquet files, in order, into one data file; does nothing when that has been done and the files are the same.
- * Columns: conversations (list of {from, value}), or caption, or question and answer; id, similarity, task, and image: a name,
- * bytes, or {bytes, path}.
+ * Columns are the keys of records: conversations (list of {from, value}) or messages, or caption, or question and answer; id,
+ * similarity, task, and image: a name, bytes, a structure with bytes, or a list of one. Pictures under another name are found by their
+ * bytes.
  * @param folder where to; default `<first file>.unpacked`
  * @throws AlignGPTError ERR_DATA: no Parquet, no such column, a folder that cannot be written
  */
@@ -148,5 +149,6 @@ export async function unpackParquet(
     }
   }
   const pictures = path.join(folder, 'pictures.tar')
-  return { records: path.join(folder, 'records.jsonl'), pictures: fs.existsSync(pictures) ? pictures : null }
+  const { named } = readJsonFile(path.join(folder, 'manifest.json'), 'ERR_DATA') as Manifest
+  return { records: path.join(folder, 'records.jsonl'), pictures: fs.existsSync(pictures) ? pictures : null, named }
 }

@@ -111,6 +111,10 @@ export const RUN_SETTINGS = {
     ...{ kind: text('dir'), of: 'data' },
     help: 'folder of the images, or shards/{00000..00009}.tar (default: those in the Parquet file)',
   },
+  followLinks: {
+    ...{ kind: switches, of: 'data', default: false },
+    help: 'links in the folder of the images may lead out of it',
+  },
   out: { kind: text('dir'), help: 'where the model, its log and checkpoints go' },
   model: { kind: text('dir'), of: 'model', help: 'AlignGPT folder to start from' },
   llm: {

@@ -5,10 +5,11 @@ import { type Command, Option } from 'commander'
 import type { CheckReport, ProblemKind } from '../../data/lint.js'
 import { MODEL_DEFAULTS } from '../../models/config/variants.js'
 import { STYLES, type Style } from '../../processing/conversation/styles.js'
-import { integer } from '../options.js'
+import { FOLLOW_LINKS, integer } from '../options.js'
 
 interface Options {
   images?: string
+  followLinks?: boolean
   model?: string
   style: Style
   patches: number
@@ -83,6 +84,7 @@ export function check(program: Command): void {
     .argument('<data>', 'LLaVA JSON, JSON lines or Parquet')
     .description('check data: records, turns, pictures, lengths; exit status 1 when there are errors')
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar; without it they are not read')
+    .option(...FOLLOW_LINKS)
     .option('--model <dir>', 'folder of a tokenizer: lengths are tokens then, and too long ones are found')
     .addOption(
       new Option(

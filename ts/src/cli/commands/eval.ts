@@ -6,10 +6,11 @@ import type { Dataset } from '../../data/dataset.js'
 import type { Answer, EvaluateOptions } from '../../evaluation/evaluate.js'
 import type { LeftOut, TooLong } from '../../evaluation/likelihood.js'
 import type { Asked, Asking, Kind, Question } from '../../evaluation/questions.js'
-import { integer, loadModel, type ModelOptions, modelOptions, positive } from '../options.js'
+import { FOLLOW_LINKS, integer, loadModel, type ModelOptions, modelOptions, positive } from '../options.js'
 
 interface Options extends ModelOptions {
   images?: string
+  followLinks?: boolean
   limit?: number
   batch: number
   maxNewTokens: number
@@ -95,7 +96,7 @@ async function run(file: string, o: Options): Promise<void> {
     import('../../evaluation/questions.js'),
     import('../../util/errors.js'),
   ])
-  const { records, pictures } = await openSources(file, { images: o.images })
+  const { records, pictures } = await openSources(file, { images: o.images, followLinks: o.followLinks })
   const limit = o.limit ?? Number.POSITIVE_INFINITY
   const asked = await readQuestions(records, limit)
   if (!Object.values(asked.questions).some((q) => q.length))
@@ -159,6 +160,7 @@ export function evaluation(program: Command): void {
     .description('loss and accuracy on a data file, and accuracy with another picture each (blind)')
     .argument('<data>', 'LLaVA JSON, JSON lines or Parquet, of {image, question, answer, options} too')
     .option('--images <dir>', 'folder of the pictures, or shards/{00000..00009}.tar')
+    .option(...FOLLOW_LINKS)
     .option('--limit <n>', 'only the first n records', positive)
     .option('--batch <n>', 'questions asked at once', positive, 16)
     .option('--max-new-tokens <n>', 'longest generated answer', positive, 32)

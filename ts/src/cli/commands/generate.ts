@@ -3,6 +3,7 @@ import fs from 'node:fs'
 import type { Command } from 'commander'
 import {
   alphaLine,
+  FOLLOW_LINKS,
   loadModel,
   type ModelOptions,
   modelOptions,
@@ -16,6 +17,7 @@ interface Options extends ModelOptions, SamplingOptions {
   prompt?: string
   image?: string
   images?: string
+  followLinks?: boolean
   out?: string
   batch: number
   showGate?: boolean
@@ -57,7 +59,7 @@ async function answerFile(file: string, o: Options): Promise<void> {
     import('../signals.js'),
   ])
   const { resolveImage } = await import('../../processing/image/source.js')
-  const find = (image: string): string => (o.images === undefined ? image : resolveImage(o.images, image))
+  const find = (image: string): string => (o.images === undefined ? image : resolveImage(o.images, image, o))
   const { model, mix } = await loadModel(o)
   const { maxNewTokens, temperature, topP, topK, seed, style } = o
   const out = o.out === undefined ? process.stdout.fd : fs.openSync(o.out, 'w')
@@ -113,6 +115,7 @@ export function generate(program: Command): void {
     .option('--prompt <text>', 'one question instead of a file; its answer is streamed')
     .option('--image <file>', 'its picture')
     .option('--images <dir>', 'folder that the pictures of a file lie in (default: names are paths)')
+    .option(...FOLLOW_LINKS)
     .option('--out <file>', 'JSON lines with text, finish and tokens beside each question (default: standard output)')
     .option('--batch <n>', 'questions answered at once', positive, 8)
     .option('--show-gate', 'with the weights of the alignment vectors (alpha)')

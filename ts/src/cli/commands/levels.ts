@@ -1,13 +1,14 @@
 /** Scores the pairs of a LLaVA JSON file with a CLIP and writes their alignment levels (`similarity`) into it. */
 import { type Command, Option } from 'commander'
 import type { Buckets } from '../../levels/bucket.js'
-import { integer } from '../options.js'
+import { FOLLOW_LINKS, integer } from '../options.js'
 
 // Pairs of each level on the page.
 const EXAMPLES = 8
 
 interface Options {
   images?: string
+  followLinks?: boolean
   clip: string
   levels: number
   buckets: Buckets
@@ -25,10 +26,10 @@ async function run(file: string, o: Options): Promise<void> {
     import('../../levels/clip-scores.js'),
     import('../signals.js'),
   ])
-  const { images, clip, report, ...options } = o
+  const { images, followLinks, clip, report, ...options } = o
   const examples = report === undefined ? 0 : EXAMPLES
   const bar = process.stderr.isTTY
-  const data = await loadDataset(file, { images })
+  const data = await loadDataset(file, { images, followLinks })
   const onProgress = (done: number, total: number): unknown =>
     bar && process.stderr.write(`\r${done}/${total} pairs scored `)
   const result = await hearing('finishing the batch; its scores are kept', (signals) =>
@@ -67,6 +68,7 @@ export function levels(program: Command): void {
       '--images <dir>',
       'folder of the pictures, or shards/{00000..00009}.tar (default: those in the Parquet file)',
     )
+    .option(...FOLLOW_LINKS)
     .requiredOption('--clip <dir>', 'CLIP in Hugging Face layout')
     .option('--levels <n>', 'number of levels', integer, 8)
     .addOption(

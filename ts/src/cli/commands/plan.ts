@@ -109,7 +109,7 @@ async function runLength(job: TrainJob, measure: boolean): Promise<RunLength> {
   const { loadDataset } = await import('../../data/dataset.js')
   const { phase } = job
   const options = withDefaults(phase, job.options)
-  const data = await loadDataset(job.data.file, { images: job.data.images })
+  const data = await loadDataset(job.data.file, job.data)
   const records = Math.round(data.length * (1 - (options.evalShare ?? 0)))
   const batch = Math.min(options.batch, records)
   const steps = options.steps ?? Math.ceil(records / batch) * options.epochs

@@ -79,6 +79,10 @@ const OTHERS: [string, string, number?][] = [
   ['PAM', 'P7\n'],
   ['MNG', '\x8aMNG'],
   ['JNG', '\x8bJNG'],
+  ['AVI video', 'AVI ', 8],
+  ['WAVE sound', 'WAVE', 8],
+  ['MPEG video', '\0\0\x01\xba'],
+  ['Ogg', 'OggS'],
 ]
 
 const HEVC = /hei[csxm]|hev[cx]/

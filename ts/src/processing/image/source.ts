@@ -177,7 +177,7 @@ async function readShard(file: string, o: SavedOptions): Promise<{ [key: string]
       sizes: sizes.values.slice(),
     }
   }
-  const read = (): Promise<unknown> => savedArrays(file, 'tar', { onNotice: o.onNotice }, compute)
+  const read = (): Promise<unknown> => savedArrays(file, 'tar, version 2', { onNotice: o.onNotice }, compute)
   try {
     return (await read()) as { [key: string]: Float64Array }
   } catch (e) {
