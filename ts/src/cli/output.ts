@@ -34,6 +34,8 @@ export function complain(e: unknown): void {
   const { code, message = e, stack } = (e ?? {}) as { code?: unknown; message?: unknown; stack?: string }
   const text = String(message).replaceAll(/\s*\n\s*/g, ' ')
   const known = e instanceof Error && typeof code === 'string'
-  console.error(known ? `${code} ${text}` : `ERR_INTERNAL ${text} (a mistake of aligngpt; ALIGNGPT_STACK=1 shows where)`)
+  console.error(
+    known ? `${code} ${text}` : `ERR_INTERNAL ${text} (a mistake of aligngpt; ALIGNGPT_STACK=1 shows where)`,
+  )
   if (!known && process.env.ALIGNGPT_STACK === '1') console.error(stack)
 }

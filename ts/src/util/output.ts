@@ -12,7 +12,10 @@ export const lostBecause = ({ code, message }: NodeJS.ErrnoException): string =>
  * Errors of a stream no longer end the process; the first is told.
  * @returns ends it, once the errors of what was written until then have come
  */
-export function bearErrors(stream: NodeJS.WriteStream, tell: (e: NodeJS.ErrnoException) => void = () => {}): () => void {
+export function bearErrors(
+  stream: NodeJS.WriteStream,
+  tell: (e: NodeJS.ErrnoException) => void = () => {},
+): () => void {
   let told = false
   const hear = (e: NodeJS.ErrnoException): void => {
     if (!told) tell(e)
