@@ -287,7 +287,7 @@ describe('checkpoints', () => {
     put({ a: '../x.safetensors' })
     await refuses(() => openCheckpoint(folder), 'ERR_FORMAT', /in the same folder/)
     put({ a: 's1.safetensors' })
-    await refuses(() => openCheckpoint(folder), 'ERR_FORMAT', /s1.safetensors.*ENOENT/)
+    await refuses(() => openCheckpoint(folder), 'ERR_FORMAT', /its 1 files, got none called s1.safetensors/)
     writeSafetensors(path.join(folder, 's1.safetensors'), [
       { name: 'b', dtype: 'U8', shape: [], data: new Uint8Array(1) },
     ])

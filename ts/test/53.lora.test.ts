@@ -42,7 +42,7 @@ test('fresh adapters change nothing; A starts as PEFT starts it', async () => {
   const model = await load()
   const batch = makeBatch(model, [9, 14])
   const before = states(model, batch)
-  addLora(model, { rank: 4 }, 3)
+  addLora(model, { rank: 4, targets: ['ALL_linear'] }, 3)
   expect(states(model, batch)).toEqual(before)
   const of = parameters(model)
   const names = [...of.keys()].filter(isAdapter)
@@ -201,7 +201,7 @@ test('what does not fit is named, and nothing is left behind', async () => {
   const config = JSON.parse(fs.readFileSync(file, 'utf8'))
   for (const [key, value] of Object.entries({
     use_dora: true,
-    rank_pattern: { x: 4 },
+    layer_replication: [[0, 2]],
     bias: 'all',
     peft_type: 'IA3',
   })) {

@@ -373,7 +373,7 @@ test('everything that does not fit is named before anything is written, and noth
           foreign((n) => `x.${n}`, llavaConfig),
           { clip },
         ),
-      /'x\.[\w.]+': expected a known name/,
+      /'x\.[\w.]+': expected a tensor of such a model/,
     ],
     [
       'two names for one',

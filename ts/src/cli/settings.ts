@@ -2,7 +2,6 @@
  * Where the settings of a run (train/run-settings.ts) come from on the command line: flags, --set, a config file, a preset. What is
  * given in several places counts in this order; the library knows the defaults of the rest.
  */
-import fs from 'node:fs'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import {
   defaultOf,
@@ -17,6 +16,8 @@ import {
   type Values,
 } from '../train/run-settings.js'
 import { mismatch, show } from '../util/errors.js'
+import { foundIn } from '../util/file-kind.js'
+import { readText } from '../util/json.js'
 import { hint } from './words.js'
 
 /** saveEvery -> --save-every, lora.rank -> --lora-rank */
@@ -130,17 +131,36 @@ function said(where: string, content: Values, phase?: PhaseName): Said {
   return { phase: own as PhaseName | undefined, preset: preset as Preset | undefined, values }
 }
 
-/** What a file says; of this phase, if it names one. */
+/** JSON's text with spaces in place of its comments; YAML, as which it is parsed, has others, and takes commas at an end. */
+const withoutComments = (text: string): string =>
+  text.replace(/"(?:[^"\\]|\\.)*"|\/\/.*|\/\*[\s\S]*?\*\//g, (part) =>
+    part.startsWith('"') ? part : part.replace(/[^\r\n]/g, ' '),
+  )
+
+/** What a file says; of this phase, if it names one. JSON may have comments. */
 export async function readConfig(file: string, phase?: PhaseName): Promise<Said> {
-  const { parse } = await import('yaml')
+  const { parseDocument } = await import('yaml')
+  const text = readText(file, 'ERR_CONFIG', 'config', 'YAML or JSON')
+  const isJson = /^\s*(\/\/|\/\*|\{)/.test(text)
   let content: unknown
   try {
-    content = parse(fs.readFileSync(file, 'utf8')) ?? {}
+    const document = parseDocument(isJson ? withoutComments(text) : text)
+    const [problem] = [...document.errors, ...document.warnings]
+    if (problem) throw problem
+    content = document.toJS() ?? {}
   } catch (e) {
-    throw mismatch('ERR_CONFIG', 'config', file, 'readable YAML or JSON', (e as Error).message.split('\n')[0])
+    const [problem] = (e as Error).message.split('\n')
+    throw mismatch('ERR_CONFIG', 'config', file, 'readable YAML or JSON', problem.replace(/:$/, ''), e)
   }
-  if (!isSection(content)) throw mismatch('ERR_CONFIG', 'config', file, 'keys and values', show(content))
+  if (!isSection(content))
+    throw mismatch('ERR_CONFIG', 'config', file, 'keys and values', othersName(file) ?? show(content))
   return said(file, content, phase)
+}
+
+/** What a text that YAML takes for one value is, where that can be told. */
+const othersName = (file: string): string | null => {
+  const found = foundIn(file)
+  return found === 'other text' || found === 'JSON' ? null : found
 }
 
 async function readSet(list: readonly string[], phase: PhaseName): Promise<Said> {

@@ -1,6 +1,6 @@
 /** Checkpoints of other layouts (models/names.ts) into AlignGPT folders. */
 
-import { Tokenizer } from '../processing/tokenizer.js'
+import { loadTokenizer } from '../models/load.js'
 import { type Converted, prepareFolder, ready, summary, writeOwn } from './folder.js'
 import type { ConvertOptions } from './tensors.js'
 
@@ -13,7 +13,7 @@ import type { ConvertOptions } from './tensors.js'
  */
 export async function importModel(from: string, to: string, o: ConvertOptions = {}): Promise<Converted> {
   const model = ready(from, o)
-  Tokenizer.load(model.llm) // a folder that cannot be used is not worth gigabytes
+  loadTokenizer(model.llm, model.config.llm.vocab_size) // a folder that cannot be used is not worth gigabytes
   prepareFolder(to)
   writeOwn(model, to)
   return summary(model, to, [])

@@ -18,6 +18,8 @@ import { type Alignment, MODEL_DEFAULTS } from '../models/config/variants.js'
 import { type Format, TABLE, VISION } from '../models/names.js'
 import { openNamed } from '../models/parameter-sources.js'
 import { projectorTypeOf } from '../models/projector.js'
+import { isConstant, refuseUnread, TEXT_TOWER } from '../models/unread.js'
+import { preprocessorJson } from '../processing/preprocessor-config.js'
 import { mismatch, show } from '../util/errors.js'
 import { settingsOf } from './foreign-config.js'
 
@@ -46,21 +48,13 @@ export const PROJECTOR_FILES = ['mm_projector_align', 'mm_projector'].flatMap((n
 export const fail = (code: string, what: string, expected: string, got: string): Error =>
   mismatch(code, 'convert', what, expected, got)
 
-/** Weights of a CLIP folder's vision tower under our names. */
+const CLIP_TOWER = 'vision_model.'
+/** Weights of a CLIP folder's vision tower under our names. @throws ERR_WEIGHTS: a tensor that no CLIP has */
 function towerWeights(dir: string): [string, TensorEntry][] {
-  const entries = [...openCheckpoint(dir)].filter(([name]) => /^vision_model\.(?!.*position_ids$)/.test(name))
-  return entries.map(([name, e]) => [VISION + name.slice('vision_model.'.length), e])
-}
-
-/** preprocessor_config.json of the first folder that has one, or what newer versions of transformers write in its place. */
-function preprocessorOf(dirs: readonly string[]): RawConfig | null {
-  for (const dir of dirs) {
-    const [own, whole] = ['preprocessor_config.json', 'processor_config.json'].map((f) => path.join(dir, f))
-    if (fs.existsSync(own)) return readJsonObject(own)
-    const inner = fs.existsSync(whole) ? readJsonObject(whole).image_processor : undefined
-    if (typeof inner === 'object' && inner !== null) return inner as RawConfig
-  }
-  return null
+  const entries = openCheckpoint(dir)
+  refuseUnread(entries, (name) => name.startsWith(CLIP_TOWER), TEXT_TOWER)
+  const own = [...entries].filter(([name]) => name.startsWith(CLIP_TOWER) && !isConstant(name))
+  return own.map(([name, e]) => [VISION + name.slice(CLIP_TOWER.length), e])
 }
 
 export const projectorFileIn = (dir: string): string | undefined =>
@@ -91,7 +85,7 @@ export function openModel(from: string, o: Towers): Stored {
     for (const [name, e] of towerWeights(clipDir)) weights.set(name, e)
   }
   const clip = own ? parseClipConfig(own, file) : readClipConfig(clipDir as string)
-  return { format, config, clip, preprocessor: preprocessorOf([clipDir ?? from]), llm: from, weights }
+  return { format, config, clip, preprocessor: preprocessorJson(clipDir ?? from)?.raw ?? null, llm: from, weights }
 }
 
 /** A file of a pre-training, put onto the language model and the CLIP that it was trained between. */
@@ -116,7 +110,7 @@ function openProjector(file: string, { llm, clip: clipDir }: Towers): Stored {
   }
   for (const [name, e] of [...openNamed(llm), ...towerWeights(clipDir)]) if (!weights.has(name)) weights.set(name, e)
   const config = parseAlignGPTConfig(alignGPTConfigJson(llama, fields), settings)
-  return { format: 'projector', config, clip, preprocessor: preprocessorOf([clipDir]), llm, weights }
+  return { format: 'projector', config, clip, preprocessor: preprocessorJson(clipDir)?.raw ?? null, llm, weights }
 }
 
 /** How many levels there are or shall be, and what that makes of a model without alignment vectors. */

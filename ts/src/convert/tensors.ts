@@ -12,6 +12,7 @@ import type { Alignment } from '../models/config/variants.js'
 import { EMBED_TOKENS, TABLE } from '../models/names.js'
 import { checkEntry, readTensor } from '../models/parameter-sources.js'
 import { openAdapter } from '../models/peft.js'
+import { refuseUnread } from '../models/unread.js'
 import { merged } from '../nn/lora.js'
 import { initialize } from '../nn/module.js'
 import { show } from '../util/errors.js'
@@ -51,8 +52,7 @@ const computing = (dtype: StoredDtype): Dtype => (dtype === 'BF16' ? 'bf16' : dt
 /** Every tensor of the model with where it comes from; all names and shapes are checked here, before anything is written. */
 export function items(s: Stored, o: ConvertOptions, levels: number, alignment: Alignment): Item[] {
   const expected = AlignGPTNetwork.parameters({ config: s.config, clip: s.clip, levels }, (name) => s.weights.has(name))
-  for (const [name, e] of s.weights)
-    if (!expected.has(name)) throw fail('ERR_WEIGHTS', `${e.path}: '${e.name}'`, 'a tensor of such a model', 'this')
+  refuseUnread(s.weights, (name) => expected.has(name))
   const usual = s.weights.get(EMBED_TOKENS)?.dtype ?? 'F32'
   const all: Item[] = []
   for (const [name, { shape, init }] of expected) {
@@ -76,7 +76,7 @@ const mayBeDrawn = (s: Stored, name: string, o: ConvertOptions): boolean =>
 
 /** The tensors with an adapter merged into those that it is for, and with the projector and gate that were trained with it. */
 function withAdapter(all: readonly Item[], dir: string): Item[] {
-  const { file, rank, alpha, modules, rest } = openAdapter(dir)
+  const { file, modules, rest } = openAdapter(dir)
   const names = new Set(all.map(({ name }) => name))
   for (const [module] of modules)
     if (!names.has(`${module}.weight`))
@@ -92,13 +92,12 @@ function withAdapter(all: readonly Item[], dir: string): Item[] {
     }
     const pair = modules.get(item.name.replace(/\.weight$/, ''))
     if (!pair) return item
-    const { A, B } = pair
-    if (!A || !B) throw fail('ERR_WEIGHTS', `${file}: adapter of ${item.name}`, 'lora_A and lora_B', 'one of them')
+    const { A, B, rank, scaling } = pair
     checkEntry(A, [rank, item.shape[1]])
     checkEntry(B, [item.shape[0], rank])
     const value = (d: Dtype): Tensor =>
       using([item.value(d), readTensor(A, A.shape, { dtype: 'f32' }), readTensor(B, B.shape, { dtype: 'f32' })], (ts) =>
-        merged(ts[0], ts[1], ts[2], alpha / rank),
+        merged(ts[0], ts[1], ts[2], scaling),
       )
     return { ...item, value, copy: undefined }
   })

@@ -173,7 +173,7 @@ export class Dataset {
     for (let i = 0; i < this.length; i++) {
       if (i % AT_ONCE === AT_ONCE - 1) await turn()
       const found = this.#diagnose(i)
-      const fault = found.fault ?? unmet(found.raw, found.record, needs)
+      const fault = found.fault ?? unmet(found.record, needs, found.raw)
       if (!fault) good.push(i)
       else {
         const id = found.fault ? found.id : found.record.id

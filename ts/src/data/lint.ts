@@ -163,7 +163,7 @@ class Checker {
     this.#duplicates(record, index, 'id' in (raw as object), note)
     if (record.image !== null) this.#picture(record.image, index, byte, bytes.length)
     this.#turns(record, note)
-    const fault = unmet(raw, record, this.#needs)
+    const fault = unmet(record, this.#needs, raw)
     // As long as no record has one, the levels are still to be written.
     if (fault?.kind === 'no-level') this.#withoutLevel.push({ index, id: record.id, byte })
     else if (fault) note(fault.kind, fault.reason)

@@ -55,8 +55,15 @@ export function diagnose(bytes: Uint8Array, file: string, byte: number, index: n
   return { id: typeof id === 'string' || typeof id === 'number' ? String(id) : null, fault: faultOf(read.problem) }
 }
 
-/** What keeps a record from runs with these needs, null when nothing does. */
-export function unmet(raw: unknown, record: DataRecord, { style, levels, levelled }: RecordNeeds): Fault | null {
+/**
+ * What keeps a record from runs with these needs, null when nothing does.
+ * @param raw as it was parsed: its level may be none
+ */
+export function unmet(
+  record: DataRecord,
+  { style, levels, levelled }: RecordNeeds,
+  raw: unknown = record,
+): Fault | null {
   try {
     const learned = render(record, { style }).some((p) => 'loss' in p && p.loss && p.text !== '')
     if (!learned) return { kind: 'no-answer', reason: 'conversations: expected an answer to learn, got none' }

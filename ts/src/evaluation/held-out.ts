@@ -18,7 +18,7 @@ import type { Style } from '../processing/conversation/styles.js'
 import { readImage } from '../processing/image/source.js'
 import { thumbnail } from '../processing/image/thumbnail.js'
 import { buildSample } from '../processing/sample.js'
-import { mismatch } from '../util/errors.js'
+import { AlignGPTError, mismatch } from '../util/errors.js'
 import { digestFile } from '../util/files.js'
 import { writeJsonFile } from '../util/json.js'
 import { sampleLosses } from './likelihood.js'
@@ -229,13 +229,21 @@ export class HeldOut {
     const answers = losses && (await this.#answers())
     if (!losses || !answers) return null
     const { loss } = losses
-    if (loss === null)
-      throw mismatch('ERR_DATA', 'train', `${this.#data.file}: held-out records`, 'one that can be used', 'none')
     this.#evaluated = done
+    if (loss === null) return this.#nothing()
     const step = done - 1
     const best = loss < (this.#best?.loss ?? Number.POSITIVE_INFINITY) && this.#o.keep(step)
     if (best) this.#best = { step, loss }
     return { step, steps, ...losses, loss, best, answers, seconds: (performance.now() - from) / 1000 }
+  }
+
+  /** No evaluation, because no held-out record can be used: no reason to lose a run. */
+  #nothing(): null {
+    const { bad, skipped } = this.#dropped.state
+    const [first] = [...bad, ...skipped]
+    const why = first ? `, the first because of ${first.reason}` : ''
+    this.#o.onMessage(`[train] ${this.#data.file}: none of the held-out records can be used${why}; training goes on`)
+    return null
   }
 
   async close(): Promise<void> {
@@ -294,7 +302,10 @@ export class HeldOut {
     this.#shown ??= await this.#choose()
     const answers: EvaluationInfo['answers'] = []
     try {
-      for (const { record } of this.#shown) answers.push({ id: record.id, text: await this.#answer(record) })
+      for (const { record } of this.#shown) {
+        const text = await this.#answer(record)
+        if (text !== null) answers.push({ id: record.id, text })
+      }
       return answers
     } catch (e) {
       if (this.#o.signal?.aborted) return null
@@ -302,10 +313,17 @@ export class HeldOut {
     }
   }
 
-  async #answer(record: DataRecord): Promise<string> {
+  /** null where its picture has gone since it was chosen */
+  async #answer(record: DataRecord): Promise<string | null> {
     const [model, o] = [this.#model, this.#o]
     const [system] = record.conversations
-    const image = record.image === null ? undefined : readImage(this.#data.picture(record.image))
+    let image: Buffer | undefined
+    try {
+      if (record.image !== null) image = readImage(this.#data.picture(record.image))
+    } catch (e) {
+      if (e instanceof AlignGPTError && e.code === 'ERR_IMAGE') return null
+      throw e
+    }
     const level = o.mix.mode === 'level' ? (o.mix.level ?? record.similarity ?? undefined) : undefined
     const [{ text }] = await generateBatch(model, [{ prompt: firstTurns(record).question, image }], {
       style: o.style,

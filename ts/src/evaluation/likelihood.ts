@@ -2,6 +2,8 @@
 import { setImmediate as turn } from 'node:timers/promises'
 import { noGrad, scope } from '../core/tensor.js'
 import type { Dataset } from '../data/dataset.js'
+import { type RecordNeeds, sayBad, unmet } from '../data/record-check.js'
+import type { DataRecord } from '../formats/record-file.js'
 import { loadPixels, packWithPixels } from '../inference/request.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
@@ -9,6 +11,7 @@ import type { PackedBatch } from '../models/packed-batch.js'
 import type { Style } from '../processing/conversation/styles.js'
 import { readImage } from '../processing/image/source.js'
 import { buildSample, type Sample } from '../processing/sample.js'
+import { AlignGPTError } from '../util/errors.js'
 
 /** What the model makes of one sample. */
 export interface SampleLoss {
@@ -46,21 +49,12 @@ export interface LeftOut {
   reason: string
 }
 
-/** What is too long for the model, treated as training does. */
+/** What is too long for the model, treated as training does; and what could not be used at all. */
 export interface TooLong {
   /** ids of those whose end was cut */
   cut: string[]
-  /** of which nothing usable fits */
+  /** bad records, those of which nothing usable fits, and those whose picture cannot be read */
   leftOut: LeftOut[]
-}
-
-/** Sorts out what is too long. @returns the samples that can be used */
-function usable(samples: readonly Sample[], { cut, leftOut }: TooLong): Sample[] {
-  for (const { id, skip, length, fullLength } of samples) {
-    if (skip) leftOut.push({ id, reason: skip })
-    else if (length < fullLength) cut.push(id)
-  }
-  return samples.filter((s) => !s.skip)
 }
 
 export interface LossOptions {
@@ -83,36 +77,69 @@ export interface DatasetLoss extends TooLong {
   records: number
 }
 
+/** A sample with the pixels of its picture. */
+interface Looked {
+  sample: Sample
+  pixels: Float32Array | null
+}
+
+/** The sample of a record with its picture, or why it is left out. */
+async function look(
+  model: AlignGPTNetwork,
+  data: Pick<Dataset, 'picture'>,
+  record: DataRecord,
+  needs: RecordNeeds,
+): Promise<Looked | LeftOut> {
+  const { id, image } = record
+  const fault = unmet(record, needs)
+  if (fault) return { id, reason: fault.reason }
+  const { patches, tokenizer, config } = model
+  const options = { style: needs.style, patches, maxLength: config.tokenizer_model_max_length }
+  const sample = buildSample(record, tokenizer, options)
+  if (sample.skip) return { id, reason: sample.skip }
+  try {
+    const pixels = image === null ? null : await loadPixels(model, readImage(data.picture(image)))
+    return { sample, pixels }
+  } catch (e) {
+    if (!(e instanceof AlignGPTError) || e.code !== 'ERR_IMAGE') throw e
+    return { id, reason: e.message }
+  }
+}
+
 /**
  * Mean next-token loss over the labelled tokens of a dataset, in the format of instruction tuning. Records that are too long are
  * treated as in training: their end is cut at `tokenizer_model_max_length`, and those whose picture or answers do not fit are left out.
+ * So are bad records and pictures that cannot be read: `leftOut` says which and why.
  */
 export async function evaluateLoss(
   model: AlignGPTNetwork,
-  data: Pick<Dataset, 'length' | 'record' | 'picture'>,
+  data: Pick<Dataset, 'length' | 'record' | 'picture'> & Partial<Pick<Dataset, 'bad'>>,
   o: LossOptions = {},
 ): Promise<DatasetLoss> {
-  const found: DatasetLoss = { loss: Number.NaN, tokens: 0, records: 0, cut: [], leftOut: [] }
+  const leftOut = (data.bad ?? []).map((b) => ({ id: b.id ?? `${b.index}`, reason: sayBad(b) }))
+  const found: DatasetLoss = { loss: Number.NaN, tokens: 0, records: 0, cut: [], leftOut }
   const { batch: size = 16, style = model.conversation, mix = model.mix } = o
-  const options = { style, patches: model.patches, maxLength: model.config.tokenizer_model_max_length }
-  const load = (name: string | null): Promise<Float32Array | null> =>
-    name === null ? Promise.resolve(null) : loadPixels(model, readImage(data.picture(name)))
+  const levelled = mix.mode === 'level' && mix.level === undefined
+  const needs = { style, levelled, levels: model.levels }
   let sum = 0
   for (let at = 0; at < data.length && !o.stop?.(); at += size) {
     const records = Array.from({ length: Math.min(size, data.length - at) }, (_, i) => data.record(at + i))
-    const samples = usable(
-      records.map((r) => buildSample(r, model.tokenizer, options)),
-      found,
-    )
-    if (samples.length) {
-      const pixels = await Promise.all(samples.map((s) => load(s.image)))
+    const looked: Looked[] = []
+    for (const one of await Promise.all(records.map((r) => look(model, data, r, needs)))) {
+      if ('reason' in one) leftOut.push(one)
+      else looked.push(one)
+    }
+    const samples = looked.map((l) => l.sample)
+    found.cut.push(...samples.filter((s) => s.length < s.fullLength).map((s) => s.id))
+    if (looked.length) {
+      const pixels = looked.map((l) => l.pixels)
       const packed = packWithPixels(model, samples, pixels, mix, model.config.mm_gate_text)
       for (const { nll, tokens } of sampleLosses(model, packed, mix)) {
         sum += nll
         found.tokens += tokens
       }
     }
-    found.records += samples.length
+    found.records += looked.length
     await turn()
   }
   return { ...found, loss: found.tokens ? sum / found.tokens : Number.NaN }

@@ -10,7 +10,7 @@ import { writeAll, writeAtomic } from '../util/files.js'
 /** Sources from this size on are worth a saved index; smaller ones are read in less than a second. */
 export const WORTH_SAVING = 64 * 2 ** 20
 
-const MAGIC = 'ALGNIDX1'
+const MAGIC = 'ALGNIDX2'
 const ENDS = 64 * 1024
 const TYPES = { f64: Float64Array, u32: Uint32Array, i32: Int32Array } as const
 type Arrays = Record<string, Float64Array | Uint32Array | Int32Array>

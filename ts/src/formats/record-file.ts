@@ -4,6 +4,7 @@
  */
 import fs from 'node:fs'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
+import { kindOfBytes, kindText, markedKind, unreadable } from '../util/file-kind.js'
 import { decodeUtf8, isDeep, parseJson, quoteLargeIntegers } from '../util/json.js'
 import { imageOf, type RecordProblem } from './image-key.js'
 
@@ -128,6 +129,14 @@ class Splitter {
   }
 }
 
+/** Refuses a file whose first bytes are no JSON, by its kind. @throws AlignGPTError ERR_DATA */
+function refuseOther(head: Buffer, file: string): void {
+  const kind =
+    markedKind(head) ??
+    (/^(\xef\xbb\xbf)?\s*([[{]|$)/.test(head.toString('latin1', 0, 1024)) ? null : kindOfBytes(head))
+  if (kind) throw mismatch('ERR_DATA', 'data', `${file} at byte 0`, 'JSON, JSON lines or Parquet', kindText(kind))
+}
+
 /**
  * Reads a data file in pieces and calls `emit` with the bytes of every record in turn.
  * @throws AlignGPTError ERR_DATA with file, byte offset and what was expected
@@ -137,9 +146,11 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
   try {
     handle = await fs.promises.open(file, 'r')
   } catch (e) {
-    throw mismatch('ERR_DATA', 'data', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
+    throw mismatch('ERR_DATA', 'data', file, 'a readable file', unreadable(file, e), e)
   }
   try {
+    // Records are read again by their place later.
+    if (!(await handle.stat()).isFile()) throw mismatch('ERR_DATA', 'data', file, 'a regular file', unreadable(file))
     const splitter = new Splitter(file, emit)
     // One buffer for the whole file; it grows to the longest record and half as much again.
     let buffer = Buffer.allocUnsafe(2 * CHUNK)
@@ -147,6 +158,7 @@ export async function splitRecords(file: string, emit: (record: Buffer, offset: 
     for (let first = true; ; first = false) {
       const { bytesRead } = await handle.read(buffer, rest, buffer.length - rest, base + rest)
       if (bytesRead === 0) break
+      if (first) refuseOther(buffer.subarray(0, bytesRead), file)
       if (first && bytesRead >= 3 && buffer.readUIntBE(0, 3) === 0xefbbbf) {
         buffer.copyWithin(0, 3, bytesRead)
         base = 3

@@ -4,6 +4,7 @@
  */
 import fs from 'node:fs'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
+import { namingOthers } from '../util/file-kind.js'
 import { readRange, withFile, writeAll, writeAtomic } from '../util/files.js'
 import { scanJson } from '../util/json.js'
 
@@ -109,6 +110,10 @@ function parseHeader(file: string, text: string): { tensors: [string, unknown][]
  * @throws AlignGPTError ERR_FORMAT | ERR_DTYPE | ERR_SHAPE
  */
 export function openSafetensors(file: string): { entries: Map<string, TensorEntry>; metadata: Record<string, string> } {
+  return namingOthers('safetensors', file, 'a safetensors file', ['safetensors'], () => readHeader(file))
+}
+
+function readHeader(file: string): ReturnType<typeof openSafetensors> {
   return withFile(file, (fd, size) => {
     if (size < 8) throw mismatch('ERR_FORMAT', 'safetensors', file, 'at least 8 bytes', `${size}`)
     const length = readRange(fd, 0, 8, file).readBigUInt64LE()

@@ -3,18 +3,43 @@
  * ever written to a path that it names. Format: POSIX.1-2001 pax, "ustar Interchange Format".
  */
 import fs from 'node:fs'
+import path from 'node:path'
 import { type AlignGPTError, mismatch } from '../util/errors.js'
 
 const BLOCK = 512
 // A name or a pax header longer than this is not one.
 const MAX_EXTENSION = 1 << 20
 
-/** A regular file in a tar. */
-export interface TarMember {
+/** What a tar holds under a name. */
+export interface TarEntry {
+  /** normal: see memberName */
   name: string
   /** first byte of its content in the tar */
   offset: number
   bytes: number
+  /** first byte of its headers */
+  start: number
+  /** name of the member that a link leads to; null: it leads out of the tar */
+  link?: string | null
+  /** what it is when it is neither a regular file nor a link */
+  other?: string
+}
+
+/** A regular file in a tar. */
+export type TarMember = Pick<TarEntry, 'name' | 'offset' | 'bytes'>
+
+/** A name as tar would unpack it: without `.`, doubled and leading slashes, `a/..` inside taken away. */
+export const memberName = (name: string): string => path.posix.normalize(name).replace(/^\/+|(?<=.)\/$/g, '')
+
+/** Types of a header that are not files or links. */
+const OTHERS: Record<string, string> = {
+  3: 'a device',
+  4: 'a device',
+  5: 'a folder',
+  6: 'a pipe',
+  D: 'a folder',
+  S: 'a sparse file',
+  M: 'a file that goes on in another tar',
 }
 
 const bad = (file: string, at: number, expected: string, got: string): AlignGPTError =>
@@ -56,9 +81,17 @@ function checksumFits(b: Buffer): boolean {
   return sum === number(b, 148, 8)
 }
 
-/** Records `length key=value\n` of a pax header; only path and size matter here. */
-function paxValues(b: Buffer): { path?: string; size?: string } {
-  const out: { path?: string; size?: string } = {}
+/** What extended headers say about the next member. */
+interface Extra {
+  path?: string
+  size?: string
+  linkpath?: string
+  sparse?: true
+}
+
+/** Records `length key=value\n` of a pax header. */
+function paxValues(b: Buffer): Extra {
+  const out: Extra = {}
   for (let at = 0; at < b.length; ) {
     const space = b.indexOf(32, at)
     const length = space < 0 ? Number.NaN : Number(b.toString('latin1', at, space))
@@ -66,34 +99,68 @@ function paxValues(b: Buffer): { path?: string; size?: string } {
     const record = b.toString('utf8', space + 1, at + length - 1)
     const equals = record.indexOf('=')
     const key = record.slice(0, equals)
-    if (key === 'path' || key === 'size') out[key] = record.slice(equals + 1)
+    if (key === 'path' || key === 'size' || key === 'linkpath') out[key] = record.slice(equals + 1)
+    if (key.startsWith('GNU.sparse.')) out.sparse = true
     at += length
   }
   return out
 }
 
-/** A header block as name, size and type. */
-function parseHeader(b: Buffer, file: string, at: number): { name: string; bytes: number; type: string } {
+interface Header {
+  name: string
+  bytes: number
+  type: string
+  link: string
+}
+
+/** A header block as name, size, type and what a link leads to. */
+function parseHeader(b: Buffer, file: string, at: number): Header {
   if (!checksumFits(b)) throw bad(file, at, 'the header of an uncompressed tar', 'a wrong checksum')
   const bytes = number(b, 124, 12)
   if (!Number.isSafeInteger(bytes)) throw bad(file, at, 'the size of a member', 'no number')
   // Only ustar has a prefix; old GNU tars keep other things there.
   const prefix = b.toString('latin1', 257, 263) === 'ustar\0' ? text(b, 345, 155) : ''
   const name = text(b, 0, 100)
-  return { name: prefix ? `${prefix}/${name}` : name, bytes, type: String.fromCharCode(b[156]) }
+  return {
+    name: prefix ? `${prefix}/${name}` : name,
+    bytes,
+    type: String.fromCharCode(b[156]),
+    link: text(b, 157, 100),
+  }
+}
+
+/** Where a link leads: a symbolic one from its own folder, a hard one from the top. */
+function linkTarget(name: string, target: string, symbolic: boolean): string | null {
+  if (symbolic && target.startsWith('/')) return null
+  const full = memberName(symbolic ? path.posix.join(path.posix.dirname(name), target) : target)
+  return full === '..' || full.startsWith('../') ? null : full
+}
+
+/** The entry of a header and what extended headers before it said. */
+function entryOf(h: Header, extra: Extra, at: Pick<TarEntry, 'offset' | 'bytes' | 'start'>): TarEntry {
+  const own = extra.path ?? h.name
+  const entry: TarEntry = { name: memberName(own), ...at }
+  const file = h.type === '0' || h.type === '\0' || h.type === '7'
+  if (h.type === '1' || h.type === '2') entry.link = linkTarget(entry.name, extra.linkpath ?? h.link, h.type === '2')
+  else if (extra.sparse) entry.other = OTHERS.S
+  else if (file && own.endsWith('/')) entry.other = OTHERS[5]
+  else if (!file) entry.other = OTHERS[h.type] ?? 'a member of an unknown type'
+  return entry
 }
 
 /**
- * Every regular file of a tar, in order, without reading its content.
+ * Everything in a tar, in order, without reading its content.
+ * @param from first byte of the headers of an entry
  * @throws AlignGPTError ERR_DATA with the byte where it is no tar, or cut short
  */
-export function* tarMembers(file: string): Generator<TarMember> {
+export function* tarEntries(file: string, from = 0): Generator<TarEntry> {
   const fd = fs.openSync(file, 'r')
   try {
     const size = fs.fstatSync(fd).size
     const block = Buffer.alloc(BLOCK)
-    let extra: { path?: string; size?: string } = {}
-    for (let at = 0; at < size; ) {
+    let extra: Extra = {}
+    let start = from
+    for (let at = from; at < size; ) {
       if (readAt(fd, block, at) < BLOCK) throw bad(file, at, 'a header of 512 bytes', 'the end of the file')
       // A block of zeros ends the tar.
       if (block.every((x) => x === 0)) return
@@ -103,32 +170,34 @@ export function* tarMembers(file: string): Generator<TarMember> {
       const offset = at + BLOCK
       if (!(bytes >= 0 && offset + bytes <= size))
         throw bad(file, at, `'${header.name}' of ${bytes} bytes`, `the end of the file at ${size}`)
-      if (type === 'x' || type === 'L') {
+      const next = offset + Math.ceil(bytes / BLOCK) * BLOCK
+      if (type === 'x' || type === 'L' || type === 'K') {
         extra = { ...extra, ...readExtension(fd, file, offset, bytes, type) }
-      } else if (type !== 'g' && type !== 'K') {
-        const name = (extra.path ?? header.name).replace(/^(\.\/)+/, '')
-        if (type === '0' || type === '\0' || type === '7') yield { name, offset, bytes }
+      } else if (type !== 'g' && type !== 'V') {
+        yield entryOf(header, extra, { offset, bytes, start })
         extra = {}
-      }
-      at = offset + Math.ceil(bytes / BLOCK) * BLOCK
+        start = next
+      } else if (Object.keys(extra).length === 0) start = next
+      at = next
     }
   } finally {
     fs.closeSync(fd)
   }
 }
 
-/** What a pax ('x') or GNU long name ('L') block says about the next member. */
-function readExtension(
-  fd: number,
-  file: string,
-  offset: number,
-  bytes: number,
-  type: string,
-): { path?: string; size?: string } {
+/** Every regular file of a tar, in order. @throws as tarEntries */
+export function* tarMembers(file: string): Generator<TarMember> {
+  for (const { name, offset, bytes, link, other } of tarEntries(file))
+    if (link === undefined && other === undefined) yield { name, offset, bytes }
+}
+
+/** What a pax ('x') or GNU long name ('L', 'K' of a link) block says about the next member. */
+function readExtension(fd: number, file: string, offset: number, bytes: number, type: string): Extra {
   if (bytes > MAX_EXTENSION) throw bad(file, offset, `an extended header of at most ${MAX_EXTENSION} bytes`, `${bytes}`)
   const b = Buffer.alloc(bytes)
   readAt(fd, b, offset)
   if (type === 'L') return { path: text(b, 0, bytes) }
+  if (type === 'K') return { linkpath: text(b, 0, bytes) }
   try {
     return paxValues(b)
   } catch (e) {

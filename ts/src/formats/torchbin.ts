@@ -5,6 +5,7 @@
  */
 
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
+import { namingOthers } from '../util/file-kind.js'
 import { readRange, withFile } from '../util/files.js'
 import { DTYPE_BYTES, type StoredDtype, type TensorEntry } from './safetensors.js'
 
@@ -386,6 +387,8 @@ function toEntry(file: string, name: string, t: TensorValue, zip: Map<string, Zi
   return { name, dtype: storage.dtype, shape, offset: blob.offset + t.start * width, bytes: count * width, path: file }
 }
 
+const TORCH_KINDS = ['a PyTorch file', 'a zip archive', 'a Python pickle']
+
 /**
  * Tensors of a checkpoint written by torch.save (zip layout, PyTorch >= 1.6).
  * Entries point into the file; nothing is executed and there is no fallback. Numbers and other plain values beside the
@@ -394,6 +397,10 @@ function toEntry(file: string, name: string, t: TensorValue, zip: Map<string, Zi
  *   that converts it), strides that are not contiguous, ranges outside the file
  */
 export function openTorchBin(file: string): Map<string, TensorEntry> {
+  return namingOthers('torchbin', file, 'a PyTorch file', TORCH_KINDS, () => readTensors(file))
+}
+
+function readTensors(file: string): Map<string, TensorEntry> {
   return withFile(file, (fd, size) => {
     const magic = readRange(fd, 0, Math.min(4, size), file)
     if (magic.length < 4 || magic.readUInt32LE(0) !== 0x04034b50) {

@@ -4,6 +4,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { noGrad, scope, tensor } from '../core/tensor.js'
 import type { Dataset } from '../data/dataset.js'
+import { sayBad } from '../data/record-check.js'
 import type { DataRecord } from '../formats/record-file.js'
 import { type LoadedClip, loadClip } from '../models/load.js'
 import { decodeImage, loadImage, type RgbImage } from '../processing/image/decode.js'
@@ -13,7 +14,7 @@ import { AlignGPTError, mismatch } from '../util/errors.js'
 import { hash53 } from '../util/hash.js'
 import { type Buckets, bucketLevels, type Levels } from './bucket.js'
 import { clipIdentity, FeatureFile, pairKey, ScoreFile } from './score-store.js'
-import { writeLevels } from './write-levels.js'
+import { NO_LEVEL, writeLevels } from './write-levels.js'
 
 export interface Pair {
   id: string
@@ -129,17 +130,16 @@ export interface LevelExample {
 export interface ScoredLevels extends Levels {
   /** of every record; null without a picture, or with one that cannot be read */
   scores: (number | null)[]
-  /** records whose picture cannot be read */
+  /** records that are none, that have no caption, or whose picture cannot be read */
   bad: { id: string; reason: string }[]
+  /** records without a score whose level of an earlier run was taken away */
+  removed: number
   examples: LevelExample[]
 }
 
-/** The caption of a pair: its first answer. */
-export function captionOf(record: DataRecord): string {
-  const turn = record.conversations.find((t) => t.from === 'gpt')
-  if (!turn) throw mismatch('ERR_DATA', 'levels', `record '${record.id}'`, 'a caption (gpt turn)', 'none')
-  return turn.value
-}
+/** The caption of a pair: its first answer, null without one. */
+const captionOf = (record: DataRecord): string | null =>
+  record.conversations.find((t) => t.from === 'gpt')?.value ?? null
 
 /** A pair on its way to a score. */
 interface Waiting {
@@ -254,7 +254,7 @@ async function scoreAll(
   o: LevelsOptions,
 ): Promise<(number | null)[]> {
   const every = new Array<number | null>(data.length).fill(null)
-  const pairs = new Float64Array(data.length)
+  const pairs = new Float64Array(data.length).fill(Number.NaN)
   const size = o.batch ?? 64
   let waiting: Waiting[] = []
   const indices: number[] = []
@@ -262,10 +262,14 @@ async function scoreAll(
   for (const [done, index] of indices.entries()) {
     const r = data.record(index)
     const [image, caption] = [r.image as string, captionOf(r)]
-    const pair = pairKey(image, caption)
-    pairs[index] = pair
-    if (scores.get(pair) === undefined && !waiting.some((p) => p.pair === pair))
-      waiting.push({ id: r.id, image, caption, pair })
+    if (caption === null)
+      scorer.bad.push({ id: r.id, reason: 'conversations: expected a caption (gpt turn), got none' })
+    else {
+      const pair = pairKey(image, caption)
+      pairs[index] = pair
+      if (scores.get(pair) === undefined && !waiting.some((p) => p.pair === pair))
+        waiting.push({ id: r.id, image, caption, pair })
+    }
     if (waiting.length < size && done + 1 < indices.length) continue
     o.signal?.throwIfAborted()
     if (waiting.length) await scorer.run(waiting)
@@ -292,17 +296,25 @@ function pickExamples(
       const index = sorted[count === 1 ? 0 : Math.round((k * (sorted.length - 1)) / (count - 1))]
       const r = data.record(index)
       const [image, score] = [data.picture(r.image as string), every[index] as number]
-      return { level, image, id: r.id, caption: captionOf(r), score }
+      return { level, image, id: r.id, caption: captionOf(r) as string, score }
     })
   })
 }
 
+function nothingScored(data: Dataset, bad: readonly { id: string; reason: string }[]): AlignGPTError {
+  const all = data.length + data.bad.length
+  const why = bad.length ? `the first: ${bad[0].id}: ${bad[0].reason}` : 'none names a picture'
+  const got = `none of ${all} records (${all - bad.length} without a picture, ${bad.length} unusable; ${why})`
+  return mismatch('ERR_DATA', 'levels', data.file, 'a pair that can be scored', got)
+}
+
 /**
  * Scores every pair of a data set with a CLIP, cuts the scores into levels and writes them into the file as `similarity`.
- * Records without a picture, and pictures that cannot be read, keep what they have. A score belongs to the name of the picture
+ * Records without a score (no picture, or one that cannot be read) have no level afterwards. A score belongs to the name of the picture
  * and the caption: a picture that changes under its name needs another scores file.
  * @param model an AlignGPT (its CLIP is used), or the folder of a CLIP
- * @throws AlignGPTError ERR_DATA, ERR_ARGUMENT; the signal's reason when aborted
+ * @throws AlignGPTError ERR_DATA, also when nothing could be scored (the file is as it was then); ERR_ARGUMENT; the signal's reason when
+ *   aborted
  */
 export async function levels(
   data: Dataset,
@@ -318,19 +330,25 @@ export async function levels(
   if (scores.stale) notice(`[levels] the scores in ${file} are made again: ${scores.stale}`)
   const scorer = new Scorer({ data, dir, identity, scores, features: o.features })
   try {
+    const ill = data.bad.map((b) => ({ id: b.id ?? `${b.index}`, reason: sayBad(b) }))
     const every = await scoreAll(data, scorer, scores, o)
+    const bad = [...ill, ...scorer.bad]
     const scored = [...every.keys()].filter((i) => every[i] !== null)
+    if (scored.length === 0) {
+      if (o.scores === undefined) fs.rmSync(file, { force: true })
+      throw nothingScored(data, bad)
+    }
     const result = bucketLevels(
       scored.map((i) => every[i] as number),
       n,
       o.buckets ?? 'width',
     )
-    const all = new Int32Array(data.length).fill(-1)
+    const all = new Int32Array(data.length).fill(NO_LEVEL)
     for (const [k, i] of scored.entries()) all[i] = result.levels[k]
     const examples = pickExamples(data, every, all, { n, most: o.examples ?? 0 })
-    if (o.write !== false) await writeLevels(data, all)
+    const removed = o.write === false ? 0 : await writeLevels(data, all)
     if (o.scores === undefined) fs.rmSync(file, { force: true })
-    return { ...result, scores: every, bad: scorer.bad, examples }
+    return { ...result, scores: every, bad, removed, examples }
   } finally {
     scorer.close()
   }

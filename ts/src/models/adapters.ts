@@ -5,14 +5,15 @@ import {
   attach,
   detach,
   isAdapter,
-  isTarget,
   LORA_RANK,
   type LoraOptions,
   matrices,
   mergedWeight,
   type NamedLinear,
 } from '../nn/lora.js'
+import { isTarget } from '../nn/lora-targets.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
+import { nearest } from '../util/nearest.js'
 import type { AlignGPTNetwork } from './aligngpt.js'
 import { initSource, tensorToWrite } from './parameter-sources.js'
 
@@ -32,15 +33,18 @@ export function addLora(model: AlignGPTNetwork, o: LoraOptions = {}, seed = 0): 
     throw mismatch('ERR_ARGUMENT', 'lora', 'alpha', 'a number > 0', show(alpha))
   const all = languageMatrices(model)
   const none = (t: string): boolean => !all.some(([name]) => isTarget(name, [t]))
-  const unknown = targets === 'all-linear' ? [] : targets.length ? targets.filter(none) : ['nothing']
+  const asked = typeof targets === 'string' ? [targets] : targets
+  const unknown = asked.length ? asked.filter(none) : ['nothing']
   if (unknown.length) {
-    const known = [...new Set(all.map(([name]) => name.split('.').at(-1)))].join(', ')
-    throw mismatch('ERR_ARGUMENT', 'lora', 'targets', `all-linear or some of ${known}`, unknown.join(', '))
+    const known = [...new Set(all.map(([name]) => name.split('.').at(-1) as string))]
+    const near = asked.length ? ` (the nearest: ${nearest(unknown[0], ['all-linear', ...known])})` : ''
+    const expected = `all-linear or some of ${known.join(', ')}`
+    throw mismatch('ERR_ARGUMENT', 'lora', 'targets', expected, `${unknown.join(', ')}${near}`)
   }
   if (hasLora(model))
     throw new AlignGPTError('ERR_ARGUMENT', '[lora] model: expected one without adapters, got one that has them')
   const chosen = all.filter(([name]) => isTarget(name, targets))
-  attach(chosen, { rank, alpha }, initSource(seed, model))
+  attach(chosen, () => ({ rank, scaling: alpha / rank }), initSource(seed, model))
 }
 
 /** All weights as they are written: those with an adapter merged, one at a time, the adapters left out. */

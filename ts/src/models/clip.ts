@@ -14,6 +14,7 @@ import { type Device, type Dtype, scope, type Tensor, tensor } from '../core/ten
 import { fuseQkv, projectQkv } from '../nn/attention.js'
 import { activationOf, Embedding, LayerNorm, Linear } from '../nn/layers.js'
 import { type Init, Module, type ParameterSource } from '../nn/module.js'
+import { mismatch } from '../util/errors.js'
 import { type ClipConfig, type ClipTextConfig, type ClipVisionConfig, patchCount } from './config/clip.js'
 import type { FeatureSelection, TowerActivations, VisionTower } from './vision-tower.js'
 
@@ -121,7 +122,7 @@ class CLIPVisionEmbeddings extends Module {
     this.class_embedding = s.tensor('class_embedding', [d], normal(d ** -0.5))
     // a Conv2d weight; Module only needs its name
     this.patch_embedding = new ConvWeight(s.at('patch_embedding'), [d, channels, p, p], normal(0.02))
-    this.position_embedding = new Embedding(s.at('position_embedding'), (c.image_size / p) ** 2 + 1, d, normal(0.02))
+    this.position_embedding = new Embedding(s.at('position_embedding'), patchCount(c) + 1, d, normal(0.02))
   }
   forward(pixels: Tensor): Tensor {
     return patchEmbedding(pixels, this.patch_embedding.weight, this.class_embedding, this.position_embedding.weight)
@@ -214,6 +215,15 @@ export class CLIPVisionTower extends Module implements VisionTower {
     super()
     this.#config = c
     this.#select = select
+    const { num_hidden_layers: n } = c
+    if (select.layer > n || select.layer < -n - 1)
+      throw mismatch(
+        'ERR_CONFIG',
+        'config',
+        'mm_vision_select_layer',
+        `${-n - 1}..${n} of ${n} layers`,
+        `${select.layer}`,
+      )
     this.vision_tower = new Shell(new CLIPVisionTransformer(s.at('vision_tower').at('vision_model'), c))
   }
   get imageSize(): number {

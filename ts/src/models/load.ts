@@ -5,11 +5,12 @@ import type { Device } from '../core/native.js'
 import type { Dtype } from '../core/tensor.js'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
 import { loadConfig } from '../formats/zod-check.js'
+import type { ParameterSource } from '../nn/module.js'
 import type { ChatStyle } from '../processing/conversation/styles.js'
 import { type PreprocessorConfig, readPreprocessor } from '../processing/preprocessor-config.js'
 import { Tokenizer } from '../processing/tokenizer.js'
-import { AlignGPTError } from '../util/errors.js'
-import type { Parts, Sources } from './aligngpt.js'
+import { AlignGPTError, mismatch, show } from '../util/errors.js'
+import { AlignGPTNetwork, type Parts, partOf, type Sources } from './aligngpt.js'
 import { CLIPModel } from './clip.js'
 import { type AlignGPTConfig, visionTowerFolder } from './config/aligngpt.js'
 import { type ClipConfig, readClipConfig } from './config/clip.js'
@@ -20,6 +21,7 @@ import { TABLE, VISION } from './names.js'
 import { checkpointSource, initSource, type Placement, pretrainedSource } from './parameter-sources.js'
 import { familyInAlignGPT, languageFamily, readVisionConfig, visionFamily } from './registry.js'
 import { type ModelOptions, type NewModelOptions, newSettings, storedConfig } from './settings.js'
+import { refuseUnread, TEXT_TOWER } from './unread.js'
 
 export interface LoadOptions {
   /** default auto: ALIGNGPT_DEVICE where it is set, else the GPU where there is one, else the CPU */
@@ -54,8 +56,30 @@ const processorOf = (clip: ClipConfig, clipDir: string): Pick<Parts, 'preprocess
   clipDir,
 })
 
-/** Names in an AlignGPT checkpoint -> in the vision tower's own. */
+/** Names in an AlignGPT checkpoint -> in the vision tower's own, and back. */
 const toClip = (name: string): string => name.replace(VISION, 'vision_model.')
+const fromClip = (name: string): string => name.replace(/^vision_model\./, VISION)
+
+/** The vision tower's parameters from a CLIP folder. @throws ERR_WEIGHTS naming a tensor of it that is none of them */
+function towerSource(dir: string, known: ReadonlyMap<string, unknown>, place: Placement): ParameterSource {
+  const entries = openCheckpoint(dir)
+  refuseUnread(entries, (name) => known.has(fromClip(name)), TEXT_TOWER)
+  return checkpointSource(entries, dir, place, toClip)
+}
+
+/** A folder's tokenizer. @throws ERR_CONFIG when it has ids that the embeddings have no row for */
+export function loadTokenizer(dir: string, rows: number): Tokenizer {
+  const tokenizer = Tokenizer.load(dir)
+  if (tokenizer.vocabSize > rows)
+    throw mismatch(
+      'ERR_CONFIG',
+      'tokenizer',
+      `${dir}: tokens`,
+      `at most ${rows}, the rows of the embeddings (vocab_size)`,
+      `${tokenizer.vocabSize}, the last of them ${show(tokenizer.idToToken(tokenizer.vocabSize - 1))}`,
+    )
+  return tokenizer
+}
 
 /** The style of a model that says nothing of it. */
 const conversationOf = ({ llm }: AlignGPTConfig, tokenizer: Tokenizer): ChatStyle =>
@@ -66,14 +90,17 @@ export function openParts(o: CreateOptions, load: LoadOptions = {}): Opened {
   const { seed, ...place } = checkOptions(load)
   const settings = newSettings(o)
   const { config, clip } = settings
-  const tokenizer = Tokenizer.load(o.llm)
+  const tokenizer = loadTokenizer(o.llm, config.llm.vocab_size)
   const conversation = config.conversation ?? conversationOf(config, tokenizer)
   const generation = readGenerationConfig(o.llm)
   const shared = { ...settings, ...processorOf(clip, o.clip) }
   const parts: Parts = { ...shared, tokenizer, conversation, generation, llmDir: o.llm }
   const fresh = o.pretrained ? pretrainedSource(o.pretrained, seed, place) : initSource(seed, place)
-  const vision = checkpointSource(o.clip, place, toClip)
-  const language = checkpointSource(o.llm, place)
+  const words = openCheckpoint(o.llm)
+  const known = AlignGPTNetwork.parameters(settings, (name) => words.has(name))
+  refuseUnread(words, (name) => known.has(name) && partOf(name) === 'language')
+  const vision = towerSource(o.clip, known, place)
+  const language = checkpointSource(words, o.llm, place)
   return [{ language, vision, projector: fresh, table: fresh, gate: fresh }, parts, place]
 }
 
@@ -86,14 +113,15 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
   const entries = openCheckpoint(dir)
   const table = entries.get(TABLE)
   const levels = table?.shape[0] ?? config.n_indicators ?? MODEL_DEFAULTS.levels
-  const source = checkpointSource(dir, place)
-  const tokenizer = Tokenizer.load(dir)
+  const source = checkpointSource(entries, dir, place)
+  const tokenizer = loadTokenizer(dir, config.llm.vocab_size)
   const conversation = config.conversation ?? conversationOf(config, tokenizer)
   const generation = readGenerationConfig(dir)
   const shared = { config, clip, levels, ...processorOf(clip, clipDir) }
   const parts: Parts = { ...shared, tokenizer, conversation, generation, llmDir: dir }
   const ownVision = [...entries.keys()].some((name) => name.startsWith(VISION))
-  const vision = ownVision ? source : checkpointSource(clipDir, place, toClip)
+  const known = AlignGPTNetwork.parameters(shared, (name) => entries.has(name))
+  const vision = ownVision ? source : towerSource(clipDir, known, place)
   // a LLaVA has a projector but no table: alignment starts fresh there, as does what an option asks for in another form
   const fresh = initSource(seed, place)
   const redrawn = config.mm_alignment === 'random' && stored.mm_alignment !== 'random'
@@ -101,6 +129,8 @@ export function openFolder(dir: string, o: LoadOptions & ModelOptions & { clip?:
     table: table && !redrawn ? source : fresh,
     gate: table && config.mm_gate_type === stored.mm_gate_type ? source : fresh,
   }
+  // a gate of another form than the file's is asked for, so that the file's is left
+  refuseUnread(entries, (name) => known.has(name), from.gate === fresh ? /^gated_weight_layer\./ : undefined)
   return [{ language: source, vision, projector: source, ...from }, parts, place]
 }
 
@@ -127,9 +157,19 @@ export class LoadedClip extends CLIPModel {
   readonly preprocessor: PreprocessorConfig
   constructor(dir: string, place: Required<Placement>) {
     const config = readClipConfig(dir)
-    super(checkpointSource(dir, place), config, place.dtype)
-    this.tokenizer = Tokenizer.load(dir)
-    this.preprocessor = readPreprocessor(dir, config.vision.image_size)
+    const entries = openCheckpoint(dir)
+    const tokenizer = loadTokenizer(dir, config.text.vocab_size)
+    const preprocessor = readPreprocessor(dir, config.vision.image_size)
+    super(checkpointSource(entries, dir, place), config, place.dtype)
+    this.tokenizer = tokenizer
+    this.preprocessor = preprocessor
+    try {
+      const known = new Map(this.namedParameters())
+      refuseUnread(entries, (name) => known.has(name))
+    } catch (e) {
+      this.dispose()
+      throw e
+    }
   }
 }
 

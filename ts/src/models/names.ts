@@ -3,6 +3,8 @@
  * LlavaForConditionalGeneration) and the official AlignGPT, which is this package's own. All that differ are in NAMES; settings are
  * in settings.ts.
  */
+import { isConstant } from './unread.js'
+
 export const FORMATS = ['aligngpt', 'llava', 'llava-hf'] as const
 export type Format = (typeof FORMATS)[number]
 
@@ -44,8 +46,11 @@ const NAMES: readonly Row[] = [
   { ours: 'align_indicators.', also: ['model.align_indicators.'] },
   { ours: 'gated_weight_layer.', also: ['model.gated_weight_layer.'] },
 ]
-/** Constants that old versions saved among the weights. */
-const CONSTANTS = /(^|\.)(rotary_emb\.inv_freq|position_ids)$/
+/** What trainers put in front of names: PEFT, DataParallel, torch.compile. */
+const WRAPPERS = /^((base_model\.model|module|_orig_mod)\.)+/
+
+/** A name without what trainers put in front of it. */
+export const withoutWrappers = (name: string): string => name.replace(WRAPPERS, '')
 
 const longest = (rows: [from: string, to: string][]): [string, string][] => rows.sort(([a], [b]) => b.length - a.length)
 const renamed = (name: string, rows: readonly [string, string][]): string | null => {
@@ -69,6 +74,6 @@ const WRITE: Record<Format, [string, string][]> = {
  * @returns null for a constant, which is no weight, and undefined for a name that no layout has
  */
 export const ourName = (name: string): string | null | undefined =>
-  CONSTANTS.test(name) ? null : (renamed(name, READ) ?? undefined)
+  isConstant(name) ? null : (renamed(withoutWrappers(name), READ) ?? undefined)
 /** A layout's name of one of our tensors; null where it has no such tensor. */
 export const nameIn = (format: Format, name: string): string | null => renamed(name, WRITE[format])

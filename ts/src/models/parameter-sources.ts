@@ -7,6 +7,7 @@ import type { TensorEntry, TensorToWrite } from '../formats/safetensors.js'
 import { initialize, ParameterSource } from '../nn/module.js'
 import { AlignGPTError, mismatch } from '../util/errors.js'
 import { ourName } from './names.js'
+import { packed, unread } from './unread.js'
 
 /** Of a model's weights and activations. */
 export interface Placement {
@@ -18,16 +19,11 @@ const fileDtype = { F32: 'f32', F16: 'f16', BF16: 'bf16', F64: 'f64' } as const
 
 /** Says which tensor of which file is not as it should be. @throws ERR_SHAPE, ERR_DTYPE */
 export function checkEntry(e: TensorEntry, shape: readonly number[]): void {
-  if (e.shape.length !== shape.length || e.shape.some((d, i) => d !== shape[i]))
-    throw new AlignGPTError(
-      'ERR_SHAPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected shape [${shape}], got [${e.shape}]`,
-    )
+  const [where, same] = [`${e.path}: '${e.name}'`, e.shape.length === shape.length]
   if (!(e.dtype in fileDtype))
-    throw new AlignGPTError(
-      'ERR_DTYPE',
-      `[checkpoint] ${e.path}: '${e.name}': expected F32, F16, BF16 or F64, got ${e.dtype}`,
-    )
+    throw mismatch('ERR_DTYPE', 'checkpoint', where, 'F32, F16, BF16 or F64', packed(e.dtype))
+  if (!same || e.shape.some((d, i) => d !== shape[i]))
+    throw mismatch('ERR_SHAPE', 'checkpoint', where, `shape [${shape}]`, `[${e.shape}]`)
 }
 
 /** A tensor of a file as a persistent one, whatever float type the file has. @throws ERR_SHAPE, ERR_DTYPE */
@@ -53,21 +49,21 @@ export function tensorToWrite(name: string, t: Tensor, value = (): Tensor => t, 
   return { name, dtype, shape: t.shape, write }
 }
 
-/** Parameters from a checkpoint; `rename` maps a module's name to the file's. */
+/**
+ * Parameters from the tensors of a checkpoint.
+ * @param where its path, for messages
+ * @param rename maps a module's name to the file's
+ */
 export function checkpointSource(
+  entries: ReadonlyMap<string, TensorEntry>,
   where: string,
   place: Placement,
   rename = (name: string): string => name,
 ): ParameterSource {
-  const entries = openCheckpoint(where)
   return new ParameterSource(
     (name, shape) => {
       const e = entries.get(rename(name))
-      if (!e)
-        throw new AlignGPTError(
-          'ERR_WEIGHTS',
-          `[checkpoint] ${where}: '${rename(name)}': expected a tensor [${shape}], got none`,
-        )
+      if (!e) throw mismatch('ERR_WEIGHTS', 'checkpoint', `${where}: '${rename(name)}'`, `a tensor [${shape}]`, 'none')
       return readTensor(e, shape, place)
     },
     (name) => entries.has(rename(name)),
@@ -93,7 +89,7 @@ export function openNamed(where: string): Map<string, TensorEntry> {
   for (const [name, e] of openCheckpoint(where)) {
     const ours = ourName(name)
     if (ours === null) continue
-    if (ours === undefined) throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'a known name', 'this')
+    if (ours === undefined) throw unread(e, () => false)
     const other = named.get(ours)
     if (other)
       throw mismatch('ERR_WEIGHTS', 'checkpoint', `${e.path}: '${name}'`, 'one such tensor', `'${other.name}' too`)

@@ -2,24 +2,25 @@
 
 import fs from 'node:fs'
 import path from 'node:path'
-import { z } from 'zod'
 import type { Tensor } from '../core/tensor.js'
 import { openCheckpoint } from '../formats/checkpoint-files.js'
-import { openSafetensors, type TensorEntry, type TensorToWrite, writeSafetensors } from '../formats/safetensors.js'
-import { checkConfig, readJsonObject } from '../formats/zod-check.js'
+import { type TensorEntry, type TensorToWrite, writeSafetensors } from '../formats/safetensors.js'
 import type { Linear } from '../nn/layers.js'
 import { adapted, attach, type NamedLinear } from '../nn/lora.js'
 import { AlignGPTError, mismatch, show } from '../util/errors.js'
 import { writeJsonFile } from '../util/json.js'
 import { hasLora, languageMatrices } from './adapters.js'
 import type { AlignGPTNetwork, NamedParameter } from './aligngpt.js'
-import { checkpointSource, readTensor, tensorToWrite } from './parameter-sources.js'
+import { type AdapterConfig, readAdapterConfig } from './config/peft.js'
+import { ourName, VISION, withoutWrappers } from './names.js'
+import { checkpointSource, openNamed, readTensor, tensorToWrite } from './parameter-sources.js'
 
 const PEFT_PREFIX = 'base_model.model.'
+/** Where there are two, the first is what is written; the other is what torch.save makes, and what LLaVA writes. */
 const FILES = {
-  weights: 'adapter_model.safetensors',
   config: 'adapter_config.json',
-  rest: 'non_lora_trainables.safetensors',
+  weights: ['adapter_model.safetensors', 'adapter_model.bin'],
+  rest: ['non_lora_trainables.safetensors', 'non_lora_trainables.bin'],
 }
 
 /** Module names for target_modules: short ones where they mean the same matrices. */
@@ -39,21 +40,28 @@ function targetModules(all: readonly string[], chosen: readonly string[]): strin
 export function saveAdapter(model: AlignGPTNetwork, dir: string): void {
   const chosen = adapted(languageMatrices(model))
   if (!chosen.length) throw new AlignGPTError('ERR_ARGUMENT', '[lora] model: expected adapters, got a model without')
-  const [, first] = chosen[0]
-  const rank = (first.lora_A as Linear).weight.shape[0]
+  const scales = chosen.map(([name, l]) => {
+    const rank = (l.lora_A as Linear).weight.shape[0]
+    return { name, rank, alpha: l.scaling * rank }
+  })
+  const [{ rank, alpha }] = scales
+  const others = (key: 'rank' | 'alpha'): Record<string, number> =>
+    Object.fromEntries(scales.filter((s) => s[key] !== scales[0][key]).map((s) => [s.name, s[key]]))
   fs.mkdirSync(dir, { recursive: true })
   const written = (parameters: readonly NamedParameter[], prefix: string): TensorToWrite[] =>
     parameters.map(([name, t]) => tensorToWrite(prefix + name, t))
   const metadata = { format: 'pt' }
   const rest = model.partParameters('projector', 'gate')
-  writeSafetensors(path.join(dir, FILES.rest), written(rest, ''), metadata)
-  writeSafetensors(path.join(dir, FILES.weights), written(model.partParameters('adapters'), PEFT_PREFIX), metadata)
+  writeSafetensors(path.join(dir, FILES.rest[0]), written(rest, ''), metadata)
+  writeSafetensors(path.join(dir, FILES.weights[0]), written(model.partParameters('adapters'), PEFT_PREFIX), metadata)
   writeJsonFile(path.join(dir, FILES.config), {
     peft_type: 'LORA',
     task_type: 'CAUSAL_LM',
     base_model_name_or_path: null,
     r: rank,
-    lora_alpha: first.scaling * rank,
+    lora_alpha: alpha,
+    rank_pattern: others('rank'),
+    alpha_pattern: others('alpha'),
     lora_dropout: 0,
     target_modules: targetModules(
       languageMatrices(model).map(([name]) => name),
@@ -69,71 +77,108 @@ export function saveAdapter(model: AlignGPTNetwork, dir: string): void {
   })
 }
 
-const absent = z.union([z.literal(false), z.null()], 'false').optional()
-const empty = z.union([z.null(), z.object({}).strict(), z.array(z.never()).max(0)], 'nothing').optional()
-const adapterSchema = z.object({
-  peft_type: z.literal('LORA', "'LORA'"),
-  r: z.int().positive(),
-  lora_alpha: z.number().positive(),
-  bias: z.literal('none', "'none'").optional(),
-  fan_in_fan_out: absent,
-  use_dora: absent,
-  use_rslora: absent,
-  lora_bias: absent,
-  rank_pattern: empty,
-  alpha_pattern: empty,
-  modules_to_save: empty,
-  layer_replication: empty,
-})
-
+/** An adapter of one matrix: A [rank, inputs], B [outputs, rank], and what their product counts. */
+export interface StoredPair {
+  A: TensorEntry
+  B: TensorEntry
+  rank: number
+  scaling: number
+}
 /** An adapter's folder: which matrices it is for, and what lies beside it. */
 export interface StoredAdapter {
   file: string
-  rank: number
-  alpha: number
-  /** A [rank, inputs] and B [outputs, rank] by the name of the module they belong to */
-  modules: Map<string, { A?: TensorEntry; B?: TensorEntry }>
-  /** projector and gate */
+  /** by the name of the module they belong to */
+  modules: Map<string, StoredPair>
+  /** parameters that were trained as a whole: projector and gate, PEFT's modules_to_save */
   rest: Map<string, TensorEntry>
 }
 
-/** Opens what `saveAdapter` or PEFT wrote. @throws ERR_CONFIG, ERR_WEIGHTS as `loadAdapter` */
+/** The first of the files that is there. */
+function fileOf(dir: string, names: readonly string[]): string | undefined {
+  return names.map((name) => path.join(dir, name)).find((file) => fs.existsSync(file))
+}
+const wrong = (e: TensorEntry, expected: string, got: string): AlignGPTError =>
+  mismatch('ERR_WEIGHTS', 'lora', `${e.path}: ${show(e.name)}`, expected, got)
+
+/** The matrix that half of an adapter is for, under our name. @throws ERR_WEIGHTS */
+function adaptedModule(e: TensorEntry, module: string, config: AdapterConfig): string {
+  const ours = ourName(`${module}.weight`)?.replace(/\.weight$/, '')
+  if (!ours) throw wrong(e, "an adapter of one of the model's matrices", 'another')
+  if (!config.takes(module))
+    throw wrong(e, 'an adapter that adapter_config.json has (target_modules, layers_to_transform)', 'another')
+  return ours
+}
+
+/** Opens what `saveAdapter`, PEFT or LLaVA wrote. @throws ERR_CONFIG, ERR_WEIGHTS as `loadAdapter` */
 export function openAdapter(dir: string): StoredAdapter {
-  const config = path.join(dir, FILES.config)
-  const { r: rank, lora_alpha: alpha } = checkConfig(adapterSchema, readJsonObject(config), config)
-  const file = path.join(dir, FILES.weights)
-  const modules: StoredAdapter['modules'] = new Map()
-  for (const [name, e] of openSafetensors(file).entries) {
-    const [, module, side] = /^base_model\.model\.(.*)\.lora_([AB])\.weight$/.exec(name) ?? []
-    if (!module)
-      throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(name)}`, "an adapter of a layer's matrix", 'none')
-    modules.set(module, { ...modules.get(module), [side]: e })
+  const config = readAdapterConfig(path.join(dir, FILES.config))
+  const file = fileOf(dir, FILES.weights)
+  if (!file) throw mismatch('ERR_FORMAT', 'lora', dir, FILES.weights.join(' or '), 'neither')
+  const halves = new Map<string, { module: string; A?: TensorEntry; B?: TensorEntry }>()
+  const rest = new Map<string, TensorEntry>()
+  const whole: string[] = []
+  for (const [name, e] of openCheckpoint(file)) {
+    const plain = withoutWrappers(name).replace(/\.modules_to_save(\.default)?\./, '.')
+    const [, module, side] = /^(.*)\.lora_([AB])(?:\.default)?\.weight$/.exec(plain) ?? []
+    const ours = module ? adaptedModule(e, module, config) : ourName(plain)
+    if (ours === null) continue
+    if (ours === undefined || (!module && /\.lora_/.test(plain)))
+      throw wrong(e, "an adapter of a layer's matrix", 'another tensor')
+    const twice = module ? halves.get(ours)?.[side as 'A' | 'B'] : rest.get(ours)
+    if (twice) throw wrong(e, 'one such tensor', `${show(twice.name)} too`)
+    if (module) halves.set(ours, { ...halves.get(ours), module, [side]: e })
+    else rest.set(ours, e)
+    if (!module) whole.push(plain)
+  }
+  for (const name of config.saved)
+    if (!whole.some((n) => `.${n}`.includes(`.${name}.`)))
+      throw mismatch('ERR_WEIGHTS', 'lora', `${file}: modules_to_save`, `the weights of ${show(name)}`, 'none')
+  const modules = new Map<string, StoredPair>()
+  for (const [ours, { module, A, B }] of halves) {
+    if (!A || !B) throw wrong((A ?? B) as TensorEntry, 'lora_A and lora_B', 'one of them')
+    modules.set(ours, { A, B, ...config.scale(module) })
   }
   if (!modules.size) throw mismatch('ERR_WEIGHTS', 'lora', file, 'adapters', 'none')
-  const rest = path.join(dir, FILES.rest)
-  return { file, rank, alpha, modules, rest: fs.existsSync(rest) ? openCheckpoint(rest) : new Map() }
+  for (const [ours, e] of besides(dir)) {
+    if (rest.has(ours)) throw wrong(e, 'one such tensor', `${show(rest.get(ours)?.name)} too`)
+    rest.set(ours, e)
+  }
+  return { file, modules, rest }
+}
+
+/** What was trained as a whole beside the adapter. */
+function besides(dir: string): Map<string, TensorEntry> {
+  const [ours, theirs] = FILES.rest.map((name) => fileOf(dir, [name]))
+  if (ours && theirs) throw mismatch('ERR_FORMAT', 'lora', dir, `one of ${FILES.rest.join(' and ')}`, 'both')
+  const file = ours ?? theirs
+  return file ? openNamed(file) : new Map()
 }
 
 /**
- * Gives a model the adapters that `saveAdapter` or PEFT wrote, and, where they are beside them, projector and gate.
- * Which matrices have one is read off the weights. Float types are converted to the model's.
- * @throws ERR_CONFIG: a kind of adapter this package does not have (DoRA, rsLoRA, other ranks for some matrices, biases);
- *   ERR_WEIGHTS: names that are not the language model's; ERR_SHAPE
+ * Gives a model the adapters that `saveAdapter`, PEFT or LLaVA's training wrote, and what was trained as a whole with them:
+ * projector, gate, alignment vectors, PEFT's modules_to_save. Which matrices have one is read off the weights. Float types are
+ * converted to the model's.
+ * @throws ERR_CONFIG: a key of adapter_config.json that this package does not have (DoRA, biases, other kinds of adapters);
+ *   ERR_WEIGHTS: a tensor that is not the language model's layers' or a parameter; ERR_SHAPE
  */
 export function loadAdapter(model: AlignGPTNetwork, dir: string): void {
-  const { file, rank, alpha, modules, rest } = openAdapter(dir)
+  const { file, modules, rest } = openAdapter(dir)
   if (hasLora(model))
     throw new AlignGPTError('ERR_ARGUMENT', '[lora] model: expected one without adapters, got one that has them')
   const all = new Map(languageMatrices(model))
-  const chosen = [...modules.keys()].map((module): NamedLinear => {
+  const halves = new Map<string, TensorEntry>()
+  const chosen = [...modules].map(([module, { A, B }]): NamedLinear => {
     const l = all.get(module)
-    if (!l) throw mismatch('ERR_WEIGHTS', 'lora', `${file}: ${show(module)}`, "a matrix of the model's layers", 'none')
+    if (!l) {
+      const got = module.startsWith(VISION) ? 'one of the vision tower, which import --adapter can merge' : 'another'
+      throw wrong(A, "an adapter of the language model's layers", got)
+    }
+    halves.set(`${module}.lora_A.weight`, A).set(`${module}.lora_B.weight`, B)
     return [module, l]
   })
   const others = readOthers(model, rest)
   try {
-    const source = checkpointSource(file, model, (name) => PEFT_PREFIX + name)
-    attach(chosen, { rank, alpha }, source)
+    attach(chosen, (module) => modules.get(module) as StoredPair, checkpointSource(halves, file, model))
     for (const { to, from } of others) to.write(from.toFloats())
   } finally {
     for (const { from } of others) from.dispose()

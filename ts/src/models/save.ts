@@ -3,6 +3,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { cast } from '../core/ops.js'
 import { writeSafetensors } from '../formats/safetensors.js'
+import { writeConfigFile } from '../formats/zod-check.js'
 import type { Module } from '../nn/module.js'
 import { mergedWeights } from './adapters.js'
 import type { AlignGPTNetwork } from './aligngpt.js'
@@ -47,7 +48,7 @@ export function saveWeights(dir: string, module: Module, dtype?: 'f32' | 'bf16')
 export function saveModel(model: AlignGPTNetwork, dir: string): void {
   fs.mkdirSync(path.join(dir, 'vision_tower'), { recursive: true })
   writeSafetensors(path.join(dir, 'model.safetensors'), mergedWeights(model))
-  const { config, llmDir, clipDir, levels, conversation } = model.parts
+  const { config, llmDir, clipDir, levels, conversation, preprocessor } = model.parts
   writeAlignGPTConfig(
     dir,
     config.llm.raw,
@@ -66,5 +67,6 @@ export function saveModel(model: AlignGPTNetwork, dir: string): void {
     torchNames[model.dtype],
   )
   copyFiles(llmDir, dir, LLM_FILES)
-  copyFiles(clipDir, path.join(dir, 'vision_tower'), ['config.json', 'preprocessor_config.json'])
+  copyFiles(clipDir, path.join(dir, 'vision_tower'), ['config.json'])
+  writeConfigFile(path.join(dir, 'vision_tower', 'preprocessor_config.json'), preprocessor.raw)
 }

@@ -6,6 +6,7 @@ import { add, cast, matmul, scale } from '../core/ops.js'
 import { scope, type Tensor } from '../core/tensor.js'
 import { AlignGPTError } from '../util/errors.js'
 import { Linear } from './layers.js'
+import type { LoraTargets } from './lora-targets.js'
 import type { Module, ParameterSource } from './module.js'
 
 /** r, where nothing is said */
@@ -17,7 +18,7 @@ export interface LoraOptions {
   /** the update counts alpha / r; default 2 r, LLaVA's ratio */
   alpha?: number
   /** ends of module names such as q_proj or layers.0.mlp.up_proj; default all-linear: every matrix of the layers */
-  targets?: 'all-linear' | readonly string[]
+  targets?: LoraTargets
 }
 
 const ADAPTER = /\.lora_[AB]$/
@@ -34,17 +35,14 @@ export const matrices = (m: Module, prefix: string): NamedLinear[] =>
 /** Those of the matrices that have an adapter. */
 export const adapted = (all: readonly NamedLinear[]): NamedLinear[] => all.filter(([, layer]) => layer.lora_A)
 
-/** Whether a matrix of this name is meant by the targets; a target is the end of a module's name. */
-export const isTarget = (name: string, targets: LoraOptions['targets'] = 'all-linear'): boolean =>
-  targets === 'all-linear' || targets.some((t) => name.endsWith(`.${t}`))
-
 /**
  * Gives matrices adapters whose values come from a source; all of them or none.
+ * @param of rank of a matrix's adapter, and what it counts
  * @throws ERR_ARGUMENT when one has an adapter already
  */
 export function attach(
   chosen: readonly NamedLinear[],
-  { rank, alpha }: { rank: number; alpha: number },
+  of: (name: string) => { rank: number; scaling: number },
   s: ParameterSource,
 ): void {
   if (adapted(chosen).length)
@@ -53,6 +51,7 @@ export function attach(
   try {
     for (const [name, { weight }] of chosen) {
       const [outputs, inputs] = weight.shape
+      const { rank } = of(name)
       const at = s.at(name)
       // the usual initialisation is PEFT's kaiming_uniform_(a = sqrt 5): within 1 / sqrt(inputs)
       made.push(new Linear(at.at('lora_A'), inputs, rank, { bias: false }))
@@ -62,8 +61,8 @@ export function attach(
     for (const l of made) l.dispose()
     throw e
   }
-  for (const [i, [, l]] of chosen.entries())
-    Object.assign(l, { lora_A: made[2 * i], lora_B: made[2 * i + 1], scaling: alpha / rank })
+  for (const [i, [name, l]] of chosen.entries())
+    Object.assign(l, { lora_A: made[2 * i], lora_B: made[2 * i + 1], scaling: of(name).scaling })
 }
 
 /** W + (alpha / r) B A, computed in f32 (f64 for f64 tensors) and rounded to W's dtype. */

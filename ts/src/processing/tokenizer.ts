@@ -109,6 +109,7 @@ export class Tokenizer {
     const vocab = this.#library.model?.tokens_to_ids ?? new Map<string, number>()
     let largest = -1
     for (const id of vocab.values()) if (id > largest) largest = id
+    for (const { id } of added) if (id > largest) largest = id
     this.vocabSize = largest + 1
     // A text without pre-tokenization is one huge word. Where no piece crosses from a letter to a ▁, merging word by word
     // gives the same result, and words repeat.

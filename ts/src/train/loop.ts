@@ -103,6 +103,8 @@ class Run<B, R extends MicroResult, X extends object, V> {
   #origin: Pick<Manifest, 'config' | 'maker'> | null = null
   #done = 0
   #resumed = 0
+  /** the weights may be between two steps */
+  #updating = false
   /** of the step that runs */
   #batches: readonly B[] = []
 
@@ -160,7 +162,6 @@ class Run<B, R extends MicroResult, X extends object, V> {
     await this.#evaluate() // a signal may have come in the middle of it
     for (const start = this.#done; this.#done < o.steps && !o.signal?.aborted; ) {
       const { info, seconds } = await this.#step()
-      this.#done++
       this.#losses.push(info.loss)
       for (const sink of this.#sinks) sink.step(info)
       o.onStep?.(info)
@@ -173,6 +174,7 @@ class Run<B, R extends MicroResult, X extends object, V> {
     const stopped = this.#unfinished && this.#done > this.#resumed
     if (stopped && this.#saver?.last !== this.#done) await this.#save()
     await this.#saver?.settled()
+    o.finish?.()
   }
 
   /** Whether steps or the last evaluation are missing. */
@@ -199,6 +201,7 @@ class Run<B, R extends MicroResult, X extends object, V> {
       const { loss, losses, ran } = await this.#micro.accumulate(batches)
       const culprits = ran.filter((_, i) => !Number.isFinite(losses[i]))
       const { gradNorm, skipped } = this.#update({ loss, lr, losses }, culprits.length ? culprits : batches)
+      this.#done++
       const seconds = (performance.now() - from) / 1000
       const more = o.info?.({ batches, results: this.#micro.results, seconds }) ?? ({} as X)
       return { info: { step, steps: o.steps, loss, lr, gradNorm, ...more, skipped }, seconds }
@@ -225,12 +228,16 @@ class Run<B, R extends MicroResult, X extends object, V> {
         optimizer.zeroGrad()
         return { gradNorm: norm, skipped: true }
       }
-      return { gradNorm: optimizer.update(lr, o.clipGradNorm), skipped: false }
+      this.#updating = true
+      const gradNorm = optimizer.update(lr, o.clipGradNorm)
+      this.#updating = false
+      return { gradNorm, skipped: false }
     } catch (e) {
       if (!(e instanceof AlignGPTError) || e.code !== 'ERR_NOT_FINITE') {
         optimizer.zeroGrad()
         throw e
       }
+      this.#updating = false
       const names = o.describe ? `, records of the step: ${o.describe(suspects)}` : ''
       const dump = this.#dump({ step: this.#done, loss, lr, losses: losses.map(String) })
       optimizer.zeroGrad()
@@ -261,6 +268,33 @@ class Run<B, R extends MicroResult, X extends object, V> {
     }
     const content = { step, ...this.#origin, state: { ...state, ...this.#o.state?.(step) } }
     await this.#saver.save(content, this.#tensors())
+  }
+
+  /**
+   * Saves the steps that are done, because an error ends the run.
+   * @returns the checkpoint; null without one: nothing new to save, or it could not be done, which was told
+   */
+  async rescue(): Promise<string | null> {
+    const saver = this.#saver
+    if (!saver || this.#updating || this.#done === this.#resumed) return null
+    this.#micro.clear()
+    try {
+      if (saver.last !== this.#done) await this.#save()
+      await saver.settled()
+    } catch (e) {
+      this.#o.onMessage(`step ${this.#done} was not saved: ${(e as Error).message}`)
+    }
+    return saver.last === this.#done ? path.join(saver.folder, `step-${this.#done}`) : null
+  }
+
+  /** The error that ends the run, with the place to go on from. */
+  withPlace(e: unknown, saved: string | null): unknown {
+    if (saved === null) return e
+    const place = `the ${this.#done} steps before it are saved in ${saved} (resume)`
+    if (e instanceof AlignGPTError)
+      return new AlignGPTError(e.code, `${e.message}${e.message.includes('\n') ? '\n' : '; '}${place}`, { cause: e })
+    this.#o.onMessage(`an error ends the run; ${place}`)
+    return e
   }
 
   /** The error of a step that found no memory: what the caller's hook makes of it, with the place to go on from. */
@@ -295,7 +329,8 @@ class Run<B, R extends MicroResult, X extends object, V> {
   }
 }
 
-const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).code === 'ERR_MEMORY'
+const hasCode = (e: unknown, code: string): boolean => (e as { code?: unknown } | null)?.code === code
+const isMemory = (e: unknown): e is AlignGPTError => hasCode(e, 'ERR_MEMORY')
 
 /**
  * Trains any model: AdamW with warm-up and half a cosine, gradients accumulated over the micro-batches of a step and clipped, checkpoints
@@ -331,7 +366,8 @@ const isMemory = (e: unknown): e is AlignGPTError => (e as { code?: unknown }).c
  * @param options the run, and hooks into it
  * @returns what came of it; `settings` is what a checkpoint says the numbers depend on, null without `out`
  * @throws AlignGPTError ERR_ARGUMENT; ERR_CHECKPOINT: nothing to continue from; ERR_NOT_FINITE: a loss or gradient, with the weights as
- *   they were; ERR_SAVE: three checkpoints in a row; ERR_MEMORY; what the model, the batches and the hooks throw
+ *   they were; ERR_SAVE: three checkpoints in a row; ERR_MEMORY; what the model, the batches and the hooks throw. With `out` the steps
+ *   that are done are saved first, and the message says where
  */
 export async function train<B, R extends MicroResult = MicroResult, X extends object = object, V = unknown>(
   model: TrainableModel<B, R>,
@@ -352,7 +388,8 @@ export async function train<B, R extends MicroResult = MicroResult, X extends ob
     await run.open()
     await run.go()
   } catch (e) {
-    throw isMemory(e) ? await run.outOfMemory(e) : e
+    const saved = hasCode(e, 'ERR_SAVE') ? null : await run.rescue()
+    throw isMemory(e) ? await run.outOfMemory(e) : run.withPlace(e, saved)
   } finally {
     await run.close()
   }

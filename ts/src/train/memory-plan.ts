@@ -18,7 +18,8 @@ import {
   paperSettings,
 } from '../models/settings.js'
 import type { TowerActivations } from '../models/vision-tower.js'
-import { adapted, isTarget, LORA_RANK, type LoraOptions } from '../nn/lora.js'
+import { adapted, LORA_RANK, type LoraOptions } from '../nn/lora.js'
+import { isTarget } from '../nn/lora-targets.js'
 import { AlignGPTError, show } from '../util/errors.js'
 import { FINETUNE, learning, PRETRAIN } from './phases.js'
 import { type PhaseName, problemIn, RUN_SETTINGS, type RunSettings } from './run-settings.js'

@@ -12,6 +12,7 @@ import {
   projectorDepth,
   SELECT_FEATURES,
 } from '../models/config/variants.js'
+import { isAllLinear, type LoraTargets } from '../nn/lora-targets.js'
 import { CHAT_STYLES } from '../processing/conversation/styles.js'
 import { show } from '../util/errors.js'
 import { OUTLIER_RANGES, type OutlierOptions } from './outliers.js'
@@ -71,9 +72,9 @@ const interval = kind<number | string>("steps, or a time such as '10m'", (v) => 
 const folder = kind<boolean | string>('true, false or a folder', (v) => typeof v === 'boolean' || isText(v), {
   ...{ flag: 'optional', value: 'dir' },
 })
-const targets = kind<'all-linear' | readonly string[]>(
+const targets = kind<LoraTargets>(
   "a list of names, or 'all-linear'",
-  (v) => v === 'all-linear' || (Array.isArray(v) && v.length > 0 && v.every(isText)),
+  (v) => isAllLinear(v) || (Array.isArray(v) && v.length > 0 && v.every(isText)),
   { flag: 'list', value: 'names' },
 )
 const isOutlierOption = ([key, x]: [string, unknown]): boolean =>

@@ -193,6 +193,7 @@ class PhaseRun {
       restore: (state, checkpoint) => this.#restore(state as unknown as PhaseState, checkpoint),
       evaluation: held ?? undefined,
       sinks: (start) => this.#sinks(start),
+      finish: () => o.out && saveModel(model, o.out),
       describe: describeRecords,
       dump: dumpBatches,
       outOfMemory: (cause, where, batches) => {
@@ -235,7 +236,6 @@ class PhaseRun {
     const best = this.#held?.best ?? null
     const whole = { steps, resumed, loss, seconds, bad, skipped, outliers, best, aborted }
     if (out) {
-      saveModel(this.#model, out)
       const state = { phase: this.#phase.name, ...whole, loss: undefined, options }
       fs.writeFileSync(path.join(out, 'state.json'), `${JSON.stringify(state, null, 2)}\n`)
     }

@@ -85,6 +85,8 @@ export interface LoopHooks<B, R extends MicroResult, X extends object, V> {
   evaluation?: Evaluator<V>
   /** further logs, opened when it is known how many steps are done */
   sinks?(start: number): readonly RunSink<LoopStep & X, V>[] | Promise<readonly RunSink<LoopStep & X, V>[]>
+  /** called after the last step, while an error still leaves a checkpoint: saves the model */
+  finish?(): void
   /** names what some micro-batches consist of, for the error of a step that is not finite */
   describe?(batches: readonly B[]): string
   /** writes such a step's micro-batches into a folder; what it returns goes into the folder's step.json */

@@ -13,9 +13,12 @@ export class AlignGPTError extends Error {
 
 /** Short, safe rendering of a foreign value for the `got` part of a message. */
 export function show(value: unknown): string {
+  const isOdd = (v: unknown): boolean => typeof v === 'number' && !Number.isFinite(v)
   let text: string | undefined
   try {
-    text = typeof value === 'bigint' ? `${value}n` : JSON.stringify(value)
+    // JSON has null for NaN and infinities.
+    if (isOdd(value)) text = String(value)
+    else text = typeof value === 'bigint' ? `${value}n` : JSON.stringify(value, (_, v) => (isOdd(v) ? String(v) : v))
   } catch {
     // Circular, or nested too deep for its text.
     text = typeof value === 'object' ? 'an object without JSON' : undefined

@@ -3,6 +3,7 @@ import { createHash, randomBytes } from 'node:crypto'
 import fs from 'node:fs'
 import path from 'node:path'
 import { mismatch } from './errors.js'
+import { unreadable } from './file-kind.js'
 
 let onCall: ((what: string) => void) | undefined
 
@@ -77,12 +78,11 @@ export function withFile<T>(file: string, use: (fd: number, size: number) => T):
   try {
     fd = fs.openSync(file, 'r')
   } catch (e) {
-    const got = (e as NodeJS.ErrnoException).code ?? String(e)
-    throw mismatch('ERR_FORMAT', 'open', file, 'a readable file', got, e)
+    throw mismatch('ERR_FORMAT', 'open', file, 'a readable file', unreadable(file, e), e)
   }
   try {
     const info = fs.fstatSync(fd)
-    if (!info.isFile()) throw mismatch('ERR_FORMAT', 'open', file, 'a regular file', 'something else')
+    if (!info.isFile()) throw mismatch('ERR_FORMAT', 'open', file, 'a regular file', unreadable(file))
     return use(fd, info.size)
   } finally {
     fs.closeSync(fd)

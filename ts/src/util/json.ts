@@ -5,6 +5,7 @@
 import { isUtf8 } from 'node:buffer'
 import fs from 'node:fs'
 import { mismatch } from './errors.js'
+import { foundIn, kindOfBytes, kindText, markedKind, unreadable } from './file-kind.js'
 import { writeAtomicText } from './files.js'
 
 /** A member of the outermost object; positions are UTF-16 offsets into the text, ends are exclusive. */
@@ -160,7 +161,8 @@ export function parseJson(text: string, file: string, code: string, base = 0): u
     const at = base + Buffer.byteLength(text.slice(0, problem.position))
     const rest = text.slice(problem.position, problem.position + 20)
     const got = rest ? JSON.stringify(rest) : 'the end'
-    throw mismatch(code, 'json', `${file} at byte ${at}`, problem.expected, got, e)
+    const expected = /^(\/[/*]|#)/.test(rest) ? `${problem.expected} (JSON takes no comments)` : problem.expected
+    throw mismatch(code, 'json', `${file} at byte ${at}`, expected, got, e)
   }
 }
 
@@ -196,15 +198,25 @@ export function decodeUtf8(bytes: Uint8Array, file: string, code: string, base =
   return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString('utf8')
 }
 
+/** Reads a file of text, without its byte order mark. @throws AlignGPTError with `code`; what is not UTF-8 is named */
+export function readText(file: string, code: string, where: string, expected: string): string {
+  let bytes: Buffer
+  try {
+    bytes = fs.readFileSync(file)
+  } catch (e) {
+    throw mismatch(code, where, file, 'a readable file', unreadable(file, e), e)
+  }
+  const other = bytes.length ? (markedKind(bytes) ?? (isUtf8(bytes) ? null : kindOfBytes(bytes, true))) : null
+  if (other) throw mismatch(code, where, file, expected, kindText(other))
+  const text = bytes.toString()
+  return text.charCodeAt(0) === 0xfeff ? text.slice(1) : text
+}
+
 /** Reads and parses a JSON file. @throws AlignGPTError with `code` that names the file */
 export function readJsonFile(file: string, code: string): unknown {
-  let text: string
-  try {
-    text = fs.readFileSync(file, 'utf8')
-  } catch (e) {
-    throw mismatch(code, 'json', file, 'a readable file', (e as NodeJS.ErrnoException).code ?? String(e), e)
-  }
-  return parseJson(text.charCodeAt(0) === 0xfeff ? text.slice(1) : text, file, code)
+  const text = readText(file, code, 'json', 'a JSON file')
+  if (text.trim() === '') throw mismatch(code, 'json', file, 'a JSON file', foundIn(file))
+  return parseJson(text, file, code)
 }
 
 /** Writes a value as indented JSON, atomically. */

@@ -45,6 +45,9 @@ async function run(file: string, o: Options): Promise<void> {
       `level ${l}  from ${result.edges[l].toFixed(4)}  ${String(n).padStart(7)}  ${'#'.repeat(Math.round((40 * n) / most))}`,
     )
   for (const b of result.bad) console.error(`left out: ${b.id}: ${b.reason}`)
+  const without = result.scores.filter((s) => s === null).length + data.bad.length
+  if (without)
+    console.error(`${without} records without a score${o.write ? `: ${result.removed} lost the level they had` : ''}`)
   if (o.write) console.log(`similarity written to ${file}`)
   if (report !== undefined) {
     const { writeLevelsPage } = await import('../../report/levels-page.js')

@@ -1,6 +1,7 @@
 /** config.json of a CLIP, with both towers. */
 import { z } from 'zod'
 import { checkConfig, id, loadConfig, or, positive, type RawConfig, refuse, size } from '../../formats/zod-check.js'
+import { refuseQuantized, refuseUnknown } from './refused.js'
 
 export interface ClipVisionConfig {
   hidden_size: number
@@ -71,8 +72,11 @@ const textSchema = z.object({
 })
 const clipSchema = z.object({ projection_dim: or(size, 512), logit_scale_init_value: or(z.number(), 2.6592) })
 
+/** Keys of a tower that look as if they computed something and are its own. */
+const KNOWN = ['layer_norm_eps', 'hidden_act']
+
 /** A tower's section; the old `*_config_dict` sections win over it, with their defaults, as in transformers. */
-function section<T extends { hidden_size: number; num_attention_heads: number }>(
+function section<T extends { hidden_size: number; num_attention_heads: number; hidden_act: string }>(
   raw: RawConfig,
   name: string,
   schema: z.ZodType<T>,
@@ -82,6 +86,7 @@ function section<T extends { hidden_size: number; num_attention_heads: number }>
   const value = raw[key] ?? {}
   if (typeof value !== 'object' || Array.isArray(value)) refuse(file, key, 'an object', value)
   const c = checkConfig(schema, value, file, key)
+  refuseUnknown(value as RawConfig, file, KNOWN, `${key}.`)
   if (c.hidden_size % c.num_attention_heads)
     refuse(file, `${key}.hidden_size`, `a multiple of num_attention_heads ${c.num_attention_heads}`, c.hidden_size)
   return c
@@ -90,6 +95,8 @@ function section<T extends { hidden_size: number; num_attention_heads: number }>
 /** Validates the content of a CLIP config.json. @throws AlignGPTError ERR_CONFIG */
 export function parseClipConfig(raw: RawConfig, file = 'config.json'): ClipConfig {
   if (raw.model_type !== undefined && raw.model_type !== 'clip') refuse(file, 'model_type', "'clip'", raw.model_type)
+  refuseQuantized(raw, file)
+  for (const name of ['vision_config', 'text_config']) refuseQuantized((raw[name] ?? {}) as RawConfig, file, `${name}.`)
   const vision = section(raw, 'vision_config', visionSchema, file)
   const text = section(raw, 'text_config', textSchema, file)
   if (vision.num_channels !== 3) refuse(file, 'vision_config.num_channels', '3', vision.num_channels)

@@ -1,18 +1,18 @@
 /**
- * Images of files and bytes as Pillow decodes them (by sharp): RGB by dropping alpha. EXIF orientation and colour profiles are
- * ignored, as Pillow's Image.open does.
+ * Images of files and bytes as Pillow has them after `Image.open(file).convert('RGB')`, to the last bit: alpha is dropped,
+ * colour profiles are ignored. PNG, JPEG, WebP, TIFF and AVIF are decoded by libvips (sharp), the others here.
  */
-import { AlignGPTError, mismatch } from '../../util/errors.js'
+import { bmpHeader, decodeBmp } from './bmp.js'
+import { turned } from './colours.js'
+import { asImageError, badImage, type Format, type Header, type RgbImage, readableFormat } from './format.js'
+import { checkAvif, checkJpeg, checkPng } from './gates.js'
+import { decodeGif, gifHeader } from './gif.js'
+import { decodeByLibrary, libraryHeader } from './library.js'
+import { decodePnm, pnmHeader } from './pnm.js'
 import { type ImageSource, MAX_BYTES, readFilePart, readImage } from './source.js'
+import { tiffHeader } from './tiff.js'
 
-/** 8-bit RGB picture, rows from the top: data [height, width, 3]. */
-export interface RgbImage {
-  data: Uint8Array
-  width: number
-  height: number
-  /** [height, width], only when asked for and present in the file */
-  alpha?: Uint8Array
-}
+export type { RgbImage }
 
 export interface ImageLimits {
   /** largest file, bytes; default 256 MiB */
@@ -21,89 +21,88 @@ export interface ImageLimits {
   maxPixels?: number
 }
 
+export interface DecodeOptions extends ImageLimits {
+  /** also return the alpha channel, if there is one */
+  alpha?: boolean
+  /** turn a picture as its EXIF orientation says; a TIFF always is, as Pillow does it */
+  exifOrientation?: boolean
+}
+
 export const MAX_PIXELS = 50_000_000
 // The resize needs memory in proportion to the longer side, whatever the shorter one is.
 const MAX_SIDE = 1 << 20
-// What Pillow reads as a bitmap too. Above all no SVG or PDF: they are programs that draw.
-const FORMATS = new Set(['jpeg', 'png', 'webp', 'gif', 'tiff', 'heif', 'avif'])
 
-const bad = (what: string, expected: string, got: string, cause?: unknown): AlignGPTError =>
-  mismatch('ERR_IMAGE', 'image', what, expected, got, cause)
-
-/** Expands 1 to 4 interleaved channels to RGB; grey is repeated, alpha is set apart. */
-function toRgb(raw: Buffer, channels: number, withAlpha: boolean): { data: Uint8Array; alpha?: Uint8Array } {
-  const n = raw.length / channels
-  const alpha = withAlpha && channels % 2 === 0 ? new Uint8Array(n) : undefined
-  // no Uint8Array.from with a function: that takes as long as the decoding
-  if (alpha) for (let i = 0, s = channels - 1; i < n; i++, s += channels) alpha[i] = raw[s]
-  if (channels === 3) return { data: raw }
-  const data = new Uint8Array(3 * n)
-  const [g, b] = channels < 3 ? [0, 0] : [1, 2]
-  for (let i = 0, s = 0, d = 0; i < n; i++, s += channels, d += 3) {
-    data[d] = raw[s]
-    data[d + 1] = raw[s + g]
-    data[d + 2] = raw[s + b]
+/** What the header says, sides as stored. @throws where it is none, or of a kind that is not read */
+async function headerOf(b: Uint8Array, format: Format): Promise<Header> {
+  switch (format) {
+    case 'GIF':
+      return gifHeader(b)
+    case 'BMP':
+      return bmpHeader(b)
+    case 'PNM':
+      return pnmHeader(b)
+    case 'TIFF':
+      return tiffHeader(b)
+    case 'PNG':
+      checkPng(b)
+      break
+    case 'JPEG':
+      checkJpeg(b)
+      break
+    case 'AVIF':
+      checkAvif(b)
+      break
   }
-  return { data, alpha }
+  return libraryHeader(b, format)
 }
 
-/** Imported with the first picture, since it takes longer than everything else of this package; once, since asking again takes time too. */
-let importing: Promise<typeof import('sharp')> | undefined
-const decoderLibrary = (): Promise<typeof import('sharp')> => {
-  importing ??= import('sharp')
-  return importing
+function decodeFormat(b: Uint8Array, format: Format, header: Header, alpha: boolean): RgbImage | Promise<RgbImage> {
+  switch (format) {
+    case 'GIF':
+      return decodeGif(b, alpha)
+    case 'BMP':
+      return decodeBmp(b, alpha)
+    case 'PNM':
+      return decodePnm(b)
+    default:
+      return decodeByLibrary(b, format, header, alpha)
+  }
 }
 
-/** Opens a picture and checks what its header says. @throws AlignGPTError ERR_IMAGE */
-async function openImage(bytes: Uint8Array, name: string, maxPixels: number) {
-  const { default: sharp } = await decoderLibrary()
-  const open = { limitInputPixels: maxPixels, failOn: 'error', ignoreIcc: true, sequentialRead: true } as const
-  const { format, width, height } = await sharp(bytes, { ...open, limitInputPixels: false }).metadata()
-  if (!format || !FORMATS.has(format)) throw bad(name, [...FORMATS].join(' '), format ?? 'an unknown format')
-  if (!width || !height || width * height > maxPixels)
-    throw bad(name, `at most ${maxPixels} pixels`, `${width} x ${height}`)
-  if (Math.max(width, height) > MAX_SIDE) throw bad(name, `sides up to ${MAX_SIDE}`, `${width} x ${height}`)
-  return { width, height, decoder: () => sharp(bytes, open) }
+function checkSize({ width, height }: Header, name: string, maxPixels: number): void {
+  if (width < 1 || height < 1) throw badImage(name, 'a picture with pixels', `${width} x ${height}`)
+  if (width * height > maxPixels) throw badImage(name, `at most ${maxPixels} pixels`, `${width} x ${height}`)
+  if (Math.max(width, height) > MAX_SIDE) throw badImage(name, `sides up to ${MAX_SIDE}`, `${width} x ${height}`)
 }
-
-/** Any failure as an error about the picture `name`. */
-const asImageError = (e: unknown, name: string): AlignGPTError =>
-  e instanceof AlignGPTError ? e : bad(name, 'a picture that can be decoded', (e as Error).message.split('\n')[0], e)
 
 /**
- * Decodes a picture to RGB: alpha is dropped, not blended; grey and palette become RGB; 16 bits become 8 (high byte);
- * of an animation the first frame is taken.
+ * Decodes a picture to RGB as Pillow does: alpha is dropped, not blended; palette becomes RGB, grey is repeated; 16 bits of
+ * colour become 8 (high byte), grey of 16 bits is clipped; of an animation the first frame is taken.
  * @param input path, or the file's bytes
- * @param options.alpha also return the alpha channel, if there is one
  * @param options.name name for messages when `input` is bytes
- * @throws AlignGPTError ERR_IMAGE: unreadable, too large, truncated, damaged, no picture of a known format
+ * @throws AlignGPTError ERR_IMAGE: unreadable, too large, truncated, damaged, of a format or kind that is not read
  */
 export async function decodeImage(
   input: string | Uint8Array,
-  options: ImageLimits & { alpha?: boolean; name?: string } = {},
+  options: DecodeOptions & { name?: string } = {},
 ): Promise<RgbImage> {
   const name = options.name ?? (typeof input === 'string' ? input : 'picture')
   const { maxPixels = MAX_PIXELS, maxBytes = MAX_BYTES } = options
   const bytes = typeof input === 'string' ? readFilePart(input, { maxBytes }) : input
-  if (bytes.byteLength > maxBytes) throw bad(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
-  if (bytes.byteLength === 0) throw bad(name, 'a picture', 'an empty file')
+  if (bytes.byteLength > maxBytes) throw badImage(name, `at most ${maxBytes} bytes`, `${bytes.byteLength}`)
+  const format = readableFormat(bytes, name)
   try {
-    const { decoder } = await openImage(bytes, name, maxPixels)
-    const raw = decoder().toColourspace('srgb').raw({ depth: 'uchar' })
-    const { data, info } = await raw.toBuffer({ resolveWithObject: true })
-    if (info.channels > 4 || data.length !== info.width * info.height * info.channels)
-      throw bad(name, '1 to 4 channels', `${info.channels}`)
-    return { ...toRgb(data, info.channels, options.alpha === true), width: info.width, height: info.height }
+    const header = await headerOf(bytes, format)
+    checkSize(header, name, maxPixels)
+    const image = await decodeFormat(bytes, format, header, options.alpha === true)
+    return format === 'TIFF' || options.exifOrientation ? turned(image, header.orientation) : image
   } catch (e) {
-    throw asImageError(e, name)
+    throw asImageError(e, name, format)
   }
 }
 
 /** Decodes a picture of a data set; see readImage and decodeImage. */
-export async function loadImage(
-  source: ImageSource,
-  options: ImageLimits & { alpha?: boolean } = {},
-): Promise<RgbImage> {
+export async function loadImage(source: ImageSource, options: DecodeOptions = {}): Promise<RgbImage> {
   const { maxBytes } = options
   return decodeImage(readImage(source, { maxBytes }), { ...options, name: source.name })
 }
@@ -111,27 +110,35 @@ export async function loadImage(
 // Holds the header of nearly every picture, behind colour profiles and EXIF too.
 const HEAD = 128 * 1024
 
+/** What imageHeader finds. */
+export interface ImageHeader extends Header {
+  format: Format
+}
+
 /**
- * Side lengths of a picture from its header; pixels are not decoded and mostly not read.
+ * Format, side lengths and EXIF orientation of a picture from its header; pixels are not decoded and mostly not read.
+ * The sides are those of the decoded picture that is not turned (of TIFF turned).
  * @throws AlignGPTError ERR_IMAGE as decodeImage does, but for damage behind the header
  */
 export async function imageHeader(
   source: ImageSource,
   { maxBytes = MAX_BYTES, maxPixels = MAX_PIXELS }: ImageLimits = {},
-): Promise<{ width: number; height: number }> {
+): Promise<ImageHeader> {
   const { name } = source
-  const look = async (bytes: Uint8Array): Promise<{ width: number; height: number }> => {
-    if (bytes.length === 0) throw bad(name, 'a picture', 'an empty file')
-    const { width, height } = await openImage(bytes, name, maxPixels)
-    return { width, height }
-  }
   const head = readImage(source, { maxBytes, head: HEAD })
+  const format = readableFormat(head, name)
+  const look = async (bytes: Uint8Array): Promise<ImageHeader> => {
+    const { width, height, orientation } = await headerOf(bytes, format)
+    checkSize({ width, height, orientation }, name, maxPixels)
+    const across = format === 'TIFF' && orientation >= 5
+    return { format, orientation, ...(across ? { width: height, height: width } : { width, height }) }
+  }
   try {
     // A header that does not fit into its usual room is looked for in the whole file.
     return await look(head).catch((e) =>
       head.length < HEAD ? Promise.reject(e) : look(readImage(source, { maxBytes })),
     )
   } catch (e) {
-    throw asImageError(e, name)
+    throw asImageError(e, name, format)
   }
 }

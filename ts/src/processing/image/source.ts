@@ -6,15 +6,16 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { type SavedOptions, savedArrays } from '../../formats/index-cache.js'
-import { tarMembers } from '../../formats/tar.js'
+import { memberName, type TarEntry, tarEntries } from '../../formats/tar.js'
 import { type AlignGPTError, mismatch } from '../../util/errors.js'
+import { foundIn, headOf, otherKind } from '../../util/file-kind.js'
 import { Numbers } from '../../util/growable-array.js'
 import { hash53 } from '../../util/hash.js'
 import { Fingerprints } from '../../util/hash-map.js'
 
 /** Where the bytes of one picture lie, in plain values that can be sent to a worker; `problem`: why they lie nowhere. */
 export type ImageSource =
-  | { name: string; root: string }
+  | ({ name: string; root: string } & LinkOptions)
   | { name: string; file: string; offset: number; bytes: number }
   | { name: string; problem: string }
 
@@ -24,25 +25,62 @@ export const MAX_BYTES = 256 * 1024 * 1024
 const bad = (what: string, expected: string, got: string, cause?: unknown): AlignGPTError =>
   mismatch('ERR_IMAGE', 'image', what, expected, got, cause)
 
+/** A name as given, and in the other forms in which a folder or a tar may have it: file systems and archivers compose letters or not. */
+const formsOf = (name: string): string[] => [...new Set([name, name.normalize('NFC'), name.normalize('NFD')])]
+
+/** Names that a missing file may have in truth: with Windows' separators, percent signs decoded, the ending in other letters. */
+function nearNames(name: string): string[] {
+  const end = path.extname(name)
+  const withEnd = (e: string): string => name.slice(0, name.length - end.length) + e
+  const near = [name.replaceAll('\\', '/'), withEnd(end.toLowerCase()), withEnd(end.toUpperCase())]
+  try {
+    near.push(decodeURIComponent(name))
+  } catch {
+    // A percent sign of its own.
+  }
+  return near.filter((n) => n !== name && !n.includes('\0'))
+}
+
+export interface LinkOptions {
+  /** links in the folder may lead out of it; default false */
+  followLinks?: boolean
+}
+
+const isIn = (folder: string, file: string): boolean =>
+  file.startsWith(folder.endsWith(path.sep) ? folder : folder + path.sep)
+
 /**
- * The real path of a picture of a data set. It must lie inside the image root also after symbolic links are followed.
- * @param name path relative to the root, as in the data
+ * The real path of a picture of a data set. Its name must not lead out of the image root; neither may symbolic links, unless they are
+ * followed. It is tried as given and in Unicode's composed and decomposed forms.
+ * @param name path relative to the root, as in the data; an absolute one inside the root
  * @throws AlignGPTError ERR_IMAGE: `..`, a link or an absolute path that leads outside, a missing file
  */
-export function resolveImage(root: string, name: string): string {
-  if (name.includes('\0') || name.split(/[\\/]/).includes('..'))
-    throw bad(name, 'a path without ..', JSON.stringify(name))
+export function resolveImage(root: string, name: string, { followLinks = false }: LinkOptions = {}): string {
+  if (name.includes('\0')) throw bad(name, 'a path without NUL', JSON.stringify(name))
+  const expected = `a file inside the image folder ${root}`
+  const given = path.resolve(root)
+  let failed: unknown
   let base: string
-  let real: string
   try {
-    base = fs.realpathSync(root)
-    real = fs.realpathSync(path.resolve(base, name))
+    base = fs.realpathSync(given)
   } catch (e) {
     throw bad(path.join(root, name), 'a file', (e as NodeJS.ErrnoException).code ?? String(e), e)
   }
-  if (!real.startsWith(base.endsWith(path.sep) ? base : base + path.sep))
-    throw bad(name, `a file inside the image folder ${root}`, 'one outside it')
-  return real
+  for (const form of formsOf(name)) {
+    const file = path.resolve(given, form)
+    if (!isIn(given, file) && !isIn(base, file)) throw bad(name, expected, 'a path that leads outside')
+    try {
+      const real = fs.realpathSync(file)
+      if (followLinks || isIn(base, real)) return real
+    } catch (e) {
+      failed ??= e
+      continue
+    }
+    throw bad(name, expected, 'a link that leads outside (--follow-links allows that)')
+  }
+  const { code } = failed as NodeJS.ErrnoException
+  const near = nearNames(name).find((n) => isIn(given, path.resolve(given, n)) && fs.existsSync(path.resolve(given, n)))
+  throw bad(path.join(root, name), 'a file', `${code ?? failed}${near ? ` (there is ${near})` : ''}`, failed)
 }
 
 /** How much of a file is wanted. */
@@ -87,7 +125,7 @@ export function readFilePart(file: string, o: Part = {}): Buffer {
 /** The bytes of a picture, or the first `head` of them. @throws AlignGPTError ERR_IMAGE */
 export function readImage(source: ImageSource, o: Pick<Part, 'maxBytes' | 'head'> = {}): Buffer {
   if ('problem' in source) throw bad(source.name, 'the name of a picture', source.problem)
-  if ('root' in source) return readFilePart(resolveImage(source.root, source.name), o)
+  if ('root' in source) return readFilePart(resolveImage(source.root, source.name, source), o)
   return readFilePart(source.file, { ...o, offset: source.offset, bytes: source.bytes })
 }
 
@@ -113,16 +151,23 @@ export function expandShards(pattern: string): string[] {
   return names.flatMap((n) => expandShards(after).map((rest) => before + n + rest))
 }
 
+// Sizes of what is no regular file; the offset is then that of its headers.
+const SPECIAL = -1
+// A chain of more links than this goes round in circles.
+const MAX_LINKS = 40
+
+const stemOf = (file: string): string => path.basename(file).replace(/\.tar$/, '')
+
 /** Members of one tar: hash of the name, hash of `shard/name`, offset and size. */
 async function readShard(file: string, o: SavedOptions): Promise<{ [key: string]: Float64Array }> {
   const compute = (): { [key: string]: Float64Array } => {
-    const stem = path.basename(file).replace(/\.tar$/, '')
     const [names, full, offsets, sizes] = Array.from({ length: 4 }, () => new Numbers())
-    for (const m of tarMembers(file)) {
+    for (const m of tarEntries(file)) {
+      const special = m.link !== undefined || m.other !== undefined
       names.push(hash53(m.name))
-      full.push(hash53(`${stem}/${m.name}`))
-      offsets.push(m.offset)
-      sizes.push(m.bytes)
+      full.push(hash53(`${stemOf(file)}/${m.name}`))
+      offsets.push(special ? m.start : m.offset)
+      sizes.push(special ? SPECIAL : m.bytes)
     }
     // In their own memory, without the room to grow.
     return {
@@ -132,7 +177,12 @@ async function readShard(file: string, o: SavedOptions): Promise<{ [key: string]
       sizes: sizes.values.slice(),
     }
   }
-  return (await savedArrays(file, 'tar', { onNotice: o.onNotice }, compute)) as { [key: string]: Float64Array }
+  const read = (): Promise<unknown> => savedArrays(file, 'tar', { onNotice: o.onNotice }, compute)
+  try {
+    return (await read()) as { [key: string]: Float64Array }
+  } catch (e) {
+    throw otherKind('tar', file, 'a tar, not compressed', ['a tar archive'], e) ?? e
+  }
 }
 
 const AMBIGUOUS = -1
@@ -164,38 +214,90 @@ class TarImages implements ImageFiles {
       this.sizes.set(s.sizes, this.first[k])
       for (let i = 0; i < s.names.length; i++) {
         const member = this.first[k] + i
-        this.byName.set(s.full[i], member)
-        const other = this.byName.set(s.names[i], member)
-        if (other !== undefined && other < this.first[k]) this.byName.set(s.names[i], AMBIGUOUS)
+        for (const key of [s.full[i], s.names[i]]) {
+          const other = this.byName.set(key, member)
+          if (other !== undefined && other < this.first[k]) this.byName.set(key, AMBIGUOUS)
+        }
       }
     })
   }
 
   locate(name: string): ImageSource {
-    const member = this.byName.get(hash53(name))
-    if (member === undefined) return { name, problem: `none of this name in ${this.where}` }
+    const forms = formsOf(memberName(name))
+    const member = forms.map((form) => this.byName.get(hash53(form))).find((m) => m !== undefined)
     if (member === AMBIGUOUS) return { name, problem: `several of this name in ${this.where}; write shard/name` }
+    if (member === undefined) {
+      const inside = forms.map((form) => this.throughLink(form)).find((m) => m !== null)
+      return inside ? { ...inside, name } : { name, problem: `none of this name in ${this.where}` }
+    }
+    return { ...this.follow(member), name }
+  }
+
+  /** Which tar a member is in. */
+  private shardOf(member: number): number {
     let [low, high] = [0, this.files.length]
     while (high - low > 1) {
       const middle = (low + high) >> 1
       if (this.first[middle] <= member) low = middle
       else high = middle
     }
-    return { name, file: this.files[low], offset: this.offsets[member], bytes: this.sizes[member] }
+    return low
+  }
+
+  /** What a member that is no regular file is. */
+  private special(member: number): TarEntry {
+    return tarEntries(this.files[this.shardOf(member)], this.offsets[member]).next().value as TarEntry
+  }
+
+  /** The bytes of a member, of a link those that it leads to, or why there are none. */
+  private follow(member: number, left = MAX_LINKS): ImageSource {
+    if (this.sizes[member] !== SPECIAL) {
+      const file = this.files[this.shardOf(member)]
+      return { name: '', file, offset: this.offsets[member], bytes: this.sizes[member] }
+    }
+    const { name, link, other } = this.special(member)
+    if (link === undefined) return { name, problem: `${other}, not a file` }
+    if (link === null) return { name, problem: 'a link that leads out of the tar' }
+    if (left === 0) return { name, problem: 'a link that leads to itself' }
+    const shard = stemOf(this.files[this.shardOf(member)])
+    const target = this.byName.get(hash53(`${shard}/${link}`))
+    if (target !== undefined && target !== AMBIGUOUS) return this.follow(target, left - 1)
+    const inside = this.throughLink(`${shard}/${link}`, left - 1)
+    return inside ?? { name, problem: `a link to ${link}, which is not in the tar` }
+  }
+
+  /** The member below a folder that is a link in the tar, null when no part of the name is one. */
+  private throughLink(name: string, left = MAX_LINKS): ImageSource | null {
+    for (let at = name.indexOf('/'); at > 0; at = name.indexOf('/', at + 1)) {
+      const folder = this.byName.get(hash53(name.slice(0, at)))
+      if (folder === undefined || folder === AMBIGUOUS || this.sizes[folder] !== SPECIAL) continue
+      const { link } = this.special(folder)
+      if (link === undefined) continue
+      if (link === null) return { name, problem: 'in a folder that is a link out of the tar' }
+      if (left === 0) return { name, problem: 'in a folder that is a link to itself' }
+      const target = memberName(`${stemOf(this.files[this.shardOf(folder)])}/${link}/${name.slice(at + 1)}`)
+      const member = this.byName.get(hash53(target))
+      return member === undefined || member === AMBIGUOUS
+        ? this.throughLink(target, left - 1)
+        : this.follow(member, left - 1)
+    }
+    return null
   }
 }
 
 /**
  * Opens a folder of pictures, or tar files: one, or a pattern such as `shards/{00000..00009}.tar`. Where each member of a
- * large tar lies is kept beside it (`<tar>.index`).
+ * large tar lies is kept beside it (`<tar>.index`). Links inside a tar are followed; links of a folder that lead out of it only with
+ * followLinks.
  * @throws AlignGPTError ERR_DATA: no such folder or file, no tar
  */
-export async function openImages(where: string, o: SavedOptions = {}): Promise<ImageFiles> {
+export async function openImages(where: string, o: SavedOptions & LinkOptions = {}): Promise<ImageFiles> {
   const full = path.resolve(where)
-  if (!full.endsWith('.tar')) {
+  const isTar = full.endsWith('.tar') || (headOf(full) !== null && foundIn(full) === 'a tar archive')
+  if (!isTar) {
     if (!fs.statSync(full, { throwIfNoEntry: false })?.isDirectory())
-      throw mismatch('ERR_DATA', 'data', 'images', 'a folder, or .tar files', where)
-    return { where: full, locate: (name) => ({ name, root: full }) }
+      throw mismatch('ERR_DATA', 'data', `images ${where}`, 'a folder, or .tar files', foundIn(full))
+    return { where: full, locate: (name) => ({ name, root: full, ...(o.followLinks && { followLinks: true }) }) }
   }
   const files = expandShards(full)
   const shards: { [key: string]: Float64Array }[] = []
