@@ -57,7 +57,7 @@ function inPlace(what: string, file: string, where: string): LineFile {
 export function openLines(where: string, option: string, named: string | undefined): LineFile {
   if (named === undefined || STANDARD.includes(named)) return standardOutput
   const what = `${option} ${JSON.stringify(named)}`
-  const target = fileToWrite(where, what, named)
+  const target = fileToWrite(where, option, named)
   try {
     if (target.inPlace) return inPlace(what, named, where)
     const { fd, temporary } = openBeside(target.file)

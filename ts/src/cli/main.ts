@@ -80,12 +80,23 @@ export function commandLine(): Command {
   return program
 }
 
+/** Options that take a path, each a path of this machine. */
+function needPaths(command: Command): void {
+  for (const option of command.options) {
+    const value: unknown = command.getOptionValue(option.attributeName())
+    if (!/<(dir|file)>/.test(option.flags) || typeof value !== 'string') continue
+    const got = value === '' ? 'no name' : /^[a-z][a-z0-9+.-]+:\/\//i.test(value) ? 'an address' : undefined
+    if (got) command.error(`error: option '${option.flags}': expected a path on this machine, got ${got}`)
+  }
+}
+
 /** Runs the command that process.argv names. @returns the exit status; undefined while a command still runs */
 export async function main(): Promise<number | undefined> {
   const program = commandLine()
   let name: string | undefined
   program.hook('preAction', (_, command) => {
     name = command.name()
+    needPaths(command)
   })
   mindOutput(() => name)
   process.on('uncaughtException', (e) => {

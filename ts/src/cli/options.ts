@@ -11,6 +11,7 @@ import type { TrainOptions } from '../train/options.js'
 import { problemOf, SETTINGS, type Values } from '../train/run-settings.js'
 import type { TrainResult } from '../train/trainer.js'
 import { mismatch } from '../util/errors.js'
+import { folderToWrite } from '../util/paths.js'
 import { flagOf, type Given, resolveSettings } from './settings.js'
 import type { TrainJob } from './train-worker.js'
 
@@ -88,6 +89,7 @@ export async function train(
   if (out === undefined) return command.error('error: --out is missing: give it here or in --config')
   const { runTraining } = await import('./train-thread.js')
   const { writeJsonFile } = await import('../util/json.js')
+  folderToWrite(phase, '--out', out)
   fs.mkdirSync(out, { recursive: true })
   writeJsonFile(path.join(out, 'run.json'), { phase, ...settings, resume: undefined })
   const { result, status } = await runTraining(job)

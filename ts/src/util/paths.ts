@@ -61,15 +61,16 @@ function makeLevels(folder: string): string[] {
 
 /**
  * A folder that files are going to be written into: there and writable, or one that can be made. Nothing is left of the trial.
- * @param what for messages: the option and its path
+ * @param option that names it, for messages
  * @throws AlignGPTError ERR_FILE
  */
-export function folderToWrite(where: string, what: string, folder: string): void {
+export function folderToWrite(where: string, option: string, folder: string): void {
+  const what = `${option} ${show(folder)}`
   const expected = 'a folder to write into'
   const refuse = (got: string): never => {
     throw mismatch('ERR_FILE', where, what, expected, got)
   }
-  if (folder === '') refuse(show(folder))
+  if (folder === '') refuse('no name')
   try {
     const there = statOf(folder)
     if (there && !there.isDirectory()) refuse(there.isFile() ? 'a file' : 'something else')
@@ -84,16 +85,17 @@ export function folderToWrite(where: string, what: string, folder: string): void
 
 /**
  * Where a file is going to be written, links followed.
- * @param what for messages: the option and its path
+ * @param option that names it, for messages
  * @returns the path, and whether it is written in place: a pipe, a terminal, a device
  * @throws AlignGPTError ERR_FILE: a folder, a link that leads nowhere, no folder to be in, no permission
  */
-export function fileToWrite(where: string, what: string, file: string): { file: string; inPlace: boolean } {
+export function fileToWrite(where: string, option: string, file: string): { file: string; inPlace: boolean } {
+  const what = `${option} ${show(file)}`
   const expected = 'a file to write'
   const refuse = (got: string): never => {
     throw mismatch('ERR_FILE', where, what, expected, got)
   }
-  if (file === '' || /[\\/]$/.test(file)) refuse(file === '' ? show(file) : 'the name of a folder')
+  if (file === '' || /[\\/]$/.test(file)) refuse(file === '' ? 'no name' : 'the name of a folder')
   try {
     const there = statOf(file)
     if (there?.isDirectory()) refuse('a folder')

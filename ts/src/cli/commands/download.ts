@@ -1,6 +1,7 @@
 /** Brings a model or data set from the Hugging Face Hub into a folder. */
 import type { Command } from 'commander'
 import type { DownloadOptions } from '../../convert/hub.js'
+import { folderToWrite } from '../../util/paths.js'
 
 interface Options extends Pick<DownloadOptions, 'revision' | 'include' | 'token'> {
   to: string
@@ -34,6 +35,7 @@ async function progress(): Promise<{ show: NonNullable<DownloadOptions['onProgre
 }
 
 async function run(repo: string, { to, ...options }: Options): Promise<void> {
+  folderToWrite('download', '--to', to)
   const { downloadRepo } = await import('../../convert/hub.js')
   const { show, end } = await progress()
   try {
