@@ -39,8 +39,8 @@ class Worded extends Command {
     const shown = (key: string): string =>
       key.startsWith('--') ? key : args.includes(key) ? `the argument <${key}>` : flagOf({ key })
     const keys = [...known, ...args, ...known.map((f) => f.slice(2).replace(/-(.)/g, (_, c) => c.toUpperCase()))]
-    const ours = hint(flag, flag.startsWith('-') ? keys : known, shown)
-    return this.error(`error: unknown option '${flag}'${ours === undefined ? '' : `, expected ${ours}`}`, {
+    const meant = hint(flag, flag.startsWith('-') ? keys : known, shown)
+    return this.error(`error: unknown option '${flag}'${meant === undefined ? '' : ` (${meant})`}`, {
       code: 'commander.unknownOption',
     })
   }

@@ -112,7 +112,8 @@ function unknownKey(where: string, key: string, phase: PhaseName, known: string[
   const inside = known.filter((k) => k.startsWith(`${key}.`))
   if (inside.length) return fail(`values for ${inside.join(', ')}`)
   if (SETTINGS.some((s) => s.key === key)) return fail(`a key of ${phase}`)
-  return fail(hint(key, [...known, 'preset', 'phase'], (k) => k) ?? 'a known key (docs/config.md)')
+  const meant = hint(key, [...known, 'preset', 'phase'], (k) => k) ?? 'docs/config.md has them'
+  return fail(`a known key (${meant})`)
 }
 
 /** What a file or --set says: settings, a preset, the phase it is for. */

@@ -220,21 +220,20 @@ function nearest(word: string, known: readonly string[]): string | undefined {
 }
 
 /**
- * What is meant by a word that is none of ours, in words that complete "expected ..."; undefined without an idea.
+ * What is meant by a word that is none of ours; undefined without an idea.
  * @param known what may stand there: keys, or names of options
  * @param shown how a key is written there
  */
 export function hint(word: string, known: readonly string[], shown: (key: string) => string): string | undefined {
   const same = known.find((k) => bare(k) === bare(word))
-  if (same !== undefined) return shown(same)
   const other = Object.hasOwn(WORDS, bare(word)) ? WORDS[bare(word)] : undefined
-  if (!other) {
-    const near = nearest(word, known)
-    return near === undefined ? undefined : shown(near)
+  if (same !== undefined || !other) {
+    const near = same ?? nearest(word, known)
+    return near && `the nearest: ${shown(near)}`
   }
   const note = other.note?.replaceAll(/\{([\w.]+)\}/g, (_, key: string) => shown(key))
-  if (other.ours === null) return `none of this name: ${note}`
+  if (other.ours === null) return `here there is none: ${note}`
   const ours = [other.ours, ...(ELSEWHERE[other.ours] ?? [])].find((k) => known.includes(k))
-  const said = ours === undefined ? `none of this name (in other commands ${shown(other.ours)})` : shown(ours)
-  return note === undefined ? said : `${said} (${note})`
+  const said = ours === undefined ? `${shown(other.ours)} of other commands` : `here it is ${shown(ours)}`
+  return note === undefined ? said : `${said}; ${note}`
 }
