@@ -36,12 +36,22 @@ async function progress(): Promise<{ show: NonNullable<DownloadOptions['onProgre
 
 async function run(repo: string, { to, ...options }: Options): Promise<void> {
   folderToWrite('download', '--to', to)
-  const { downloadRepo } = await import('../../convert/hub.js')
+  const [{ downloadRepo }, { hearing }] = await Promise.all([import('../../convert/hub.js'), import('../signals.js')])
   const { show, end } = await progress()
   try {
-    const m = await downloadRepo(repo, to, { ...options, onProgress: show, onMessage: (text) => console.error(text) })
-    const bytes = m.files.reduce((n, f) => n + f.size, 0)
+    const asked = { ...options, onProgress: show, onMessage: (text: string) => console.error(text) }
+    const m = await hearing('what is there stays', ({ signal }) =>
+      downloadRepo(repo, to, { ...asked, signal }).catch((e) => {
+        if (!signal.aborted) throw e
+        return null
+      }),
+    )
     end()
+    if (!m) {
+      console.error('stopped: the same command goes on from what is there')
+      return
+    }
+    const bytes = m.files.reduce((n, f) => n + f.size, 0)
     console.log(`${to}: ${m.files.length} files, ${(bytes / MB).toFixed(1)} MB, verified; ${repo} at ${m.commit}`)
   } finally {
     end()
