@@ -109,6 +109,8 @@ export function writeAtomic(named: string, fill: (fd: number, temporary: string)
     fs.renameSync(temporary, file)
   } catch (e) {
     fs.rmSync(temporary, { force: true })
+    const refused = e as NodeJS.ErrnoException
+    if (refused.syscall !== undefined) refused.path ??= file // a descriptor has no name
     throw e
   }
   const folder = fs.openSync(path.dirname(path.resolve(file)), 'r')
