@@ -203,7 +203,7 @@ describe('evaluation', () => {
   test('bad records of a data file are left out and named', async () => {
     const file = write(
       [
-        { id: 'a', question: 'Is it?', answer: 'yes' },
+        { id: 'a', question: 'Is it?', answer: 'yes', question_id: 7, category: 'conv' },
         { id: 'b', question: 'Is it?', answer: 5 },
         { id: 'c', question: '<image> Is it?', answer: 'yes' },
         { id: 'd', question: 'Which?', answer: 'cat', options: ['dog', 'cow'] },
@@ -215,6 +215,7 @@ describe('evaluation', () => {
     )
     const asked = await readQuestions(file, 100)
     expect(asked.questions.yesno.map(({ q }) => q.id)).toEqual(['a', 'f'])
+    expect(asked.questions.yesno[0].record).toEqual({ question_id: 7, category: 'conv' })
     expect(asked.bad.map(({ id, index }) => [id, index])).toEqual([
       ['b', 1],
       ['c', 2],

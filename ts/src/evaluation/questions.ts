@@ -32,6 +32,8 @@ export type Kind = 'yesno' | 'choice' | 'open'
 export interface Asking {
   q: Question
   turn: number
+  /** what else the record says, such as question_id and category */
+  record: Record<string, unknown>
 }
 
 /** What a data file asks. */
@@ -88,6 +90,11 @@ export function questionsOf(r: DataRecord, options: readonly string[] | undefine
   return questions
 }
 
+/** Keys of a record that its questions are made of. */
+const READ: readonly string[] = [
+  ...['id', 'image', 'images', 'question', 'answer', 'options', 'caption', 'conversations', 'messages', 'conversation'],
+]
+
 /** What is wrong with the `options` of a record and its questions; null where nothing is. */
 function optionsProblem(options: unknown, found: readonly Question[]): RecordProblem | null {
   const wrong = (expected: string): RecordProblem => ({ key: 'options', expected, got: options })
@@ -121,7 +128,8 @@ export async function readQuestions(file: string, limit: number): Promise<Asked>
     }
     asked.later += Math.max(0, questions.length - 1)
     if (!questions.length) asked.leftOut.push(record.id)
-    for (const [turn, q] of questions.entries()) asked.questions[kindOf(q)].push({ q, turn })
+    const more = Object.fromEntries(Object.entries(found.raw as object).filter(([key]) => !READ.includes(key)))
+    for (const [turn, q] of questions.entries()) asked.questions[kindOf(q)].push({ q, turn, record: more })
   }
   await splitRecords(file, (bytes, offset) => {
     if (asked.records < limit) read(bytes, offset, asked.records++)

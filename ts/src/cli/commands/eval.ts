@@ -31,8 +31,14 @@ interface Score {
 }
 type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
 
-/** A line of --answers; turn: which question of its record it is, from 0. */
-type Judged = Question & Answer & { kind: Kind; turn: number }
+/** A line of --answers; turn: which question of its record it is, from 0; record: what else that says. */
+type Judged = Question & Answer & { kind: Kind; turn: number; record?: Record<string, unknown> }
+
+/** The question, its answer, and what else its record says. */
+const lineOf = ({ q, turn, record }: Asking, a: Answer, kind: Kind): Judged => ({
+  ...{ ...q, ...a, kind, turn },
+  ...(Object.keys(record).length > 0 && { record }),
+})
 
 /** Asks all questions, kind by kind. */
 async function ask(
@@ -51,8 +57,7 @@ async function ask(
     const questions = list.map(({ q }) => q)
     const judge = kind === 'open' ? 'exact' : kind
     let n = 0
-    const tell = (some: readonly Answer[]): void =>
-      onAnswers(some.map((a) => ({ ...questions[n], ...a, kind, turn: list[n++].turn })))
+    const tell = (some: readonly Answer[]): void => onAnswers(some.map((a) => lineOf(list[n++], a, kind)))
     const e = await evaluate(model, questions, { ...o, judge, onAnswers: tell })
     const { count, accuracy, chance, blindAnswers } = e
     if (count === 0) continue // stopped, or all of them left out
@@ -108,7 +113,7 @@ class Collected {
       reason: `record ${index}: ${reason}`,
     }))
     this.#lines = lines
-    this.#write(bad.map(({ id, index, reason }) => ({ id, record: index, problem: reason })))
+    this.#write(bad.map(({ id, index, reason }) => ({ id, place: index, problem: reason })))
   }
   add(some: readonly Judged[]): void {
     this.done += some.length
