@@ -1,6 +1,7 @@
 /** The model as its users have it: the network, and how to get, keep and ask one. */
 
 import {
+  type BatchOptions,
   type Generated,
   type GeneratedPiece,
   type GenerateOptions,
@@ -52,7 +53,7 @@ export class AlignGPT extends AlignGPTNetwork {
    * Answers many requests at once; the i-th result belongs to the i-th request.
    * @throws ERR_IMAGE, ERR_DATA
    */
-  generateBatch(requests: readonly GenerateRequest[], o: GenerateOptions = {}): Promise<Generated[]> {
+  generateBatch(requests: readonly GenerateRequest[], o: BatchOptions = {}): Promise<Generated[]> {
     return generateBatch(this, requests, o)
   }
 

@@ -8,7 +8,7 @@ export type { Best, EvaluationInfo, EvaluationOptions, HeldOutGroup } from './ev
 export type { Judge } from './evaluation/judge.js'
 export type { Question } from './evaluation/questions.js'
 export type { DataRecord, Turn } from './formats/record-file.js'
-export type { Generated, GeneratedPiece, GenerateOptions } from './inference/generate.js'
+export type { BatchOptions, Generated, GeneratedPiece, GenerateOptions } from './inference/generate.js'
 export type { GenerateRequest } from './inference/request.js'
 export type { Sampling } from './inference/sampling.js'
 export { type LevelsOptions, levels } from './levels/clip-scores.js'

@@ -77,6 +77,7 @@ describe('the library and a config file take the same values', () => {
     // what a setting has to have beside it, which is another matter
     if (key === 'evalImages') given.evalData = 'x'
     if (key === 'evalEvery') given.evalShare = 0.5
+    if (key === 'lr') given.projectorLr = 1e-3
     const run = phase === 'pretrain' ? pretrain : tune
     const said = await run({} as AlignGPT, empty, given).catch(message)
     expect(said).toMatch(/^\[train\] /)
@@ -109,6 +110,19 @@ describe('the library and a config file take the same values', () => {
       taken += Number(library === undefined)
     }
     expect(taken).toBeGreaterThan(0)
+  })
+  test.for([
+    ['warmupRatio', [5, -0.1, 1.01], [0, 0.5, 1]],
+    ['lr', [-1e-5, 2, 20], [1e-5, 1]],
+    ['projectorLr', [-1, 1.5], [0, 1e-3]],
+    ['weightDecay', [-0.1, 10], [0, 0.1]],
+    ['clipGradNorm', [0, -1], [0.5, null]],
+    ['workers', [-1, 1e6, 0.5], [0, 8]],
+    ['maxBad', [1.5, -1], [0, 1]],
+    ['skipOutliers', [{ window: 1 }, { window: 2.5 }, { z: 0 }, { warmup: 0 }], [{ window: 50, z: 4 }]],
+  ] as const)('%s: only what can be meant', async ([key, refused, taken]) => {
+    for (const value of refused) expect(await byFile('finetune', key, value), String(value)).toMatch(/expected .*\d/)
+    for (const value of taken) expect(await byFile('finetune', key, value), String(value)).toBeNull()
   })
   test('what has to be there beside a setting is asked for before the model is loaded', async () => {
     const command = new Command().exitOverride().configureOutput({ writeErr: () => {} })
@@ -170,7 +184,7 @@ describe('where settings come from', () => {
   test.for([
     ['bach: 8', 'a known key (the nearest: batch), got "bach"'],
     ['saveevery: 8', 'the nearest: saveEvery'],
-    ['llm: x', 'a key of finetune (the nearest: lr), got "llm"'],
+    ['llm: x', 'a key of finetune, got "llm"'],
     ['lora: { ranc: 8 }', 'the nearest: lora.rank'],
     ['lora: 8', 'values for lora.rank, lora.alpha, lora.targets, got "lora"'],
     ['prest: 7b', 'the nearest: preset'],

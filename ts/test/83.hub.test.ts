@@ -226,8 +226,8 @@ test('no access, no repository, no revision, no connection: each one line, and n
   )
 })
 
-test('the command: HF_ENDPOINT and HF_TOKEN, killed in the middle and run again', async () => {
-  const run = (whenSaid?: RegExp) =>
+test('the command: HF_ENDPOINT and HF_TOKEN, killed and stopped in the middle and run again', async () => {
+  const run = (whenSaid?: RegExp, signal: NodeJS.Signals = 'SIGKILL') =>
     new Promise<{ status: number | null; out: string; err: string }>((resolve) => {
       const env = { ...process.env, HF_ENDPOINT: `${endpoint}/`, HF_TOKEN: 'hf_right' }
       const args = ['--import', 'tsx', 'ts/src/cli.ts', 'download', 'own/tiny', '--to', folder]
@@ -236,13 +236,19 @@ test('the command: HF_ENDPOINT and HF_TOKEN, killed in the middle and run again'
       child.stdout.on('data', (d) => (out += d))
       child.stderr.on('data', (d) => {
         err += d
-        if (whenSaid?.test(err)) child.kill('SIGKILL')
+        if (whenSaid?.test(err)) child.kill(signal)
+        whenSaid = whenSaid?.test(err) ? undefined : whenSaid
       })
       child.on('close', (status) => resolve({ status, out, err }))
     })
   hub.token = 'hf_right'
   hub.cutAfter = [1_500_000]
   await run(/trying again/)
+  expect(fs.readdirSync(folder).find((f) => f.endsWith('.part'))).toBeDefined()
+  hub.cutAfter = [500_000]
+  const stopped = await run(/trying again/, 'SIGHUP')
+  expect([stopped.status, stopped.out]).toEqual([129, ''])
+  expect(stopped.err).toContain('stopped: the same command goes on from what is there')
   expect(fs.readdirSync(folder).find((f) => f.endsWith('.part'))).toBeDefined()
   hub.requests.length = 0
   const { status, out, err } = await run()

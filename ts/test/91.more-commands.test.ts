@@ -88,7 +88,7 @@ test('generate: one question streams, a file is answered in batches, the gate ca
   const many = [...usual, questions, '--images', dir, '--show-gate', '--temperature', '2', '--seed', '4']
   const one = [...usual, '--prompt', 'What is it?', '--image', path.join(dir, 'a.png')]
   const alpha = '0.5,0,0,0,0,0,0,-1'
-  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { text: 'no prompt' }])
+  const broken = file('broken.jsonl', [{ prompt: 'fine' }, { caption: 'no prompt' }])
   const [pair, single, gate, level, weights, few, bad, both, none, nowhere] = await Promise.all([
     aligngpt(...many, '--batch', '2', '--out', out),
     aligngpt(...many, '--batch', '1'),
@@ -121,9 +121,14 @@ test('generate: one question streams, a file is answered in batches, the gate ca
 
   expect(few.err).toMatch(/^ERR_ARGUMENT .*coefficients: expected 8, got 2\n$/)
   expect(bad.err).toMatch(
-    /^ERR_DATA \[generate\] .*broken\.jsonl: record 1 prompt: expected a string, got undefined\n$/,
+    /^not answered: .*broken\.jsonl: record 1: .*prompt: expected a string, .*, got nothing\n1 of 2/,
   )
-  expect(nowhere.err).toMatch(/^ERR_IMAGE .*a\.png/)
+  expect(jsonLines(bad.out).map((a) => [typeof a.text, typeof a.error])).toEqual([
+    ['string', 'undefined'],
+    ['undefined', 'string'],
+  ])
+  expect(nowhere.err).toMatch(/^not answered: .*record 0 \(id "x"\): \[image\] a\.png.*\n.*record 2.*b\.png.*\n2 of 3/)
+  expect(jsonLines(nowhere.out).map((a) => a.error === undefined)).toEqual([false, true, false])
   expect([few, bad, nowhere, both, none].map((r) => r.status)).toEqual([1, 1, 1, 2, 2])
 })
 
@@ -195,7 +200,7 @@ test('eval: loss, every kind of question, the blind control', async () => {
   expect(open.out).toMatch(/^loss \d+\.\d+ of \d+ tokens in 1 records$/m)
   expect([some.status, some.err]).toEqual([0, 'left out: 7: no question with its answer\n'])
   expect(bad.err).toMatch(
-    /^ERR_DATA \[eval\] .*record 0 options: expected some with the answer "c", got \["a","b"\]\n$/,
+    /^ERR_DATA \[eval\] .* got none; record 0: options: expected some with the answer "c", got \["a","b"\]\n$/,
   )
   expect(empty.err).toMatch(/^ERR_DATA .*empty\.json/)
   expect([bad.status, empty.status]).toEqual([1, 1])

@@ -73,6 +73,7 @@ const lines = (out: string): { step: number; loss: number; gradNorm: number }[] 
 for (const [signal, status] of [
   ['SIGINT', 130],
   ['SIGTERM', 143],
+  ['SIGHUP', 129],
 ] as const)
   test(`${signal}: the step is finished, a checkpoint saved, status ${status}, and the run continued from there`, async () => {
     const out = path.join(scratch, signal)
@@ -176,21 +177,23 @@ function write(name: string, content: unknown): string {
 }
 const many = <T>(n: number, make: (i: number) => T): T[] => Array.from({ length: n }, (_, i) => make(i))
 
-test('generate finishes the batch; its answers are in the file', async () => {
+test('generate finishes the batch; its answers are beside the file, which stays', async () => {
   const asked = write(
     'asked.json',
     many(4000, (i) => ({ id: i, prompt: 'What is it?' })),
   )
-  const out = path.join(scratch, 'answers.jsonl')
+  const [out, part] = ['answers.jsonl', 'answers.jsonl.part'].map((name) => path.join(scratch, name))
+  fs.writeFileSync(out, 'yesterday')
   const args = ['generate', ...model, asked, '--out', out, '--batch', '3', '--max-new-tokens', '4']
-  const begun = (): boolean => fs.existsSync(out) && fs.statSync(out).size > 0
+  const begun = (): boolean => fs.existsSync(part) && fs.statSync(part).size > 0
   const ended = await cli(args, once(begun, 'SIGTERM'))
   expect(ended.err).toContain('SIGTERM: finishing the answers of this batch (once more to stop at once)')
   expect(ended).toMatchObject({ status: 143, signal: null })
-  const answers = jsonLines(out)
-  expect(ended.err).toContain(`stopped: ${answers.length} of 4000 answered`)
+  const answers = jsonLines(part)
+  expect(ended.err).toContain(`stopped: ${answers.length} of 4000 answered: in ${part}`)
   expect(answers.length % 3).toBe(0)
   expect(answers.map((a) => a.id)).toEqual([...answers.keys()])
+  expect(fs.readFileSync(out, 'utf8')).toBe('yesterday')
 })
 
 test('eval finishes the batch and gives the figures so far', async () => {
@@ -202,13 +205,14 @@ test('eval finishes the batch and gives the figures so far', async () => {
   }))
   const answers = path.join(scratch, 'judged.jsonl')
   const args = ['eval', write('questions.json', questions), ...model, '--images', `${base}/images`]
-  const begun = (): boolean => fs.existsSync(answers) && fs.statSync(answers).size > 0
+  const part = `${answers}.part`
+  const begun = (): boolean => fs.existsSync(part) && fs.statSync(part).size > 0
   const ended = await cli([...args, '--answers', answers, '--json', '--batch', '5'], once(begun, 'SIGINT'))
   expect(ended).toMatchObject({ status: 130, signal: null })
-  const judged = jsonLines(answers)
+  const judged = jsonLines(part)
   expect(judged.length % 5).toBe(0)
   expect(judged.length).toBeLessThan(4000)
-  expect(ended.err).toContain(`stopped: ${judged.length} of 4000 questions answered`)
+  expect(ended.err).toContain(`stopped: ${judged.length} of 4000 questions answered: in ${part}`)
   const { answered, scores } = JSON.parse(ended.out)
   const accuracy = judged.filter((a) => a.correct).length / judged.length
   expect([answered, scores.yesno.count, scores.yesno.accuracy]).toEqual([judged.length, judged.length, accuracy])

@@ -3,7 +3,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { AlignGPT } from '../aligngpt.js'
-import type { Sampling } from '../inference/sampling.js'
+import { SAMPLING_RANGES, type Sampling } from '../inference/sampling.js'
 import type { Mix } from '../models/align.js'
 import type { CreateOptions, LoadOptions } from '../models/load.js'
 import { CHAT_STYLES, type Style } from '../processing/conversation/styles.js'
@@ -11,17 +11,13 @@ import type { TrainOptions } from '../train/options.js'
 import { problemOf, SETTINGS, type Values } from '../train/run-settings.js'
 import type { TrainResult } from '../train/trainer.js'
 import { mismatch } from '../util/errors.js'
+import { folderToWrite } from '../util/paths.js'
 import { flagOf, type Given, resolveSettings } from './settings.js'
 import type { TrainJob } from './train-worker.js'
 
 export function integer(text: string): number {
-  const n = Number(text)
-  if (!Number.isInteger(n) || n < 0) throw new InvalidArgumentError('expected an integer >= 0')
-  return n
-}
-export function number(text: string): number {
-  const n = Number(text)
-  if (!Number.isFinite(n) || n < 0) throw new InvalidArgumentError('expected a number >= 0')
+  const n = text.trim() === '' ? Number.NaN : Number(text)
+  if (!Number.isSafeInteger(n) || n < 0) throw new InvalidArgumentError('expected an integer >= 0')
   return n
 }
 export function positive(text: string): number {
@@ -29,6 +25,15 @@ export function positive(text: string): number {
   if (n === 0) throw new InvalidArgumentError('expected an integer > 0')
   return n
 }
+/** Parser of a setting of sampling. */
+const drawn =
+  (key: keyof typeof SAMPLING_RANGES) =>
+  (text: string): number => {
+    const [expected, fits] = SAMPLING_RANGES[key]
+    const n = text.trim() === '' ? Number.NaN : Number(text)
+    if (!fits(n)) throw new InvalidArgumentError(`expected ${expected}`)
+    return n
+  }
 function numbers(text: string): number[] {
   const list = text.split(',').map((t) => (t.trim() === '' ? Number.NaN : Number(t)))
   if (!list.every(Number.isFinite)) throw new InvalidArgumentError('expected numbers with commas between them')
@@ -84,6 +89,7 @@ export async function train(
   if (out === undefined) return command.error('error: --out is missing: give it here or in --config')
   const { runTraining } = await import('./train-thread.js')
   const { writeJsonFile } = await import('../util/json.js')
+  folderToWrite(phase, '--out', out)
   fs.mkdirSync(out, { recursive: true })
   writeJsonFile(path.join(out, 'run.json'), { phase, ...settings, resume: undefined })
   const { result, status } = await runTraining(job)
@@ -145,11 +151,15 @@ export interface SamplingOptions extends Sampling {
 
 export function samplingOptions(command: Command): Command {
   return command
-    .option('--max-new-tokens <n>', "longest answer; default the model's (generation_config.json), else 256", integer)
-    .option('--temperature <x>', "0: the most likely answer; default the model's, else 0", number)
-    .option('--top-p <x>', "nucleus; default the model's, else 1", number)
-    .option('--top-k <n>', "0: all; default the model's, else 0", integer)
-    .option('--seed <n>', 'of sampling', integer, 0)
+    .option(
+      '--max-new-tokens <n>',
+      "longest answer; default the model's (generation_config.json), else 256",
+      drawn('maxNewTokens'),
+    )
+    .option('--temperature <x>', "0: the most likely answer; default the model's, else 0", drawn('temperature'))
+    .option('--top-p <x>', "nucleus; default the model's, else 1", drawn('topP'))
+    .option('--top-k <n>', "0: all; default the model's, else 0", drawn('topK'))
+    .option('--seed <n>', 'of sampling', drawn('seed'), 0)
 }
 
 /** Loads the model, and how its alignment vectors are to be made. */

@@ -4,6 +4,7 @@
  */
 import { AlignGPTError } from '../util/errors.js'
 import { bearErrors, lostBecause } from '../util/output.js'
+import { fileError, isSystemError } from '../util/paths.js'
 
 /** Commands that make files; what they print is about them. */
 const MAKE_FILES: readonly string[] = ['pretrain', 'finetune', 'levels', 'report', 'import', 'export', 'download']
@@ -29,8 +30,15 @@ export function mindOutput(command: () => string | undefined): void {
   })
 }
 
+/** What the file system refused, in words. */
+function systemError(e: NodeJS.ErrnoException & { dest?: string }): AlignGPTError {
+  const of = [e.path, e.dest].filter((p) => p !== undefined).map((p) => JSON.stringify(p))
+  return fileError(e.syscall ?? 'file', of.join(' to ') || 'a file', 'it to work', e)
+}
+
 /** Says what ended a command, in one line. With ALIGNGPT_STACK=1 the stack of what has no code, which is a mistake of this package. */
-export function complain(e: unknown): void {
+export function complain(thrown: unknown): void {
+  const e = isSystemError(thrown) ? systemError(thrown) : thrown
   const { code, message = e, stack } = (e ?? {}) as { code?: unknown; message?: unknown; stack?: string }
   const text = String(message).replaceAll(/\s*\n\s*/g, ' ')
   const known = e instanceof Error && typeof code === 'string'

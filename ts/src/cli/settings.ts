@@ -18,6 +18,7 @@ import {
 import { mismatch, show } from '../util/errors.js'
 import { foundIn } from '../util/file-kind.js'
 import { readText } from '../util/json.js'
+import { hint } from './words.js'
 
 /** saveEvery -> --save-every, lora.rank -> --lora-rank */
 export const flagOf = ({ key }: Pick<Setting, 'key'>): string =>
@@ -94,27 +95,25 @@ function put(values: Values, key: string, v: unknown): void {
   else values[key] = v
 }
 
-/** @throws ERR_CONFIG naming the place, the key, and the nearest one there is, or what its value should be */
-async function checked(where: string, values: Values, phase: PhaseName): Promise<[string, unknown][]> {
+/** @throws ERR_CONFIG naming the place, the key, and the one that may be meant, or what its value should be */
+function checked(where: string, values: Values, phase: PhaseName): [string, unknown][] {
   const known = settingsOf(phase).map((s) => s.key)
   const given = [...flat(values)]
   for (const [key, v] of given) {
-    if (!known.includes(key)) throw await unknownKey(where, key, phase, known)
+    if (!known.includes(key)) throw unknownKey(where, key, phase, known)
     const problem = problemIn(phase, { [key]: v })
     if (problem) throw mismatch('ERR_CONFIG', 'config', `${where}: ${key}`, problem.expected, problem.got)
   }
   return given
 }
 
-async function unknownKey(where: string, key: string, phase: PhaseName, known: string[]): Promise<Error> {
+function unknownKey(where: string, key: string, phase: PhaseName, known: string[]): Error {
   const fail = (expected: string): Error => mismatch('ERR_CONFIG', 'config', where, expected, show(key))
   const inside = known.filter((k) => k.startsWith(`${key}.`))
   if (inside.length) return fail(`values for ${inside.join(', ')}`)
-  const { default: distance } = await import('leven')
-  const other = SETTINGS.some((s) => s.key === key) ? `a key of ${phase}` : 'a known key'
-  const far = (k: string): number => distance(key.toLowerCase(), k.toLowerCase())
-  const near = [...known, 'preset', 'phase'].reduce((a, b) => (far(b) < far(a) ? b : a))
-  return fail(`${other} (the nearest: ${near})`)
+  if (SETTINGS.some((s) => s.key === key)) return fail(`a key of ${phase}`)
+  const meant = hint(key, [...known, 'preset', 'phase'], (k) => k) ?? 'docs/config.md has them'
+  return fail(`a known key (${meant})`)
 }
 
 /** What a file or --set says: settings, a preset, the phase it is for. */
@@ -200,7 +199,7 @@ export async function resolveSettings(phase: PhaseName, g: Given): Promise<Value
   ]
   const values: Values = {}
   for (const [where, layer] of layers) {
-    const given = await checked(where, layer, phase)
+    const given = checked(where, layer, phase)
     for (const [key] of given) delete values[instead.get(key) ?? '']
     for (const [key, v] of given) put(values, key, v)
   }

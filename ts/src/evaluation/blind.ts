@@ -4,8 +4,17 @@ import { readFilePart, readImage } from '../processing/image/source.js'
 import { permutation } from '../util/rng.js'
 import { type ImagePlace, imageFile, type Question } from './questions.js'
 
-/** Hash of an image file's bytes. @throws AlignGPTError ERR_IMAGE */
-function contentOf(image: string, images: ImagePlace): string {
+/** Hash of an image file's bytes; null where it cannot be read, which the question about it says. */
+function contentOf(image: string, images: ImagePlace): string | null {
+  try {
+    return hashOf(image, images)
+  } catch (e) {
+    if ((e as { code?: unknown }).code !== 'ERR_IMAGE') throw e
+    return null
+  }
+}
+
+function hashOf(image: string, images: ImagePlace): string {
   const bytes = typeof images === 'object' ? readImage(images.locate(image)) : readFilePart(imageFile(image, images))
   return createHash('sha256').update(bytes).digest('base64')
 }
@@ -19,7 +28,12 @@ export function otherImages(
   o: { images?: ImagePlace; seed?: number },
 ): Question[] | null {
   const names = [...new Set(questions.flatMap((q) => q.image || []))]
-  const content = new Map(names.map((name) => [name, contentOf(name, o.images)]))
+  const content = new Map(
+    names.flatMap((name) => {
+      const hash = contentOf(name, o.images)
+      return hash === null ? [] : [[name, hash] as const]
+    }),
+  )
   const one = new Map([...content].map(([name, hash]) => [hash, name])) // of each content
   const cycle = [...one.keys()]
   if (cycle.length < 2) return null
@@ -27,5 +41,5 @@ export function otherImages(
   const next = new Map<string, string>()
   for (let i = 0; i < order.length; i++) next.set(cycle[order[i]], cycle[order[(i + 1) % order.length]])
   const other = (image: string): string => one.get(next.get(content.get(image) as string) as string) as string
-  return questions.map((q) => (q.image ? { ...q, image: other(q.image) } : q))
+  return questions.map((q) => (q.image && content.has(q.image) ? { ...q, image: other(q.image) } : q))
 }

@@ -2,7 +2,7 @@
 import { setImmediate as turn } from 'node:timers/promises'
 import type { Turn } from '../formats/record-file.js'
 import { generateBatch } from '../inference/generate.js'
-import { loadPixels, packWithPixels, placeImage, promptOf } from '../inference/request.js'
+import { type GenerateRequest, loadPixels, packWithPixels, placeImage, promptOf } from '../inference/request.js'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { Style } from '../processing/conversation/styles.js'
@@ -40,8 +40,10 @@ export interface Answer {
   answer: string
   given: string
   correct: boolean
-  /** why it was left out: the question is too long. It counts neither as right nor as wrong */
+  /** why it was left out: too long, no picture that can be read. It counts neither as right nor as wrong */
   problem?: string
+  /** of a problem that is a mistake in the data: ERR_DATA, ERR_IMAGE */
+  code?: string
   /** the end of the question or of its answers did not fit and was cut */
   cut?: true
 }
@@ -68,7 +70,18 @@ const KEPT_IMAGES = 256
 interface Closed extends Candidates {
   q: Question
   samples: Sample[]
+  pixels: Float32Array | null
 }
+
+/** A mistake in a question, such as a picture that cannot be read; anything else is thrown. */
+function faultOf(e: unknown): AlignGPTError {
+  if (e instanceof AlignGPTError && (e.code === 'ERR_DATA' || e.code === 'ERR_IMAGE')) return e
+  throw e
+}
+const leftOut = (q: Question, problem: string, code?: string): Answer => ({
+  ...{ id: q.id, answer: q.answer, given: '', correct: false, problem },
+  ...(code && { code }),
+})
 
 /** Asks questions. What does not fit is treated as training treats a sample that is too long. */
 class Asker {
@@ -92,7 +105,7 @@ class Asker {
     let p = this.#pixels.get(name)
     if (!p) {
       if (this.#pixels.size >= KEPT_IMAGES) this.#pixels.clear()
-      p = loadPixels(this.#model, this.#image(name))
+      p = loadPixels(this.#model, this.#image(name), true, name)
       this.#pixels.set(name, p)
     }
     return p
@@ -115,31 +128,40 @@ class Asker {
   }
 
   /** Mean log-likelihood of each possible answer's tokens. */
-  async #likelihoods(questions: readonly Closed[]): Promise<number[][]> {
+  #likelihoods(questions: readonly Closed[]): number[][] {
     if (!questions.length) return []
-    const pixels: (Float32Array | null)[] = []
-    for (const { q, samples } of questions)
-      for (const _ of samples) pixels.push(q.image ? await this.#load(q.image) : null)
     const samples = questions.flatMap((c) => c.samples)
+    const pixels = questions.flatMap((c) => c.samples.map(() => c.pixels))
     // gateText 'instruction': as at inference, the gate must not see the answer that is being judged
     const batch = packWithPixels(this.#model, samples, pixels, this.#mix, 'instruction')
     const losses = sampleLosses(this.#model, batch, this.#mix).map(({ nll, tokens }) => -nll / Math.max(1, tokens))
     return questions.map((c) => losses.splice(0, c.samples.length))
   }
 
+  /** A question with its possible answers as samples, or why it is left out. */
+  async #prepare(q: Question, judge: Judge): Promise<Closed | Answer> {
+    const c = candidates(q, judge)
+    try {
+      const samples = c.texts.map((text) => this.#sample(q, c.prompt, text))
+      // the answers are compared, so all of them have to be there
+      const skip = samples.find((s) => s.skip !== null)?.skip
+      if (skip) return { ...leftOut(q, skip), answer: c.texts[c.right] }
+      return { q, ...c, samples, pixels: q.image ? await this.#load(q.image) : null }
+    } catch (e) {
+      const { message, code } = faultOf(e)
+      return { ...leftOut(q, message, code), answer: c.texts[c.right] }
+    }
+  }
+
   /** Answers to questions of which the possible answers are known. */
   async #closed(judged: readonly { q: Question; judge: Judge }[], answers: Map<Question, Answer>): Promise<void> {
-    const all = judged.map(({ q, judge }): Closed => {
-      const c = candidates(q, judge)
-      return { q, ...c, samples: c.texts.map((text) => this.#sample(q, c.prompt, text)) }
-    })
-    // the answers are compared, so all of them have to be there
-    const fit = all.filter(({ samples }) => samples.every((s) => s.skip === null))
-    for (const { q, texts, right, samples } of all) {
-      const problem = samples.find((s) => s.skip !== null)?.skip
-      if (problem) answers.set(q, { id: q.id, answer: texts[right], given: '', correct: false, problem })
+    const fit: Closed[] = []
+    for (const { q, judge } of judged) {
+      const found = await this.#prepare(q, judge)
+      if ('samples' in found) fit.push(found)
+      else answers.set(q, found)
     }
-    for (const [i, scores] of (await this.#likelihoods(fit)).entries()) {
+    for (const [i, scores] of this.#likelihoods(fit).entries()) {
       const { q, texts, right, samples } = fit[i]
       const best = scores.indexOf(Math.max(...scores))
       const cut = samples.some((s) => s.length < s.fullLength)
@@ -148,29 +170,38 @@ class Asker {
     }
   }
 
+  /** The request of an open question, or why it is left out. */
+  #request(q: Question): GenerateRequest | Answer {
+    const { question: prompt, history, imageTurn } = q
+    try {
+      const picture = q.image && { image: this.#image(q.image), name: q.image }
+      const request = { prompt, history, imageTurn, ...picture }
+      const { length } = promptOf(this.#model, request, { style: this.#o.style }, q.id)
+      const limit = this.#model.context - 1
+      return length > limit ? leftOut(q, `a prompt of ${length} rows, the limit is ${limit}`) : request
+    } catch (e) {
+      const { message, code } = faultOf(e)
+      return leftOut(q, message, code)
+    }
+  }
+
   /** Answers to open questions: greedy, whatever generation_config.json says of sampling. */
   async #open(judged: readonly { q: Question; judge: OpenJudge }[], answers: Map<Question, Answer>): Promise<void> {
     const { maxNewTokens = 32, style, signal } = this.#o
-    const limit = this.#model.context - 1
-    const asked = judged.map(({ q, judge }) => {
-      const { question: prompt, history, imageTurn } = q
-      const request = { prompt, history, imageTurn, ...(q.image && { image: this.#image(q.image) }) }
-      const { length } = promptOf(this.#model, request, { style }, q.id)
-      if (length > limit) {
-        const problem = `a prompt of ${length} rows, the limit is ${limit}`
-        answers.set(q, { id: q.id, answer: q.answer, given: '', correct: false, problem })
-      }
-      return { q, judge, request, fits: length <= limit }
-    })
-    const fit = asked.filter((a) => a.fits)
+    const fit: { q: Question; judge: OpenJudge; request: GenerateRequest }[] = []
+    for (const { q, judge } of judged) {
+      const found = this.#request(q)
+      if ('prompt' in found) fit.push({ q, judge, request: found })
+      else answers.set(q, found)
+    }
     const greedy = { temperature: 0, topK: 0, topP: 1 }
     const requests = fit.map((a) => a.request)
-    const options = { ...greedy, maxNewTokens, style, mix: this.#mix, signal }
+    const options = { ...greedy, maxNewTokens, style, mix: this.#mix, signal, keepGoing: true }
     for (const [i, g] of (await generateBatch(this.#model, requests, options)).entries()) {
       const { q, judge } = fit[i]
       const cut = g.finish === 'length' && g.ids.length < maxNewTokens
       const answer = { id: q.id, answer: q.answer, given: g.text, correct: matches(g.text, q.answer, judge) }
-      answers.set(q, { ...answer, ...(cut && { cut }) })
+      answers.set(q, g.error ? leftOut(q, g.error.message, g.error.code) : { ...answer, ...(cut && { cut }) })
     }
   }
 
@@ -195,11 +226,19 @@ export function accuracyOf(answers: readonly Answer[], right = (a: Answer): bool
   return asked.filter(right).length / asked.length
 }
 
+/** Both are of the same questions: what was left out with its own picture is with another one. */
+const both = (seen: readonly Answer[], blind: readonly Answer[]): Answer[] =>
+  blind.map((b, i) => {
+    const { problem, code } = seen[i]
+    return problem === undefined ? b : { ...b, given: '', correct: false, problem, ...(code && { code }) }
+  })
+
 /**
  * Asks every question, and once more blind. Generated answers are the most likely ones (greedy): what the model's
  * generation_config.json says of sampling and length is for talking to it, not for measuring it. A question that is too long is treated as
- * training treats a sample that is: the end is cut, and where picture or answer do not fit it is left out.
- * @throws AlignGPTError ERR_DATA, ERR_IMAGE
+ * training treats a sample that is: the end is cut, and where picture or answer do not fit it is left out. So is one whose picture cannot
+ * be read: `leftOut` names it.
+ * @throws AlignGPTError ERR_DATA without questions, or where an answer is none of the options
  */
 export async function evaluate(
   model: AlignGPTNetwork,
@@ -217,7 +256,7 @@ export async function evaluate(
   for (let at = 0; at < questions.length && !o.stop?.(); at += size) {
     o.signal?.throwIfAborted()
     const seen = await asker.ask(questions.slice(at, at + size))
-    const blind = others && (await asker.ask(others.slice(at, at + size)))
+    const blind = others && both(seen, await asker.ask(others.slice(at, at + size)))
     answers.push(...seen)
     blindAnswers.push(...(blind ?? []))
     o.onAnswers?.(seen, blind)

@@ -1,14 +1,9 @@
 /** Questions with their answers, and data files as lists of them. */
-import {
-  type DataRecord,
-  IMAGE_TEXT,
-  parseBytes,
-  parseRecord,
-  splitRecords,
-  type Turn,
-} from '../formats/record-file.js'
+import { type BadRecord, diagnose } from '../data/record-check.js'
+import type { RecordProblem } from '../formats/image-key.js'
+import { type DataRecord, IMAGE_TEXT, sayProblem, splitRecords, type Turn } from '../formats/record-file.js'
 import { type ImageFiles, resolveImage } from '../processing/image/source.js'
-import { mismatch, show } from '../util/errors.js'
+import { show } from '../util/errors.js'
 
 export interface Question {
   id: string
@@ -37,6 +32,8 @@ export type Kind = 'yesno' | 'choice' | 'open'
 export interface Asking {
   q: Question
   turn: number
+  /** what else the record says, such as question_id and category */
+  record: Record<string, unknown>
 }
 
 /** What a data file asks. */
@@ -47,6 +44,8 @@ export interface Asked {
   later: number
   /** ids of records without a question and its answer */
   leftOut: string[]
+  /** records that are none, or whose options are not as they should be */
+  bad: BadRecord[]
 }
 
 /** A, B, C, ... where the question lists its options so and one of them is the answer (LLaVA's multiple choice). */
@@ -91,31 +90,49 @@ export function questionsOf(r: DataRecord, options: readonly string[] | undefine
   return questions
 }
 
+/** Keys of a record that its questions are made of. */
+const READ: readonly string[] = [
+  ...['id', 'image', 'images', 'question', 'answer', 'options', 'caption', 'conversations', 'messages', 'conversation'],
+]
+
+/** What is wrong with the `options` of a record and its questions; null where nothing is. */
+function optionsProblem(options: unknown, found: readonly Question[]): RecordProblem | null {
+  const wrong = (expected: string): RecordProblem => ({ key: 'options', expected, got: options })
+  const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
+  if (options !== undefined && !isList) return wrong('an array of texts')
+  const none = found.find((q) => q.options && !q.options.includes(q.answer))
+  return none ? wrong(`some with the answer ${show(none.answer)}`) : null
+}
+
 /**
- * Reads the questions of a data file; a record may have `options`.
+ * Reads the questions of a data file; a record may have `options`. Bad records are left out: `bad` says which and why.
  * @param limit records that are read
- * @throws AlignGPTError ERR_DATA naming file, record and key
+ * @throws AlignGPTError ERR_DATA where the file is no data file
  */
 export async function readQuestions(file: string, limit: number): Promise<Asked> {
-  const asked: Asked = { records: 0, questions: { yesno: [], choice: [], open: [] }, later: 0, leftOut: [] }
-  const read = (raw: Record<string, unknown>, n: number): void => {
-    const need = (fits: boolean, expected: string): void => {
-      if (!fits) throw mismatch('ERR_DATA', 'eval', `${file}: record ${n} options`, expected, show(raw.options))
+  const asked: Asked = { records: 0, questions: { yesno: [], choice: [], open: [] }, later: 0, leftOut: [], bad: [] }
+  const read = (bytes: Uint8Array, byte: number, index: number): void => {
+    const place = { index, byte, bytes: bytes.length }
+    const found = diagnose(bytes, file, byte, index)
+    if (found.fault) {
+      asked.bad.push({ ...place, id: found.id, ...found.fault })
+      return
     }
-    const { options } = raw as { options?: string[] }
-    const isList = Array.isArray(options) && options.length > 1 && options.every((t) => typeof t === 'string')
-    need(options === undefined || isList, 'an array of texts')
-    const record = parseRecord(raw, file, n)
-    const found = questionsOf(record, options)
-    asked.later += Math.max(0, found.length - 1)
-    if (!found.length) asked.leftOut.push(record.id)
-    for (const [turn, q] of found.entries()) {
-      need(!q.options || q.options.includes(q.answer), `some with the answer ${show(q.answer)}`)
-      asked.questions[kindOf(q)].push({ q, turn })
+    const { options } = found.raw as { options?: string[] }
+    const { record } = found
+    const questions = questionsOf(record, options)
+    const problem = optionsProblem(options, questions)
+    if (problem) {
+      asked.bad.push({ ...place, id: record.id, kind: 'record', reason: sayProblem(problem) })
+      return
     }
+    asked.later += Math.max(0, questions.length - 1)
+    if (!questions.length) asked.leftOut.push(record.id)
+    const more = Object.fromEntries(Object.entries(found.raw as object).filter(([key]) => !READ.includes(key)))
+    for (const [turn, q] of questions.entries()) asked.questions[kindOf(q)].push({ q, turn, record: more })
   }
   await splitRecords(file, (bytes, offset) => {
-    if (asked.records < limit) read(parseBytes(bytes, file, offset) as Record<string, unknown>, asked.records++)
+    if (asked.records < limit) read(bytes, offset, asked.records++)
   })
   return asked
 }

@@ -3,17 +3,10 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { Mix } from '../models/align.js'
 import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { StreamDecoder } from '../processing/tokenizer.js'
+import { AlignGPTError } from '../util/errors.js'
 import { Rng } from '../util/rng.js'
 import { Decoding } from './engine.js'
-import {
-  endIds,
-  type GenerateRequest,
-  loadPixels,
-  type PromptSettings,
-  packWithPixels,
-  promptOf,
-  roomFor,
-} from './request.js'
+import { endIds, type GenerateRequest, type PromptSettings, packWithPixels, prepare, type Ready } from './request.js'
 import { type GenerationSettings, generationSettings, type Sampling } from './sampling.js'
 import { StopText } from './stop-text.js'
 
@@ -29,6 +22,11 @@ export interface GenerateOptions extends Sampling, PromptSettings {
   signal?: AbortSignal
 }
 
+export interface BatchOptions extends GenerateOptions {
+  /** a request that cannot be answered gets an `error` in place of a text, and the others their answers; default: it ends all of them */
+  keepGoing?: boolean
+}
+
 export interface GeneratedPiece {
   text: string
   id: number
@@ -41,8 +39,10 @@ export interface Generated {
   /** the end token included */
   ids: number[]
   alpha: number[] | null
-  /** end: end token or stop text; length: maxNewTokens reached, or the end of the model's context */
-  finish: 'end' | 'length'
+  /** end: end token or stop text; length: maxNewTokens reached, or the end of the model's context; error: see there */
+  finish: 'end' | 'length' | 'error'
+  /** with `keepGoing`: why there is no answer, ERR_DATA or ERR_IMAGE; `text` and `ids` are empty */
+  error?: AlignGPTError
 }
 
 /** An answer on its way. */
@@ -71,29 +71,26 @@ function take(a: Answering, id: number, ends: ReadonlySet<number>): GeneratedPie
 }
 
 /** What a batch of requests needs on its way; the caller disposes the decoding. */
-async function start(
+function start(
   model: AlignGPTNetwork,
-  requests: readonly GenerateRequest[],
+  ready: readonly Ready[],
   o: GenerateOptions,
-  settings: GenerationSettings,
-): Promise<{ decoding: Decoding; answers: Answering[] }> {
-  const samples = requests.map((r, i) => promptOf(model, r, o, `request ${i}`))
-  const rooms = samples.map((s) => roomFor(model, s, settings.maxNewTokens))
-  const pixels = await Promise.all(
-    requests.map((r) => (r.image === undefined ? null : loadPixels(model, r.image, o.pad))),
-  )
+  seed: number,
+): { decoding: Decoding; answers: Answering[] } {
   const mix = o.mix ?? model.mix
+  const [samples, pixels] = [ready.map((r) => r.sample), ready.map((r) => r.pixels)]
   const batch = packWithPixels(model, samples, pixels, mix)
+  const rooms = ready.map((r) => r.room)
   const decoding = new Decoding(model, batch, mix, rooms)
-  const answers = requests.map(
-    (r, i): Answering => ({
+  const answers = ready.map(
+    ({ request, room }, i): Answering => ({
       ids: [],
-      room: rooms[i],
+      room,
       alpha: decoding.alpha[batch.imageSamples.indexOf(i)] ?? null,
       text: new StopText(o.stop ?? []),
       stream: model.tokenizer.stream({ skipSpecialTokens: true }),
-      rng: new Rng(settings.seed, r.stream ?? i),
-      finish: rooms[i] > 0 ? null : 'length',
+      rng: new Rng(seed, request.stream ?? i),
+      finish: room > 0 ? null : 'length',
     }),
   )
   return { decoding, answers }
@@ -105,12 +102,12 @@ async function start(
  */
 async function* decode(
   model: AlignGPTNetwork,
-  requests: readonly GenerateRequest[],
+  ready: readonly Ready[],
   o: GenerateOptions,
+  settings: GenerationSettings,
 ): AsyncGenerator<{ index: number; piece: GeneratedPiece }, Generated[]> {
-  const settings = generationSettings(model.parts.generation, o)
   const ends = endIds(model, o.style ?? model.conversation)
-  const { decoding, answers } = await start(model, requests, o, settings)
+  const { decoding, answers } = start(model, ready, o, settings.seed)
   try {
     while (answers.some((a) => a.finish === null)) {
       o.signal?.throwIfAborted()
@@ -141,7 +138,9 @@ export async function* generate(
   model: AlignGPTNetwork,
   o: GenerateRequest & GenerateOptions,
 ): AsyncGenerator<GeneratedPiece, Generated> {
-  const run = decode(model, [o], o)
+  const settings = generationSettings(model.parts.generation, o)
+  const ready = await prepare(model, o, { ...o, maxNewTokens: settings.maxNewTokens }, 'request 0')
+  const run = decode(model, [ready], o, settings)
   for (;;) {
     const { value, done } = await run.next()
     if (done) return (value as Generated[])[0]
@@ -149,19 +148,44 @@ export async function* generate(
   }
 }
 
+/** What is wrong with a request, for one that can be answered without it; anything else is thrown. */
+function faultOf(e: unknown): AlignGPTError {
+  if (e instanceof AlignGPTError && (e.code === 'ERR_DATA' || e.code === 'ERR_IMAGE')) return e
+  throw e
+}
+
 /**
  * Answers many requests at once; the i-th result belongs to the i-th request.
- * @throws AlignGPTError as `generate`
+ * @throws AlignGPTError as `generate`; with `keepGoing` what is wrong with a request is the `error` of its result
  */
 export async function generateBatch(
   model: AlignGPTNetwork,
   requests: readonly GenerateRequest[],
-  o: GenerateOptions = {},
+  o: BatchOptions = {},
 ): Promise<Generated[]> {
-  if (requests.length === 0) return []
-  const run = decode(model, requests, o)
+  const settings = generationSettings(model.parts.generation, o)
+  const options = { ...o, maxNewTokens: settings.maxNewTokens }
+  const asked = await Promise.all(
+    requests.map((r, i): Promise<Ready | AlignGPTError> => {
+      const stream = r.stream ?? i // a request that is left out changes no draw of the others
+      const ready = prepare(model, { ...r, stream }, options, `request ${i}`)
+      return o.keepGoing ? ready.catch(faultOf) : ready
+    }),
+  )
+  const ready = asked.filter((r): r is Ready => !(r instanceof AlignGPTError))
+  const answers = ready.length ? await whole(decode(model, ready, o, settings)) : []
+  const next = answers.values()
+  return asked.map((r) =>
+    r instanceof AlignGPTError
+      ? { text: '', ids: [], alpha: null, finish: 'error', error: r }
+      : (next.next().value as Generated),
+  )
+}
+
+/** What a run of answers returns. */
+async function whole<T>(run: AsyncGenerator<unknown, T>): Promise<T> {
   for (;;) {
     const { value, done } = await run.next()
-    if (done) return value as Generated[]
+    if (done) return value as T
   }
 }

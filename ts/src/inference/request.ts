@@ -8,7 +8,7 @@ import { dataError } from '../processing/conversation/turns.js'
 import { decodeImage } from '../processing/image/decode.js'
 import { normalise, preprocessImage } from '../processing/image/preprocess.js'
 import { buildPrompt, type Sample } from '../processing/sample.js'
-import { mismatch } from '../util/errors.js'
+import { mismatch, show } from '../util/errors.js'
 
 /**
  * A question. Its texts are data: special tokens that they spell out (`</s>`) are plain text, and so is `<image>`, but for the place
@@ -27,6 +27,8 @@ export interface GenerateRequest {
   imageTurn?: number
   /** which of the seed's random streams it is sampled with; default its place in the batch */
   stream?: number
+  /** what messages call it; default its place in the batch */
+  name?: string
 }
 
 export interface PromptSettings {
@@ -91,16 +93,48 @@ export function roomFor(model: AlignGPTNetwork, prompt: Sample, maxNewTokens: nu
 /**
  * An image as the vision tower wants it: [3, S, S].
  * @param pad as `AlignGPTNetwork.preprocess` takes it
+ * @param name for messages, where it is bytes
  * @throws ERR_IMAGE
  */
 export async function loadPixels(
   model: AlignGPTNetwork,
   image: string | Uint8Array,
   pad = true,
+  name?: string,
 ): Promise<Float32Array> {
   const preprocess = model.preprocess(pad)
   const { exifOrientation } = preprocess
-  return normalise(preprocessImage(await decodeImage(image, { exifOrientation }), preprocess), model.preprocessor)
+  const decoded = await decodeImage(image, { exifOrientation, ...(typeof image !== 'string' && { name }) })
+  return normalise(preprocessImage(decoded, preprocess), model.preprocessor)
+}
+
+/** A request that can be answered. */
+export interface Ready {
+  request: GenerateRequest
+  sample: Sample
+  /** tokens that its answer may have */
+  room: number
+  pixels: Float32Array | null
+}
+
+/**
+ * Everything of a request that may be wrong is looked at here.
+ * @param id what messages call it where it has no name
+ * @throws AlignGPTError ERR_DATA, ERR_IMAGE
+ */
+export async function prepare(
+  model: AlignGPTNetwork,
+  request: GenerateRequest,
+  o: PromptSettings & { pad?: boolean; maxNewTokens: number },
+  id: string,
+): Promise<Ready> {
+  const { image, name = id } = request
+  if (typeof request.prompt !== 'string')
+    throw mismatch('ERR_DATA', 'generate', `${name}: prompt`, 'a string', show(request.prompt))
+  const sample = promptOf(model, request, o, name)
+  const room = roomFor(model, sample, o.maxNewTokens)
+  const pixels = image === undefined ? null : await loadPixels(model, image, o.pad, request.name)
+  return { request, sample, room, pixels }
 }
 
 /** Packs samples with the pixels of those that have a picture, for the way their vectors will be made. */

@@ -1,5 +1,5 @@
 /** Steps that are out of the ordinary, found by their loss and gradient norm. */
-import { AlignGPTError } from '../util/errors.js'
+import { mismatch, show } from '../util/errors.js'
 
 export interface OutlierOptions {
   /** steps that are compared with, default 100 */
@@ -9,6 +9,13 @@ export interface OutlierOptions {
   /** steps before the first judgement, default 20 */
   warmup?: number
 }
+
+/** What each of them may be. */
+export const OUTLIER_RANGES = {
+  window: ['an integer >= 2', (x: number) => Number.isSafeInteger(x) && x >= 2],
+  z: ['a number > 0', (x: number) => Number.isFinite(x) && x > 0],
+  warmup: ['an integer > 0', (x: number) => Number.isSafeInteger(x) && x > 0],
+} as const satisfies Record<keyof OutlierOptions, readonly [string, (x: number) => boolean]>
 
 /** Part of a checkpoint. */
 export interface OutlierState {
@@ -42,9 +49,10 @@ export class Outliers {
   #state: OutlierState = { losses: [], norms: [], skipped: 0 }
 
   constructor({ window = 100, z = 6, warmup = 20 }: OutlierOptions = {}) {
-    for (const [name, value] of Object.entries({ window, z, warmup }))
-      if (!(Number.isFinite(value) && value > 0))
-        throw new AlignGPTError('ERR_ARGUMENT', `[train] skipOutliers.${name}: expected a number > 0, got ${value}`)
+    for (const [name, value] of Object.entries({ window, z, warmup })) {
+      const [expected, fits] = OUTLIER_RANGES[name as keyof OutlierOptions]
+      if (!fits(value)) throw mismatch('ERR_ARGUMENT', 'train', `skipOutliers.${name}`, expected, show(value))
+    }
     this.#window = window
     this.#z = z
     this.#warmup = warmup

@@ -15,7 +15,7 @@ import {
 import { isAllLinear, type LoraTargets } from '../nn/lora-targets.js'
 import { CHAT_STYLES } from '../processing/conversation/styles.js'
 import { show } from '../util/errors.js'
-import type { OutlierOptions } from './outliers.js'
+import { OUTLIER_RANGES, type OutlierOptions } from './outliers.js'
 
 export type PhaseName = 'pretrain' | 'finetune'
 
@@ -45,7 +45,8 @@ const integer = kind<number>('an integer', Number.isSafeInteger)
 const from = (least: number, expected: string): Kind<number> =>
   kind(expected, (v) => integer.accepts(v) && v >= least, { value: 'n' })
 const count = from(1, 'an integer > 0')
-const number = kind<number>('a number >= 0', (v) => isNumber(v) && v >= 0)
+const upTo = (most: number): Kind<number> =>
+  kind(`an integer from 0 to ${most}`, (v) => integer.accepts(v) && v >= 0 && v <= most, { value: 'n' })
 const positive = kind<number>('a number > 0', (v) => isNumber(v) && v > 0)
 const share = kind<number>('a number between 0 and 1', (v) => isNumber(v) && v > 0 && v < 1)
 const wholeShare = kind<number>('a number from 0 to 1', (v) => isNumber(v) && v >= 0 && v <= 1)
@@ -76,12 +77,12 @@ const targets = kind<LoraTargets>(
   (v) => isAllLinear(v) || (Array.isArray(v) && v.length > 0 && v.every(isText)),
   { flag: 'list', value: 'names' },
 )
-const OUTLIER_KEYS: readonly string[] = ['window', 'z', 'warmup'] satisfies (keyof OutlierOptions)[]
+const isOutlierOption = ([key, x]: [string, unknown]): boolean =>
+  Object.hasOwn(OUTLIER_RANGES, key) && isNumber(x) && OUTLIER_RANGES[key as keyof OutlierOptions][1](x)
+const ranges = Object.entries(OUTLIER_RANGES).map(([key, [expected]]) => `${key} (${expected})`)
 const outliers = kind<boolean | OutlierOptions>(
-  `true, false, or numbers > 0 for ${OUTLIER_KEYS.join(', ')}`,
-  (v) =>
-    typeof v === 'boolean' ||
-    (isTable(v) && Object.entries(v).every(([key, n]) => OUTLIER_KEYS.includes(key) && positive.accepts(n))),
+  `true, false, or some of ${ranges.join(', ')}`,
+  (v) => typeof v === 'boolean' || (isTable(v) && Object.entries(v).every(isOutlierOption)),
   { flag: 'switch' },
 )
 const projector = kind<string>(PROJECTORS, (v) => typeof v === 'string' && projectorDepth(v) !== null, {
@@ -173,15 +174,15 @@ export const RUN_SETTINGS = {
   batch: { kind: count, default: { pretrain: 256, finetune: 128 }, help: 'samples of a step' },
   microBatch: { kind: count, default: 16, help: 'samples run at once, at most those of a step' },
   lr: {
-    ...{ kind: number, default: { pretrain: 1e-3, finetune: 2e-5 } },
+    ...{ kind: wholeShare, default: { pretrain: 1e-3, finetune: 2e-5 } },
     help: `peak learning rate (of adapters: ${ADAPTER_LR})`,
   },
-  projectorLr: { kind: number, help: 'of the projector (default: lr; beside adapters the rate without them)' },
+  projectorLr: { kind: wholeShare, help: 'of the projector (default: lr; beside adapters the rate without them)' },
   epochs: { kind: count, default: 1, instead: 'steps', help: 'passes over the data' },
   steps: { kind: count, instead: 'epochs', help: 'instead of epochs' },
-  warmupRatio: { kind: number, default: 0.03, help: 'share of the steps in which the rate rises' },
-  weightDecay: { kind: number, default: 0, help: 'decoupled weight decay' },
-  clipGradNorm: { kind: orNever(number), default: 1, help: 'largest gradient norm; null: any' },
+  warmupRatio: { kind: wholeShare, default: 0.03, help: 'share of the steps in which the rate rises' },
+  weightDecay: { kind: wholeShare, default: 0, help: 'decoupled weight decay' },
+  clipGradNorm: { kind: orNever(positive), default: 1, help: 'largest gradient norm; null: any' },
   lossNorm: {
     ...{ kind: oneOf(['batch', 'micro']), default: 'batch' },
     help: 'mean over the step, or of the means of its micro-batches, as in the official code',
@@ -200,7 +201,7 @@ export const RUN_SETTINGS = {
   seed: { kind: from(0, 'an integer >= 0'), default: 0, help: 'of order and new weights' },
   groupByLength: { kind: switches, default: false, help: 'batches of similar lengths' },
   augment: { kind: switches, default: false, help: 'mild augmentation of the images' },
-  workers: { kind: from(0, 'an integer >= 0'), help: 'threads that decode images (default: by the machine)' },
+  workers: { kind: upTo(256), help: 'threads that decode images (default: by the machine)' },
   maxBad: { kind: wholeShare, default: 0.01, help: 'share of records that may be unusable' },
   saveEvery: {
     kind: orNever(interval),
@@ -283,6 +284,7 @@ function between(o: RunSettings): Problem | null {
   if (evalEvery !== undefined && evalShare === undefined && evalData === undefined)
     return wrong('evalEvery', 'evalShare or evalData beside it')
   if (evalImages !== undefined && evalData === undefined) return wrong('evalImages', 'evalData beside it')
+  if (o.lr === 0 && !o.projectorLr) return wrong('lr', 'a number above 0, or projectorLr beside it')
   if (o.tensorboard && !o.out)
     return { key: 'tensorboard: true', expected: 'out, a folder for the event files', got: 'none' }
   return null

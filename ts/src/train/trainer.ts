@@ -11,6 +11,7 @@ import type { AlignGPTNetwork } from '../models/aligngpt.js'
 import type { PackedBatch } from '../models/packed-batch.js'
 import { saveAdapter } from '../models/peft.js'
 import { saveModel } from '../models/save.js'
+import { bearErrors } from '../util/output.js'
 import { BestModel } from './best-model.js'
 import { train } from './loop.js'
 import { averageText, RunMemory, widestText } from './memory-advice.js'
@@ -158,6 +159,7 @@ class PhaseRun {
     this.#tellBad()
     const warning = this.#memory.warning()
     if (warning) this.#o.onMessage(warning)
+    const unmind = bearErrors(process.stderr) // a terminal that closes is no reason to stop
     try {
       const options = { ...this.#o, name: this.#phase.name, ...this.#hooks() }
       const { settings, ...result } = await train(this.#learner, this.#batches, options)
@@ -166,6 +168,7 @@ class PhaseRun {
       await this.#batches.close()
       await this.#held?.close()
       this.#learner.dispose()
+      unmind()
     }
   }
 

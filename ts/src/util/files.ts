@@ -94,7 +94,9 @@ export function withFile<T>(file: string, use: (fd: number, size: number) => T):
  * fsync, rename, fsync of the folder. The temporary file is removed on failure.
  * @param fill receives the open descriptor and the temporary path
  */
-export function writeAtomic(file: string, fill: (fd: number, temporary: string) => void): void {
+export function writeAtomic(named: string, fill: (fd: number, temporary: string) => void): void {
+  if (isSpecial(named)) throw mismatch('ERR_FILE', 'write', named, 'a regular file, or none yet', 'something else')
+  const file = fs.existsSync(named) ? fs.realpathSync(named) : named // a link stays one
   const temporary = `${file}.tmp-${process.pid}-${randomBytes(4).toString('hex')}`
   const fd = fs.openSync(temporary, 'wx')
   try {
@@ -107,6 +109,8 @@ export function writeAtomic(file: string, fill: (fd: number, temporary: string) 
     fs.renameSync(temporary, file)
   } catch (e) {
     fs.rmSync(temporary, { force: true })
+    const refused = e as NodeJS.ErrnoException
+    if (refused.syscall !== undefined) refused.path ??= file // a descriptor has no name
     throw e
   }
   const folder = fs.openSync(path.dirname(path.resolve(file)), 'r')
@@ -126,7 +130,14 @@ export function writeAll(fd: number, data: Uint8Array, position: number): void {
   }
 }
 
-/** Writes a text atomically. */
+/** Whether there is something that is no regular file: a pipe, a terminal, a device; nothing may take its place. */
+export function isSpecial(file: string): boolean {
+  const there = fs.statSync(file, { throwIfNoEntry: false })
+  return there !== undefined && !there.isFile()
+}
+
+/** Writes a text atomically; into a pipe or a device as it is. */
 export function writeAtomicText(file: string, text: string): void {
-  writeAtomic(file, (fd) => writeAll(fd, Buffer.from(text), 0))
+  if (isSpecial(file)) fs.writeFileSync(file, text)
+  else writeAtomic(file, (fd) => writeAll(fd, Buffer.from(text), 0))
 }

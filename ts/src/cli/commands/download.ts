@@ -1,6 +1,7 @@
 /** Brings a model or data set from the Hugging Face Hub into a folder. */
 import type { Command } from 'commander'
 import type { DownloadOptions } from '../../convert/hub.js'
+import { folderToWrite } from '../../util/paths.js'
 
 interface Options extends Pick<DownloadOptions, 'revision' | 'include' | 'token'> {
   to: string
@@ -34,12 +35,23 @@ async function progress(): Promise<{ show: NonNullable<DownloadOptions['onProgre
 }
 
 async function run(repo: string, { to, ...options }: Options): Promise<void> {
-  const { downloadRepo } = await import('../../convert/hub.js')
+  folderToWrite('download', '--to', to)
+  const [{ downloadRepo }, { hearing }] = await Promise.all([import('../../convert/hub.js'), import('../signals.js')])
   const { show, end } = await progress()
   try {
-    const m = await downloadRepo(repo, to, { ...options, onProgress: show, onMessage: (text) => console.error(text) })
-    const bytes = m.files.reduce((n, f) => n + f.size, 0)
+    const asked = { ...options, onProgress: show, onMessage: (text: string) => console.error(text) }
+    const m = await hearing('what is there stays', ({ signal }) =>
+      downloadRepo(repo, to, { ...asked, signal }).catch((e) => {
+        if (!signal.aborted) throw e
+        return null
+      }),
+    )
     end()
+    if (!m) {
+      console.error('stopped: the same command goes on from what is there')
+      return
+    }
+    const bytes = m.files.reduce((n, f) => n + f.size, 0)
     console.log(`${to}: ${m.files.length} files, ${(bytes / MB).toFixed(1)} MB, verified; ${repo} at ${m.commit}`)
   } finally {
     end()

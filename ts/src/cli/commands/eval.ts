@@ -1,11 +1,13 @@
 /** Loss and accuracy of a model on a data file, beside the blind control. */
 
-import fs from 'node:fs'
 import type { Command } from 'commander'
 import type { Dataset } from '../../data/dataset.js'
+import type { BadRecord } from '../../data/record-check.js'
 import type { Answer, EvaluateOptions } from '../../evaluation/evaluate.js'
-import type { LeftOut, TooLong } from '../../evaluation/likelihood.js'
+import type { DatasetLoss, LeftOut, TooLong } from '../../evaluation/likelihood.js'
 import type { Asked, Asking, Kind, Question } from '../../evaluation/questions.js'
+import type { ImageFiles } from '../../processing/image/source.js'
+import type { LineFile } from '../line-file.js'
 import { FOLLOW_LINKS, integer, loadModel, type ModelOptions, modelOptions, positive } from '../options.js'
 
 interface Options extends ModelOptions {
@@ -30,8 +32,14 @@ interface Score {
 }
 type Scores = Partial<Record<'yesno' | 'choice' | 'exact' | 'contains', Score>>
 
-/** A line of --answers; turn: which question of its record it is, from 0. */
-type Judged = Question & Answer & { kind: Kind; turn: number }
+/** A line of --answers; turn: which question of its record it is, from 0; record: what else that says. */
+type Judged = Question & Answer & { kind: Kind; turn: number; record?: Record<string, unknown> }
+
+/** The question, its answer, and what else its record says. */
+const lineOf = ({ q, turn, record }: Asking, a: Answer, kind: Kind): Judged => ({
+  ...{ ...q, ...a, kind, turn },
+  ...(Object.keys(record).length > 0 && { record }),
+})
 
 /** Asks all questions, kind by kind. */
 async function ask(
@@ -50,8 +58,7 @@ async function ask(
     const questions = list.map(({ q }) => q)
     const judge = kind === 'open' ? 'exact' : kind
     let n = 0
-    const tell = (some: readonly Answer[]): void =>
-      onAnswers(some.map((a) => ({ ...questions[n], ...a, kind, turn: list[n++].turn })))
+    const tell = (some: readonly Answer[]): void => onAnswers(some.map((a) => lineOf(list[n++], a, kind)))
     const e = await evaluate(model, questions, { ...o, judge, onAnswers: tell })
     const { count, accuracy, chance, blindAnswers } = e
     if (count === 0) continue // stopped, or all of them left out
@@ -90,66 +97,136 @@ const head = (data: Dataset, length: number): Pick<Dataset, 'length' | 'record' 
   picture: (name) => data.picture(name),
 })
 
-async function run(file: string, o: Options): Promise<void> {
-  const [{ Dataset, openSources }, { readQuestions }, { mismatch }] = await Promise.all([
-    import('../../data/dataset.js'),
-    import('../../evaluation/questions.js'),
-    import('../../util/errors.js'),
-  ])
-  const { records, pictures } = await openSources(file, { images: o.images, followLinks: o.followLinks })
-  const limit = o.limit ?? Number.POSITIVE_INFINITY
-  const asked = await readQuestions(records, limit)
-  if (!Object.values(asked.questions).some((q) => q.length))
-    throw mismatch('ERR_DATA', 'eval', file, 'at least one question with its answer', 'none')
-  const data = o.loss ? await new Dataset(records, pictures).open() : null
+/** What becomes of the answers on their way. */
+class Collected {
+  done = 0
+  readonly tooLong: TooLong = { cut: [], leftOut: [] }
+  /** mistakes in the data: records, pictures */
+  readonly bad: LeftOut[]
+  readonly #lines: LineFile | null
+  #writing: Promise<void> = Promise.resolve()
+  /** why --answers could not be written */
+  failure: unknown
+
+  constructor(bad: readonly BadRecord[], lines: LineFile | null) {
+    this.bad = bad.map(({ id, index, reason }) => ({
+      id: id ?? `record ${index}`,
+      reason: `record ${index}: ${reason}`,
+    }))
+    this.#lines = lines
+    this.#write(bad.map(({ id, index, reason }) => ({ id, place: index, problem: reason })))
+  }
+  add(some: readonly Judged[]): void {
+    this.done += some.length
+    this.#write(some)
+    for (const { id, problem, code, cut } of some) {
+      if (cut) this.tooLong.cut.push(id)
+      if (problem !== undefined) (code ? this.bad : this.tooLong.leftOut).push({ id, reason: problem })
+    }
+  }
+  #write(some: readonly object[]): void {
+    const text = some.map((a) => `${JSON.stringify(a)}\n`).join('')
+    if (!this.#lines || text === '') return
+    const write = (): Promise<void> | undefined => this.#lines?.write(text)
+    this.#writing = this.#writing.then(write).catch((e) => {
+      this.failure ??= e
+    })
+  }
+  /** @param whole all questions are answered. @throws what --answers failed with */
+  async end(whole: boolean): Promise<void> {
+    await this.#writing
+    if (whole && this.failure === undefined) this.#lines?.finish()
+    else this.#lines?.leave()
+    if (this.failure !== undefined) throw this.failure
+  }
+}
+
+/** The figures of a file, and what they are of. */
+interface Figures {
+  loss: DatasetLoss | null
+  scores: Scores
+}
+
+async function figures(
+  o: Options,
+  asked: Asked,
+  data: Dataset | null,
+  pictures: ImageFiles | null,
+  c: Collected,
+): Promise<Figures> {
   const [{ evaluateLoss }, { hearing }] = await Promise.all([
     import('../../evaluation/likelihood.js'),
     import('../signals.js'),
   ])
   const { model, mix } = await loadModel(o)
   const { batch, style, maxNewTokens, seed, blind } = o
-  const images = pictures ?? undefined
-  let done = 0
-  const tooLong: TooLong = { cut: [], leftOut: [] }
-  if (o.answers) fs.writeFileSync(o.answers, '')
-  const onAnswers = (some: readonly Judged[]): void => {
-    done += some.length
-    if (o.answers) fs.appendFileSync(o.answers, some.map((a) => `${JSON.stringify(a)}\n`).join(''))
-    for (const { id, problem, cut } of some) {
-      if (cut) tooLong.cut.push(id)
-      if (problem) tooLong.leftOut.push({ id, reason: problem })
-    }
-  }
-  const { loss, scores } = await hearing('finishing this batch', async (signals) => {
-    const stop = (): boolean => signals.heard !== null
-    const loss = data && (await evaluateLoss(model, head(data, limit), { batch, style, mix, stop }))
-    const options = { images, batch, style, mix, maxNewTokens, seed, blind, stop }
-    return { loss, scores: await ask(model, asked, options, onAnswers) }
+  const found = await hearing('finishing this batch', async (signals) => {
+    const stop = (): boolean => signals.heard !== null || c.failure !== undefined
+    const loss = data && (await evaluateLoss(model, head(data, o.limit ?? data.length), { batch, style, mix, stop }))
+    const options = { images: pictures ?? undefined, batch, style, mix, maxNewTokens, seed, blind, stop }
+    return { loss, scores: await ask(model, asked, options, (some) => c.add(some)) }
   })
-  data?.close()
   model.dispose()
-  const { records: total, later, leftOut } = asked
+  return found
+}
+
+async function run(file: string, o: Options): Promise<void> {
+  const [{ Dataset, openSources }, { readQuestions }, { mismatch }, { openLines }] = await Promise.all([
+    import('../../data/dataset.js'),
+    import('../../evaluation/questions.js'),
+    import('../../util/errors.js'),
+    import('../line-file.js'),
+  ])
+  const { records, pictures } = await openSources(file, { images: o.images, followLinks: o.followLinks })
+  const asked = await readQuestions(records, o.limit ?? Number.POSITIVE_INFINITY)
   const questions = Object.values(asked.questions).reduce((n, list) => n + list.length, 0)
-  const answered = done - tooLong.leftOut.length
-  if (done < questions) console.error(`stopped: ${done} of ${questions} questions answered`)
+  const [first] = asked.bad
+  if (!questions)
+    throw mismatch(
+      ...(['ERR_DATA', 'eval', file, 'at least one question with its answer'] as const),
+      first ? `none; record ${first.index}: ${first.reason}` : 'none',
+    )
+  const lines = o.answers === undefined ? null : openLines('eval', '--answers', o.answers)
+  const c = new Collected(asked.bad, lines)
+  let found: Figures
+  try {
+    const data = o.loss ? await new Dataset(records, pictures).open() : null
+    found = await figures(o, asked, data, pictures, c)
+    data?.close()
+  } catch (e) {
+    await c.end(false).catch(() => {}) // the error says more
+    throw e
+  }
+  await c.end(c.done === questions)
+  const { done, tooLong, bad } = c
+  if (bad.length) process.exitCode ??= 1
+  if (done < questions) {
+    const where = lines?.temporary && done ? `: in ${lines.temporary}` : ''
+    console.error(`stopped: ${done} of ${questions} questions answered${where}`)
+  }
+  const { records: total, later, leftOut } = asked
+  if (bad.length) console.error([`left out, with a mistake in them: ${bad.length}`, ...named(bad)].join('\n'))
   if (o.json) {
-    const counts = { data: file, records: total, questions, answered }
-    console.log(JSON.stringify({ ...counts, loss, scores, later, leftOut, tooLong }))
+    const unanswered = tooLong.leftOut.length + bad.length - asked.bad.length
+    const counts = { data: file, records: total, questions, answered: done - unanswered }
+    console.log(JSON.stringify({ ...counts, ...found, later, leftOut, tooLong, bad }))
     return
   }
-  if (loss) {
-    console.log(`loss ${loss.loss.toFixed(4)} of ${loss.tokens} tokens in ${loss.records} records`)
-    tell('loss', loss)
+  if (found.loss) {
+    const { loss, tokens, records } = found.loss
+    console.log(`loss ${loss.toFixed(4)} of ${tokens} tokens in ${records} records`)
+    tell('loss', found.loss)
   }
-  console.log(table(scores).join('\n'))
+  console.log(table(found.scores).join('\n'))
   if (later) console.error(`${later} of the questions were asked after the true turns before them`)
   tell('questions', tooLong)
   for (const id of leftOut) console.error(`left out: ${id}: no question with its answer`)
 }
 
+const named = (list: readonly LeftOut[]): string[] => list.map(({ id, reason }) => `  ${id}: ${reason}`)
+
 /** Says what was too long. */
 function tell(what: string, { cut, leftOut }: TooLong): void {
-  const named = (list: readonly LeftOut[]): string[] => list.map(({ id, reason }) => `  ${id}: ${reason}`)
   if (cut.length) console.error(`${what}: ${cut.length} too long and cut: ${cut.join(', ')}`)
   if (leftOut.length) console.error([`${what}: ${leftOut.length} too long and left out:`, ...named(leftOut)].join('\n'))
 }
@@ -167,7 +244,7 @@ export function evaluation(program: Command): void {
     .option('--seed <n>', 'of the shuffle', integer, 0)
     .option('--no-loss', 'no loss')
     .option('--no-blind', 'no blind control')
-    .option('--answers <file>', 'every answer, as JSON lines')
+    .option('--answers <file>', 'every answer, as JSON lines; replaced when all are there')
     .option('--json', 'the figures as JSON')
     .addHelpText(
       'after',
@@ -176,7 +253,7 @@ Every question of a conversation is asked, after the true turns before it. Answe
 record, or lines "A. ...", "B. ..." in the question with a letter as answer), are judged by likelihood: which of
 the possible answers is the most likely. All others are generated and compared, ignoring case and punctuation.
 The loss is of all turns. What is longer than the model takes is treated as in training: its end is cut, and where picture or answer do not
-fit it is left out; both are named.`,
+fit it is left out; both are named. So are bad records and pictures that cannot be read: the exit status is 1 then.`,
     )
   modelOptions(command).action(run)
 }

@@ -1,6 +1,7 @@
 /** Writes an AlignGPT folder in the layout of another code. */
 import { type Command, Option } from 'commander'
 import type { ExportOptions } from '../../convert/export.js'
+import { folderToWrite } from '../../util/paths.js'
 import { describe, readingOptions } from './import.js'
 
 interface Options extends ExportOptions {
@@ -8,6 +9,7 @@ interface Options extends ExportOptions {
 }
 
 async function run(from: string, { to, ...options }: Options): Promise<void> {
+  folderToWrite('export', '--to', to)
   const { exportModel } = await import('../../convert/export.js')
   const result = await exportModel(from, to, options)
   for (const line of describe(result, to)) console.log(line)

@@ -1,6 +1,10 @@
 /** Answers many questions from a file, in batches, or one that is streamed. */
-import fs from 'node:fs'
 import type { Command } from 'commander'
+import type { Generated } from '../../inference/generate.js'
+import type { FileQuestion } from '../../inference/question-file.js'
+import type { GenerateRequest } from '../../inference/request.js'
+import type { AlignGPTError } from '../../util/errors.js'
+import type { LineFile } from '../line-file.js'
 import {
   alphaLine,
   FOLLOW_LINKS,
@@ -23,75 +27,95 @@ interface Options extends ModelOptions, SamplingOptions {
   showGate?: boolean
 }
 
-/** One line of the file. */
-interface Asked {
-  id?: string | number
-  prompt: string
-  image?: string
-}
-
-/** Reads every question before anything else is done. @throws AlignGPTError ERR_DATA naming file, record and key */
-async function readAsked(file: string): Promise<Asked[]> {
-  const [{ mismatch, show }, { parseBytes, splitRecords }] = await Promise.all([
-    import('../../util/errors.js'),
-    import('../../formats/record-file.js'),
+/** Answers the questions in batches; writes the lines of each when it is there. @returns how many were not answered */
+async function answerAll(asked: readonly FileQuestion[], out: LineFile, o: Options): Promise<number> {
+  const [{ generateBatch }, { answerLine }, { hearing }, { resolveImage }] = await Promise.all([
+    import('../../inference/generate.js'),
+    import('../../inference/question-file.js'),
+    import('../signals.js'),
+    import('../../processing/image/source.js'),
   ])
-  const asked: Asked[] = []
-  await splitRecords(file, (bytes, offset) => {
-    const { id, question, prompt = question, image } = parseBytes(bytes, file, offset) as Record<string, unknown>
-    const refuse = (key: string, expected: string, got: unknown): never => {
-      throw mismatch('ERR_DATA', 'generate', `${file}: record ${asked.length} ${key}`, expected, show(got))
+  const { model, mix } = await loadModel(o)
+  const { maxNewTokens, temperature, topP, topK, seed, style } = o
+  const options = { maxNewTokens, temperature, topP, topK, seed, style, mix, keepGoing: true }
+  const bar = process.stderr.isTTY && out.temporary !== null
+  let failed = 0
+  const tell = ({ name }: FileQuestion, error: Error): void => {
+    failed++
+    console.error(`not answered: ${name}: ${error.message.replace(`${name} `, '')}`)
+  }
+  /** The request, with its picture where that is; a question without one has an error. */
+  const requestOf = (q: FileQuestion, at: number): GenerateRequest | null => {
+    const { request } = q
+    if (!request) return null
+    const { image } = request
+    try {
+      // a stream for each question of the file: the size of a batch changes no draw
+      return {
+        ...request,
+        ...(image && o.images !== undefined && { image: resolveImage(o.images, image, o) }),
+        stream: at,
+      }
+    } catch (e) {
+      if ((e as { code?: unknown }).code !== 'ERR_IMAGE') throw e
+      q.error = e as AlignGPTError
+      return null
     }
-    if (typeof prompt !== 'string') return refuse('prompt', 'a string', prompt)
-    const missing = image === undefined || image === null
-    if (!missing && (typeof image !== 'string' || image === '')) return refuse('image', 'a file name', image)
-    if (id !== undefined && typeof id !== 'string' && typeof id !== 'number')
-      return refuse('id', 'a string or number', id)
-    asked.push({ id, prompt, image: missing ? undefined : (image as string) })
+  }
+  const answer = async (at: number): Promise<void> => {
+    const part = asked.slice(at, at + o.batch)
+    const requests = part.map((q, i) => requestOf(q, at + i))
+    const answers = (
+      await generateBatch(
+        model,
+        requests.filter((r) => r !== null),
+        options,
+      )
+    ).values()
+    const lines = part.map((q, i) => {
+      const a = requests[i] ? (answers.next().value as Generated) : { error: q.error }
+      if (a.error) tell(q, a.error)
+      return answerLine(q, a, o.showGate)
+    })
+    await out.write(`${lines.join('\n')}\n`)
+    if (bar) process.stderr.write(`\r${at + part.length}/${asked.length} answered`)
+  }
+  const stopped = await hearing('finishing the answers of this batch', async (signals) => {
+    for (let at = 0; at < asked.length; at += o.batch) {
+      if (signals.heard) return at
+      await answer(at)
+    }
+    return null
   })
-  return asked
+  if (bar) process.stderr.write('\n')
+  model.dispose()
+  if (stopped === null) out.finish()
+  else {
+    out.leave()
+    const where = out.temporary !== null && stopped > 0 ? `: in ${out.temporary}` : ''
+    console.error(`stopped: ${stopped} of ${asked.length} answered${where}`)
+  }
+  return failed
 }
 
 async function answerFile(file: string, o: Options): Promise<void> {
-  const asked = await readAsked(file)
-  const [{ generateBatch }, { hearing }] = await Promise.all([
-    import('../../inference/generate.js'),
-    import('../signals.js'),
+  const [{ readQuestionFile }, { openLines }] = await Promise.all([
+    import('../../inference/question-file.js'),
+    import('../line-file.js'),
   ])
-  const { resolveImage } = await import('../../processing/image/source.js')
-  const find = (image: string): string => (o.images === undefined ? image : resolveImage(o.images, image, o))
-  const { model, mix } = await loadModel(o)
-  const { maxNewTokens, temperature, topP, topK, seed, style } = o
-  const out = o.out === undefined ? process.stdout.fd : fs.openSync(o.out, 'w')
-  const answer = async (at: number): Promise<void> => {
-    const part = asked.slice(at, at + o.batch)
-    // a stream for each question of the file: the size of a batch changes no draw
-    const requests = part.map(({ prompt, image }, i) => ({
-      prompt,
-      ...(image && { image: find(image) }),
-      stream: at + i,
-    }))
-    const answers = await generateBatch(model, requests, {
-      ...{ maxNewTokens, temperature, topP, topK, seed, style, mix },
-    })
-    const lines = answers.map(({ text, finish, ids, alpha }, i) =>
-      JSON.stringify({ ...part[i], text, finish, tokens: ids.length, ...(o.showGate && { alpha }) }),
-    )
-    fs.writeSync(out, `${lines.join('\n')}\n`)
-    if (process.stderr.isTTY && o.out !== undefined)
-      process.stderr.write(`\r${at + part.length}/${asked.length} answered`)
+  const asked = await readQuestionFile(file)
+  const out = openLines('generate', '--out', o.out)
+  let failed: number
+  try {
+    failed = await answerAll(asked, out, o)
+  } catch (e) {
+    out.leave()
+    throw e
   }
-  await hearing('finishing the answers of this batch', async (signals) => {
-    for (let at = 0; at < asked.length; at += o.batch) {
-      if (signals.heard) {
-        console.error(`stopped: ${at} of ${asked.length} answered`)
-        break
-      }
-      await answer(at)
-    }
-  })
-  if (process.stderr.isTTY && o.out !== undefined) process.stderr.write('\n')
-  model.dispose()
+  if (failed) {
+    console.error(`${failed} of ${asked.length} questions not answered: their lines say why (error)`)
+    process.exitCode ??= 1
+  }
 }
 
 async function run(this: Command, file: string | undefined, o: Options): Promise<void> {
@@ -110,14 +134,24 @@ export function generate(program: Command): void {
     .description('answer the questions of a file, or one')
     .argument(
       '[questions]',
-      'JSON lines of {"prompt": "...", "image": "a.png", "id": 1}, or "question"; image and id may be missing',
+      'JSON lines of {"prompt": "...", "image": "a.png"}; the question may be under question, text, conversations or messages too',
     )
     .option('--prompt <text>', 'one question instead of a file; its answer is streamed')
     .option('--image <file>', 'its picture')
     .option('--images <dir>', 'folder that the pictures of a file lie in (default: names are paths)')
     .option(...FOLLOW_LINKS)
-    .option('--out <file>', 'JSON lines with text, finish and tokens beside each question (default: standard output)')
+    .option(
+      '--out <file>',
+      'JSON lines with text, finish and tokens beside each question, replaced when all are there (default: standard output)',
+    )
     .option('--batch <n>', 'questions answered at once', positive, 8)
     .option('--show-gate', 'with the weights of the alignment vectors (alpha)')
-  samplingOptions(modelOptions(command)).action(run)
+  samplingOptions(modelOptions(command))
+    .addHelpText(
+      'after',
+      `
+All keys of a question come back. One that cannot be answered has an "error" in place of a text, at its place; the exit status is 1 then.
+Answers so far are in FILE.part, also after a signal.`,
+    )
+    .action(run)
 }

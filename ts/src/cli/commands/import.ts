@@ -2,6 +2,7 @@
 import { type Command, Option } from 'commander'
 import type { Converted } from '../../convert/folder.js'
 import type { ConvertOptions } from '../../convert/tensors.js'
+import { folderToWrite } from '../../util/paths.js'
 import { integer } from '../options.js'
 
 interface Options extends ConvertOptions {
@@ -19,6 +20,7 @@ export function describe(c: Converted, to: string): string[] {
 }
 
 async function run(from: string, { to, ...options }: Options): Promise<void> {
+  folderToWrite('import', '--to', to)
   const { importModel } = await import('../../convert/import.js')
   const result = await importModel(from, to, options)
   for (const line of describe(result, to)) console.log(line)

@@ -1,11 +1,13 @@
 /** An HTML page about a training run, or about several beside each other. */
 import path from 'node:path'
 import type { Command } from 'commander'
+import { fileToWrite } from '../../util/paths.js'
 
 async function run(runs: string[], o: { out?: string }): Promise<void> {
   const { writeReport } = await import('../../report/run-report.js')
   const file = o.out ?? path.join(runs.length === 1 ? runs[0] : '.', 'report.html')
-  writeReport(file, runs)
+  const page = fileToWrite('report', '--out', file)
+  writeReport(page.file, runs)
   console.log(`report written to ${file}`)
 }
 
