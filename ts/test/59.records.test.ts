@@ -74,7 +74,7 @@ describe('a data set', () => {
       { id: 'level', ...good, similarity: 8 },
       { id: 'half', ...good, similarity: 0.5 },
       { id: 'unscored', ...good, similarity: null },
-      { id: 'order', image: 'a.png', conversations: [turns[0], turns[0], turns[1]] },
+      { id: 'order', image: 'a.png', conversations: [turns[0], { from: 'human', value: 'q' }, turns[1]] },
       { id: 'no answer', image: 'a.png', conversations: [turns[0]] },
     ]
     const data = await loadDataset(put([good, ...bad, good]), { images: dir })
