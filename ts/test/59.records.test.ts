@@ -90,7 +90,7 @@ describe('a data set', () => {
       'level',
       'no-level',
       'turns',
-      'no-answer',
+      'turns',
     ])
     expect([left.length, left.place(0), left.place(1)]).toEqual([2, 0, 8])
     new DropLog(left).check(0.78)
