@@ -74,7 +74,7 @@ describe('a data set', () => {
       { id: 'level', ...good, similarity: 8 },
       { id: 'half', ...good, similarity: 0.5 },
       { id: 'unscored', ...good, similarity: null },
-      { id: 'order', image: 'a.png', conversations: [turns[0], turns[0], turns[1]] },
+      { id: 'order', image: 'a.png', conversations: [turns[0], { from: 'human', value: 'q' }, turns[1]] },
       { id: 'no answer', image: 'a.png', conversations: [turns[0]] },
     ]
     const data = await loadDataset(put([good, ...bad, good]), { images: dir })
@@ -90,7 +90,7 @@ describe('a data set', () => {
       'level',
       'no-level',
       'turns',
-      'no-answer',
+      'turns',
     ])
     expect([left.length, left.place(0), left.place(1)]).toEqual([2, 0, 8])
     new DropLog(left).check(0.78)
