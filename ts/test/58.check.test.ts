@@ -127,7 +127,7 @@ describe('finds', () => {
     expect((await check(turned, { images, exifOrientation: true, decode: true })).counts).toEqual({})
   })
   it('every kind is tested', () => {
-    const elsewhere = ['syntax', 'json', 'too-long', 'cut', 'oversize', 'no-level', 'some-levels']
+    const elsewhere = ['syntax', 'json', 'too-long', 'cut', 'oversize', 'no-level', 'some-levels', 'special-token']
     expect(new Set([...MISTAKES.map(([k]) => k as string), ...elsewhere])).toEqual(new Set(Object.keys(PROBLEMS)))
   })
   it('nothing in good data: the golden cases', async () => {
@@ -187,6 +187,14 @@ describe('finds', () => {
       ['2', 'missing'],
       ['3', 'corrupt'],
     ])
+  })
+  it('with a tokenizer: special tokens in the text of a turn', async () => {
+    const tokenizer = Tokenizer.load(caseDir('base', 'model', 'llm'))
+    const record = (id: string, q: string, a: string): unknown => ({ id, conversations: [human(q), gpt(a)] })
+    const list = [record('a', 'what is </s>?', 'ends </s> here <s>'), record('b', '[INST] < /s> <|im_start|>', 'no')]
+    const { findings, counts } = await checkDataset(put(JSON.stringify(list)), { tokenizer })
+    expect(counts['special-token']).toBe(1)
+    expect(findings.find((f) => f.kind === 'special-token')).toMatchObject({ id: 'a', message: '"</s>", "<s>"' })
   })
   it('with a tokenizer: the lengths of training, what is cut, what is left out', async () => {
     const tokenizer = Tokenizer.load(caseDir('base', 'model', 'llm'))

@@ -40,6 +40,7 @@ export const PROBLEMS = {
   cut: ['warning', 'text that is cut at the longest sequence'],
   'empty-answer': ['warning', 'an answer without text'],
   'foreign-placeholder': ['warning', 'what other tools put in place of a picture: it stays text'],
+  'special-token': ['warning', 'the text of a special token in a turn: training makes it that token'],
   'some-levels': ['warning', 'a picture without a level where other records have one'],
   'image-without-placeholder': ['warning', 'a picture without <image>: it goes in front of the first question'],
   'duplicate-id': ['warning', 'an id that an earlier record has'],
@@ -208,6 +209,9 @@ class Checker {
     if (blank >= 0) note('empty-answer', `turn ${blank} is ${show(texts[blank].value)}`)
     const foreign = texts.flatMap((t) => FOREIGN.exec(t.value.replaceAll(IMAGE_TEXT, '')) ?? [])
     if (foreign.length) note('foreign-placeholder', show(foreign[0]))
+    const special = texts.flatMap((t) => this.#o.tokenizer?.specialTokensIn(t.value) ?? [])
+    const forged = special.filter((token) => token !== IMAGE_TEXT)
+    if (forged.length) note('special-token', [...new Set(forged)].map(show).join(', '))
   }
 
   #length(record: DataRecord, note: (kind: ProblemKind, message: string) => void): void {

@@ -1,12 +1,18 @@
 /**
  * Tokenizers of Hugging Face folders: tokenizer.json, tokenizer.model (sentencepiece BPE) or CLIP's vocab.json and
- * merges.txt. Merging and normalising is @huggingface/tokenizers; added here are character offsets of tokens, decoding
- * as the Rust library does it, streaming, and speed for tokenizers that take a whole text as one word.
+ * merges.txt. Ids, offsets and text are those of Hugging Face's Rust library (tokenizer/ has its parts); what is not, such as another
+ * model than BPE, is refused by name. `truncation` and `padding` of a file are not looked at, as transformers does it.
  */
 import path from 'node:path'
-import { Tokenizer as Library } from '@huggingface/tokenizers'
 import { mismatch, show } from '../util/errors.js'
-import { type AddedToken, AddedTokens, type Range, type Section } from './added-tokens.js'
+import { type AddedToken, AddedTokens, type Range } from './tokenizer/added-tokens.js'
+import { AlignedText } from './tokenizer/aligned-text.js'
+import { Bpe, type EncodedWord } from './tokenizer/bpe.js'
+import { type Decoder, decoderOf } from './tokenizer/decoders.js'
+import { type Normalizer, normalizerOf } from './tokenizer/normalizers.js'
+import { Unsupported } from './tokenizer/pattern.js'
+import { type PostProcessor, postProcessorOf } from './tokenizer/post-processors.js'
+import { type PreTokenizer, preTokenizerOf } from './tokenizer/pre-tokenizers.js'
 import { definitionOf, type Json, optionalJson, roleId } from './tokenizer-files.js'
 
 export interface EncodedText {
@@ -16,69 +22,55 @@ export interface EncodedText {
   starts: number[]
 }
 
-/** GPT-2's printable stand-ins for bytes. */
-function byteAlphabet(): Map<string, number> {
-  const map = new Map<string, number>()
-  let extra = 256
-  for (let b = 0; b < 256; b++) {
-    const printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174
-    map.set(String.fromCharCode(printable ? b : extra++), b)
-  }
-  return map
-}
-const BYTES = byteAlphabet()
-const BYTE_TOKEN = /^<0x([0-9A-F]{2})>$/
-
-/** The Rust library's ByteFallback: a run of byte tokens that is not UTF-8 becomes one U+FFFD for each byte. */
-function byteFallback(tokens: string[]): string[] {
-  const out: string[] = []
-  let run: number[] = []
-  const flush = (): void => {
-    if (!run.length) return
-    try {
-      out.push(new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(run)))
-    } catch {
-      out.push('\ufffd'.repeat(run.length))
-    }
-    run = []
-  }
-  for (const token of tokens) {
-    const m = BYTE_TOKEN.exec(token)
-    if (m) run.push(Number.parseInt(m[1], 16))
-    else {
-      flush()
-      out.push(token)
-    }
-  }
-  flush()
-  return out
+/** The parts of a tokenizer.json. */
+interface Pipeline {
+  normalize: Normalizer
+  preTokenize: PreTokenizer
+  bpe: Bpe
+  addSpecial: PostProcessor
+  decode: Decoder
 }
 
-/** Replaces the ByteFallback decoder wherever it sits in the library's decoder. */
-function patchDecoder(decoder: unknown): void {
-  const d = decoder as { config?: Json; decoders?: unknown[]; decode_chain?: (t: string[]) => string[] } | null
-  if (!d) return
-  if (d.config?.type === 'ByteFallback') d.decode_chain = byteFallback
-  for (const child of d.decoders ?? []) patchDecoder(child)
+/** @throws Unsupported naming the part */
+function addedOf(tokens: unknown): AddedToken[] {
+  const wrong = (at: string, expected: string, got: unknown): Unsupported => new Unsupported(at, expected, show(got))
+  if (!Array.isArray(tokens ?? [])) throw wrong('added_tokens', 'an array', tokens)
+  return ((tokens ?? []) as AddedToken[]).map((t, i) => {
+    const { id, content, special } = t ?? {}
+    if (!Number.isInteger(id) || id < 0) throw wrong(`added_tokens[${i}].id`, 'a whole number', id)
+    if (typeof content !== 'string') throw wrong(`added_tokens[${i}].content`, 'a text', content)
+    // A `normalized` special token can never match behind a normalizer that prepends, so an end token in the text would
+    // silently become letters; transformers registers special tokens as not normalized for the same reason.
+    return special ? { ...t, normalized: false } : t
+  })
+}
+
+/** @throws Unsupported naming the part */
+function pipelineOf(d: Json, where: string): Pipeline {
+  return {
+    normalize: normalizerOf(d.normalizer as Json),
+    preTokenize: preTokenizerOf(d.pre_tokenizer as Json),
+    bpe: new Bpe((d.model ?? {}) as Json, where),
+    addSpecial: postProcessorOf(d.post_processor as Json),
+    decode: decoderOf(d.decoder as Json),
+  }
 }
 
 export class Tokenizer {
   /** one more than the largest id */
   readonly vocabSize: number
-  readonly #library: Library
+  readonly #parts: Pipeline
   readonly #raw: AddedTokens
   readonly #normalized: AddedTokens
+  readonly #added: ReadonlyMap<string, number>
+  readonly #addedTexts: ReadonlyMap<number, string>
   readonly #roles: Record<'bos' | 'eos' | 'pad' | 'unk', number | null>
   readonly #where: string
   readonly #specialIds: Set<number>
-  /** texts of special tokens, but for the one that stands for everything unknown */
-  readonly #specials: Set<string>
-  readonly #byteLevel: boolean
-  readonly #metaspace: boolean
-  readonly #byteFallback: boolean
+  /** special tokens but for the one that stands for everything unknown */
+  readonly #notUnknown: Set<number>
   /** whether a text is merged word by word, for speed: the tokens are the same */
   readonly splitWords: boolean
-  readonly #surfaces = new Map<string, Uint8Array>()
   #anchor: { id: number; text: string } | undefined
 
   /**
@@ -89,37 +81,37 @@ export class Tokenizer {
    */
   constructor(definition: Json, config: Json[] = [], model: Json = {}, where = 'tokenizer') {
     this.#where = where
-    const d = definition as { added_tokens?: AddedToken[]; model?: Json; [key: string]: unknown }
-    // A `normalized` special token can never match behind a normalizer that prepends, so an end token in the text would
-    // silently become letters; transformers registers special tokens as not normalized for the same reason.
-    const added = (d.added_tokens ?? []).map((t) => (t.special ? { ...t, normalized: false } : t))
+    const d = definition
+    let added: AddedToken[]
     try {
-      const complete = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null, ...d }
-      this.#library = new Library({ ...complete, added_tokens: added }, config[0] ?? {})
+      added = addedOf(d.added_tokens)
+      this.#parts = pipelineOf(d, where)
     } catch (e) {
+      if (e instanceof Unsupported)
+        throw mismatch('ERR_FORMAT', 'tokenizer', `${where}: ${e.where}`, e.expected, e.got, e)
       throw mismatch('ERR_FORMAT', 'tokenizer', where, 'a tokenizer.json that can be used', String(e), e)
     }
-    patchDecoder(this.#library.decoder)
+    const { bpe, normalize } = this.#parts
+    this.#added = new Map(added.map((t) => [t.content, t.id]))
+    this.#addedTexts = new Map(added.map((t) => [t.id, t.content]))
     this.#raw = new AddedTokens(added.filter((t) => !t.normalized))
-    this.#normalized = new AddedTokens(added.filter((t) => t.normalized))
-    const parts = JSON.stringify([d.normalizer, d.pre_tokenizer, d.decoder])
-    this.#byteLevel = parts.includes('"ByteLevel"')
-    this.#metaspace = parts.includes('▁')
-    this.#byteFallback = d.model?.byte_fallback === true
-    const vocab = this.#library.model?.tokens_to_ids ?? new Map<string, number>()
+    const normalized = (t: AddedToken): string => normalize(new AlignedText(t.content, 0)).text
+    this.#normalized = new AddedTokens(
+      added.filter((t) => t.normalized),
+      normalized,
+    )
     let largest = -1
-    for (const id of vocab.values()) if (id > largest) largest = id
-    for (const { id } of added) if (id > largest) largest = id
+    for (const id of [...bpe.vocab.values(), ...this.#added.values()]) if (id > largest) largest = id
     this.vocabSize = largest + 1
     // A text without pre-tokenization is one huge word. Where no piece crosses from a letter to a ▁, merging word by word
     // gives the same result, and words repeat.
     const whole = d.pre_tokenizer == null || (d.pre_tokenizer as Json).type === 'Metaspace'
-    this.splitWords = whole && this.#metaspace && ![...vocab.keys()].some((t) => /[^▁]▁/.test(t))
+    this.splitWords = whole && bpe.splitsAtMarks
     const id = (role: string): number | null => roleId(role, config, model, (t) => this.tokenToId(t))
     this.#roles = { bos: id('bos'), eos: id('eos'), pad: id('pad'), unk: id('unk') }
     const special = added.filter((t) => t.special)
     this.#specialIds = new Set(special.map((t) => t.id))
-    this.#specials = new Set(special.map((t) => t.content).filter((t) => t !== d.model?.unk_token))
+    this.#notUnknown = new Set(special.filter((t) => t.content !== bpe.unkToken).map((t) => t.id))
   }
 
   /**
@@ -155,139 +147,70 @@ export class Tokenizer {
     return this.idToToken(this.eosId) as string
   }
   tokenToId(token: string): number | undefined {
-    return this.#library.token_to_id(token)
+    return this.#added.get(token) ?? this.#parts.bpe.vocab.get(token)
   }
   idToToken(id: number): string | undefined {
-    return this.#library.id_to_token(id)
+    return this.#addedTexts.get(id) ?? this.#parts.bpe.tokens.get(id)
   }
 
-  /** Tokens of a normalised stretch without added tokens; `index` is the number of the section it lies in. */
-  #words(text: string, index: number): string[] {
-    const { pre_tokenizer: pre, model } = this.#library
-    let words = pre ? pre.pre_tokenize(text, { section_index: index }) : [text]
-    if (this.splitWords) words = words.flatMap((w: string) => w.split(/(?<=[^▁])(?=▁)/u))
-    // `_call` and not `encode`: it also fuses unknown tokens where the model says so.
-    return model ? model._call(words) : words
-  }
-
-  /** The same where special tokens are plain text: one that merging has put together is taken apart again. */
-  #plainWords(text: string, index: number): string[] {
-    const apart = (token: string): string[] => Array.from(token).flatMap((c) => this.#library.model?._call([c]) ?? [c])
-    return this.#words(text, index).flatMap((t) => (this.#specials.has(t) ? apart(t) : [t]))
-  }
-
-  /** Tokens of every section with the UTF-16 offset of each token when `starts` is given; `literal` as encodeWithOffsets has it. */
-  #tokens(text: string, starts?: number[], literal: readonly Range[] = []): string[] {
-    const out: string[] = []
-    const words = (t: string, index: number): string[] =>
-      literal.length ? this.#plainWords(t, index) : this.#words(t, index)
-    this.#raw.split(text, literal).forEach((section, index) => {
-      if (section.added) {
-        out.push(section.text)
-        starts?.push(section.start)
-        return
-      }
-      const target = this.#library.normalizer ? this.#library.normalizer.normalize(section.text) : section.text
-      const parts = this.#normalized.split(target).map((s) => (s.added ? [s.text] : words(s.text, index)))
-      if (starts) this.#align(section, target, parts, starts)
-      for (const p of parts) out.push(...p)
-    })
-    return out
-  }
-
-  /** Bytes a token stands for, with ▁ as a space. */
-  #surface(token: string): Uint8Array {
-    let bytes = this.#surfaces.get(token)
-    if (bytes) return bytes
-    const byte = this.#byteFallback ? BYTE_TOKEN.exec(token) : null
-    if (byte) bytes = Uint8Array.of(Number.parseInt(byte[1], 16))
-    else if (this.#byteLevel && Array.from(token).every((c) => BYTES.has(c)))
-      bytes = Uint8Array.from(token, (c) => BYTES.get(c) as number)
-    else bytes = Buffer.from(this.#metaspace ? token.replaceAll('▁', ' ') : token)
-    this.#surfaces.set(token, bytes)
-    return bytes
-  }
-
-  /**
-   * Finds the tokens of a section in its normalised text, byte by byte, and appends the offset of each in the original.
-   * @throws AlignGPTError ERR_DATA when they do not match: labels must never be guessed
-   */
-  #align(section: Section, target: string, parts: string[][], starts: number[]): void {
-    const spaced = (s: string): string => (this.#metaspace ? s.replaceAll('▁', ' ') : s)
-    const bytes = Buffer.from(spaced(target))
-    const source = this.#sourceOffsets(spaced(section.text), spaced(target), bytes.length)
-    const unknown = this.#library.model?.unk_token
-    const matches = (t: Uint8Array, at: number, from: number): boolean =>
-      at + t.length - from <= bytes.length && bytes.compare(t, from, t.length, at, at + t.length - from) === 0
-    let pos = 0
-    for (const tokens of parts) {
-      tokens.forEach((token, i) => {
-        const t = this.#surface(token)
-        starts.push(section.start + source[Math.min(pos, bytes.length)])
-        if (matches(t, pos, 0)) pos += t.length
-        // The pre-tokenizer's prefix space is not in the text.
-        else if (i === 0 && t[0] === 32 && matches(t, pos, 1)) pos += t.length - 1
-        else if (token === unknown) {
-          // One or more characters without a token: up to where the next token fits.
-          const next = i + 1 < tokens.length ? this.#surface(tokens[i + 1]) : null
-          do {
-            pos++
-          } while (pos < bytes.length && ((bytes[pos] & 0xc0) === 0x80 || !next || !matches(next, pos, 0)))
-        } else {
-          const got = show(bytes.toString('utf8', pos, pos + 20))
-          throw mismatch('ERR_DATA', 'tokenizer', `${this.#where}: offset of token ${show(token)}`, show(token), got)
-        }
-      })
-    }
-    if (pos < bytes.length)
-      throw mismatch('ERR_DATA', 'tokenizer', `${this.#where}: offsets`, `${bytes.length} bytes`, `${pos}`)
-  }
-
-  /** For every byte of the normalised text the UTF-16 offset in the original that it comes from. */
-  #sourceOffsets(original: string, target: string, length: number): Int32Array {
-    const char = new Int32Array(target.length + 1)
-    if (target.length === original.length + 1 && target.endsWith(original))
-      for (let i = 1; i <= target.length; i++) char[i] = i - 1
-    else if (target === original) for (let i = 1; i <= target.length; i++) char[i] = i
-    else this.#normalisedOffsets(original, target, char)
-    const out = new Int32Array(length + 1)
+  /** The tokens of one word; with `plain` a special token that merging has put together is taken apart again. */
+  #word(word: string, plain: boolean): EncodedWord {
+    const { bpe } = this.#parts
+    const found = bpe.encode(word)
+    if (!plain || found.bytes || !found.ids.some((id) => this.#notUnknown.has(id))) return found
+    const apart = { ids: [] as number[], lengths: [] as number[], bytes: false }
     let at = 0
-    for (let i = 0; i < target.length; ) {
-      const code = target.codePointAt(i) as number
-      const n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4
-      out.fill(char[i], at, at + n)
-      at += n
-      i += code > 0xffff ? 2 : 1
+    for (const [k, id] of found.ids.entries()) {
+      const text = word.slice(at, at + found.lengths[k])
+      at += found.lengths[k]
+      const parts = this.#notUnknown.has(id)
+        ? Array.from(text, (c) => bpe.encode(c))
+        : [{ ids: [id], lengths: [found.lengths[k]] }]
+      for (const p of parts) {
+        apart.ids.push(...p.ids)
+        apart.lengths.push(...p.lengths)
+      }
     }
-    out[length] = original.length
+    return apart
+  }
+
+  /** Appends the tokens of a word, and where each comes from. */
+  #put(word: AlignedText, out: number[], starts: number[] | undefined, plain: boolean): void {
+    const { ids, lengths, bytes } = this.#word(word.text, plain)
+    for (const id of ids) out.push(id)
+    if (!starts) return
+    const units = bytes ? unitsOfBytes(word.text) : null
+    let at = 0
+    for (const length of lengths) {
+      starts.push(word.at(units ? units[at] : at))
+      at += length
+    }
+  }
+
+  /** Ids of every section; with `starts` the UTF-16 offset of each. `literal` as encodeWithOffsets has it. */
+  #ids(text: string, starts?: number[], literal: readonly Range[] = []): number[] {
+    const { normalize, preTokenize } = this.#parts
+    const out: number[] = []
+    const one = (id: number, start: number): void => {
+      out.push(id)
+      starts?.push(start)
+    }
+    for (const section of this.#raw.split(text, literal)) {
+      if (section.token) {
+        one(section.token.id, section.from)
+        continue
+      }
+      const target = normalize(new AlignedText(text.slice(section.from, section.to), section.from))
+      for (const { from, to, token } of this.#normalized.split(target.text)) {
+        if (token) {
+          one(token.id, target.at(from))
+          continue
+        }
+        for (const word of preTokenize([target.slice(from, to)]))
+          for (const part of this.splitWords ? atMarks(word) : [word]) this.#put(part, out, starts, literal.length > 0)
+      }
+    }
     return out
-  }
-
-  /** The slow way for normalizers that change text: normalise every prefix and see how far it reaches. */
-  #normalisedOffsets(original: string, target: string, char: Int32Array): void {
-    const normalize = (s: string): string => {
-      const n = this.#library.normalizer?.normalize(s) ?? s
-      return this.#metaspace ? n.replaceAll('▁', ' ') : n
-    }
-    let reached = 0
-    for (let i = 0; i < original.length; ) {
-      const next = i + ((original.codePointAt(i) as number) > 0xffff ? 2 : 1)
-      const prefix = normalize(original.slice(0, next))
-      let n = Math.min(prefix.length, target.length)
-      while (n > reached && target.slice(0, n) !== prefix.slice(0, n)) n--
-      char.fill(i, reached, n)
-      reached = Math.max(reached, n)
-      i = next
-    }
-    char.fill(original.length, reached)
-  }
-
-  #idsOf(tokens: string[]): number[] {
-    return tokens.map((t) => {
-      const id = this.tokenToId(t) ?? this.#library.model?.unk_token_id
-      if (id === undefined) throw mismatch('ERR_DATA', 'tokenizer', this.#where, 'a token of the vocabulary', show(t))
-      return id
-    })
   }
 
   /**
@@ -295,10 +218,8 @@ export class Tokenizer {
    * @param options.addSpecialTokens whether the template's tokens (BOS, ...) are added; default true
    */
   encode(text: string, options: { addSpecialTokens?: boolean } = {}): number[] {
-    const tokens = this.#tokens(text)
-    const post = this.#library.post_processor
-    if (options.addSpecialTokens === false || !post) return this.#idsOf(tokens)
-    return this.#idsOf(post.post_process(tokens, null, true).tokens)
+    const ids = this.#ids(text)
+    return options.addSpecialTokens === false ? ids : this.#parts.addSpecial(ids)
   }
 
   /**
@@ -308,10 +229,7 @@ export class Tokenizer {
    */
   encodeWithOffsets(text: string, literal: readonly Range[] = []): EncodedText {
     const starts: number[] = []
-    const ids = this.#idsOf(this.#tokens(text, starts, literal))
-    if (ids.length !== starts.length)
-      throw mismatch('ERR_DATA', 'tokenizer', 'offsets', `${ids.length}`, `${starts.length}`)
-    return { ids, starts }
+    return { ids: this.#ids(text, starts, literal), starts }
   }
 
   /**
@@ -328,17 +246,23 @@ export class Tokenizer {
 
   /** Text of token ids; ids outside the vocabulary are left out. */
   decode(ids: Iterable<number>, options: { skipSpecialTokens?: boolean } = {}): string {
-    const known = [...ids].filter(
-      (id) => this.idToToken(id) !== undefined && !(options.skipSpecialTokens && this.#specialIds.has(id)),
-    )
-    if (!known.length) return ''
-    return this.#library.decode(known, { clean_up_tokenization_spaces: false })
+    const tokens: string[] = []
+    for (const id of ids) {
+      const token = options.skipSpecialTokens && this.#specialIds.has(id) ? undefined : this.idToToken(id)
+      if (token !== undefined) tokens.push(token)
+    }
+    return tokens.length ? this.#parts.decode(tokens).join('') : ''
   }
 
   /** A decoder for ids that arrive one by one. */
   stream(options: { skipSpecialTokens?: boolean } = {}): StreamDecoder {
     this.#anchor ??= this.#findAnchor()
     return new StreamDecoder(this, options, this.#anchor.id < 0 ? null : this.#anchor)
+  }
+
+  /** Texts of special tokens that a text holds, in their order: `encode` makes them those tokens. */
+  specialTokensIn(text: string): string[] {
+    return this.#raw.split(text).flatMap(({ token }) => (token?.special ? [token.content] : []))
   }
 
   /** Whether an id is a special token (BOS, EOS, ...). */
@@ -355,6 +279,30 @@ export class Tokenizer {
     }
     return { id: -1, text: '' }
   }
+}
+
+/** The words that begin with a ▁, or follow one. */
+function atMarks(word: AlignedText): AlignedText[] {
+  const out: AlignedText[] = []
+  let from = 0
+  for (let i = word.text.indexOf('▁', 1); i > 0; i = word.text.indexOf('▁', i + 1)) {
+    if (word.text[i - 1] === '▁') continue
+    out.push(word.slice(from, i))
+    from = i
+  }
+  out.push(word.slice(from, word.text.length))
+  return out
+}
+
+/** For every UTF-8 byte of a text, and the end, the UTF-16 unit of its character. */
+function unitsOfBytes(text: string): number[] {
+  const out: number[] = []
+  let at = 0
+  for (const c of text) {
+    for (let n = Buffer.byteLength(c); n > 0; n--) out.push(at)
+    at += c.length
+  }
+  return [...out, at]
 }
 
 /**

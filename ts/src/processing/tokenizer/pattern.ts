@@ -1,0 +1,42 @@
+/** Patterns of tokenizer.json: texts, or regular expressions of Oniguruma, which @huggingface/tokenizers rewrites for JavaScript. */
+import { Tokenizer as Library } from '@huggingface/tokenizers'
+import type { Json } from '../tokenizer-files.js'
+
+/** What a part of tokenizer.json is refused with; `where` is its path in the file. */
+export class Unsupported extends Error {
+  constructor(
+    readonly where: string,
+    readonly expected: string,
+    readonly got: string,
+  ) {
+    super(`${where}: expected ${expected}, got ${got}`)
+  }
+}
+
+export const escaped = (s: string): string => s.replace(/[.*+?^${}()|[\]\\/]/g, '\\$&')
+
+/** A pattern as a global regular expression over code points. @throws Unsupported */
+export function patternOf(pattern: unknown, where: string): RegExp {
+  const p = (typeof pattern === 'string' ? { String: pattern } : (pattern ?? {})) as {
+    String?: unknown
+    Regex?: unknown
+  }
+  if (typeof p.String === 'string') return new RegExp(escaped(p.String), 'gu')
+  if (typeof p.Regex !== 'string')
+    throw new Unsupported(where, '{ String } or { Regex }', JSON.stringify(pattern) ?? 'none')
+  try {
+    const split: Json = { type: 'Split', pattern: { Regex: p.Regex }, behavior: 'Isolated', invert: false }
+    const model = { type: 'BPE', vocab: {}, merges: [] }
+    const rest = { added_tokens: [], normalizer: null, post_processor: null, decoder: null }
+    const library = new Library({ ...rest, pre_tokenizer: split, model }, {})
+    const found = (library.pre_tokenizer as unknown as { pattern: RegExp | null }).pattern
+    if (found) return found
+  } catch (e) {
+    throw new Unsupported(where, 'a regular expression that JavaScript has too', `${p.Regex} (${(e as Error).message})`)
+  }
+  throw new Unsupported(where, 'a regular expression', p.Regex)
+}
+
+// What Rust's regex crate and its `char` mean by these.
+export const WHITE = /\p{White_Space}/u
+export const WORD_CLASS = '\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\u200c\\u200d'
