@@ -33,9 +33,10 @@ export class AddedTokens {
   readonly #pattern: RegExp | null
   readonly #tokens: Map<string, AddedToken>
 
-  /** @param textOf what a token is looked for as, default its content */
-  constructor(tokens: readonly AddedToken[], textOf = (t: AddedToken): string => t.content) {
-    this.#tokens = new Map(tokens.map((t) => [textOf(t), t] as const).filter(([text]) => text !== ''))
+  /** @param tokens by the text that each is looked for as */
+  constructor(tokens: Iterable<readonly [text: string, token: AddedToken]>) {
+    this.#tokens = new Map(tokens)
+    this.#tokens.delete('')
     const texts = [...this.#tokens.keys()].sort((a, b) => b.length - a.length)
     this.#pattern = texts.length ? new RegExp(texts.map(escaped).join('|'), 'gu') : null
   }
@@ -49,8 +50,13 @@ export class AddedTokens {
       let [from, to] = [m.index, m.index + m[0].length]
       if (token.special && literal.some(([first, end]) => from < end && to > first)) continue
       if (token.single_word && touchesWord(text, from, to)) continue
-      if (token.lstrip) while (from > at && WHITE.test(text[from - 1])) from--
+      if (token.lstrip) {
+        while (from > at && WHITE.test(text[from - 1])) from--
+        from = Math.max(from, at)
+      }
       if (token.rstrip) while (to < text.length && WHITE.test(text[to])) to++
+      // White space that the token before has taken.
+      if (from >= to) continue
       if (at < from) out.push({ from: at, to: from, token: null })
       out.push({ from, to, token })
       at = to

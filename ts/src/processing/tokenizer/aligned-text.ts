@@ -2,6 +2,7 @@
  * A text on its way to tokens, and where each part of it comes from in the text that was given: the rules are those of
  * NormalizedString in Hugging Face's Rust library, so that offsets are the same.
  */
+import { matchesOf } from './pattern.js'
 
 /** Where each UTF-16 unit comes from: its offset in the original, or the offset of the first where nothing has changed. */
 type Origin = Int32Array | number
@@ -53,9 +54,9 @@ export class AlignedText {
   replace(pattern: RegExp, content: string): AlignedText {
     const b = new Builder(this)
     let last = 0
-    for (const m of this.text.matchAll(pattern)) {
-      b.keep(last, m.index)
-      last = m.index + m[0].length
+    for (const { from, to } of matchesOf(this.text, pattern)) {
+      b.keep(last, from)
+      last = to
       b.add(content, last === 0 ? this.base : this.at(last - 1))
     }
     if (last === 0 && b.empty) return this

@@ -26,6 +26,8 @@ const LONGEST_KEPT = 128
 // Place in a word beside a rank in one number: words of up to 2^26 symbols.
 const PLACES = 2 ** 26
 
+const BYTES = Array.from({ length: 256 }, (_, b) => `<0x${b.toString(16).toUpperCase().padStart(2, '0')}>`)
+
 /** Smallest number first. */
 class Heap {
   readonly #items: number[] = []
@@ -96,6 +98,8 @@ export class Bpe {
     this.byteFallback = model.byte_fallback === true
     this.#prefix = (model.continuing_subword_prefix ?? '') as string
     this.#suffix = (model.end_of_word_suffix ?? '') as string
+    if (this.byteFallback && this.#prefix + this.#suffix !== '')
+      throw new Unsupported('model.byte_fallback', 'false beside a subword prefix or suffix', 'true')
     this.#fuseUnk = model.fuse_unk === true
     this.#ignoreMerges = model.ignore_merges === true
     for (const merge of (model.merges ?? []) as (string | [string, string])[]) this.#addMerge(merge)
@@ -114,6 +118,8 @@ export class Bpe {
   /** Whether words that begin with ▁ can be merged one by one: no piece crosses to a ▁, and nothing else depends on the whole. */
   get splitsAtMarks(): boolean {
     if (this.#prefix || this.#suffix || this.#ignoreMerges || !this.vocab.has('▁')) return false
+    // A character that is left out moves the offsets of the whole word.
+    if (this.unkToken === null && !(this.byteFallback && BYTES.every((token) => this.vocab.has(token)))) return false
     for (const token of this.vocab.keys()) if (/[^▁]▁/.test(token)) return false
     return true
   }
@@ -189,9 +195,7 @@ export class Bpe {
   }
 
   #bytesOf(text: string): number[] | null {
-    const ids = Array.from(Buffer.from(text), (b) =>
-      this.vocab.get(`<0x${b.toString(16).toUpperCase().padStart(2, '0')}>`),
-    )
+    const ids = Array.from(Buffer.from(text), (b) => this.vocab.get(BYTES[b]))
     return ids.includes(undefined) ? null : (ids as number[])
   }
 

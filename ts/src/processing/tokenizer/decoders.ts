@@ -1,5 +1,6 @@
 /** Decoders of tokenizer.json (Hugging Face's Rust library, decoders/): tokens back to text. */
 import type { Json } from '../tokenizer-files.js'
+import { AlignedText } from './aligned-text.js'
 import { patternOf, Unsupported } from './pattern.js'
 import { BYTE_CHARS } from './pre-tokenizers.js'
 
@@ -85,7 +86,7 @@ export function decoderOf(config: Json | null | undefined, where = 'decoder'): D
     case 'Replace': {
       const pattern = patternOf(config.pattern, `${where}.pattern`)
       const content = String(config.content ?? '')
-      return (tokens) => tokens.map((t) => t.replace(pattern, () => content))
+      return (tokens) => tokens.map((t) => new AlignedText(t, 0).replace(pattern, content).text)
     }
     case 'BPEDecoder': {
       const suffix = String(config.suffix ?? '')

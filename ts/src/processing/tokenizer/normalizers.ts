@@ -42,7 +42,7 @@ function strip(left: boolean, right: boolean): Normalizer {
 // A character, and what may be put together with it: marks, and the later parts of Hangul syllables, of which compatibility forms
 // have several.
 const GROUP =
-  /[^\p{M}\u1160-\u11ff\u314f-\u3163\uff9e\uff9f\uffc2-\uffdc][\p{M}\u1160-\u11ff\u314f-\u3163\uff9e\uff9f\uffc2-\uffdc]*|[\s\S]/gu
+  /[^\p{M}\u1160-\u11ff\u314f-\u3163\uff9e\uff9f\uffc2-\uffdc][\p{M}\u1160-\u11ff\u314f-\u3163\uff9e\uff9f\uffc2-\uffdc]*|^[\s\S][\p{M}\u1160-\u11ff\u314f-\u3163\uff9e\uff9f\uffc2-\uffdc]*/gu
 
 /** The characters of a group in a normal form, each with its change (AlignedText.transform). */
 function formOf(group: string, form: 'NFC' | 'NFD' | 'NFKC' | 'NFKD'): [string, number][] {

@@ -37,6 +37,22 @@ export function patternOf(pattern: unknown, where: string): RegExp {
   throw new Unsupported(where, 'a regular expression', p.Regex)
 }
 
+/**
+ * Where a pattern matches. As in Rust there is none in an empty text, no empty match follows another match at once, and none stands between the halves of a character,
+ * where V8 finds the end of a text.
+ */
+export function* matchesOf(text: string, pattern: RegExp): Generator<{ from: number; to: number }> {
+  let last = -1
+  if (text === '') return
+  for (const m of text.matchAll(pattern)) {
+    const [from, to] = [m.index, m.index + m[0].length]
+    const half = from > 0 && (text.charCodeAt(from) & 0xfc00) === 0xdc00 && (text.codePointAt(from - 1) ?? 0) > 0xffff
+    if (from === to && (from === last || half)) continue
+    yield { from, to }
+    last = to
+  }
+}
+
 // What Rust's regex crate and its `char` mean by these.
 export const WHITE = /\p{White_Space}/u
 export const WORD_CLASS = '\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\u200c\\u200d'

@@ -1,7 +1,7 @@
 /** Pre-tokenizers of tokenizer.json (Hugging Face's Rust library, pre_tokenizers/): texts into words. */
 import type { Json } from '../tokenizer-files.js'
 import type { AlignedText } from './aligned-text.js'
-import { escaped, patternOf, Unsupported, WORD_CLASS } from './pattern.js'
+import { escaped, matchesOf, patternOf, Unsupported, WORD_CLASS } from './pattern.js'
 
 export type PreTokenizer = (words: AlignedText[]) => AlignedText[]
 
@@ -17,10 +17,9 @@ interface Stretch {
 function stretchesOf(text: string, pattern: RegExp, invert: boolean): Stretch[] {
   const out: Stretch[] = []
   let last = 0
-  for (const m of text.matchAll(pattern)) {
-    const to = m.index + m[0].length
-    if (m.index > last) out.push({ from: last, to: m.index, match: invert })
-    out.push({ from: m.index, to, match: !invert })
+  for (const { from, to } of matchesOf(text, pattern)) {
+    if (from > last) out.push({ from: last, to: from, match: invert })
+    out.push({ from, to, match: !invert })
     last = to
   }
   if (last < text.length) out.push({ from: last, to: text.length, match: invert })
