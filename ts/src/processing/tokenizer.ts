@@ -67,7 +67,6 @@ export class Tokenizer {
   readonly #raw: AddedTokens
   readonly #normalized: AddedTokens
   readonly #added: ReadonlyMap<string, number>
-  readonly #decodedAs: ReadonlyMap<number, string>
   readonly #addedTexts: ReadonlyMap<number, string>
   readonly #roles: Record<'bos' | 'eos' | 'pad' | 'unk', number | null>
   readonly #where: string
@@ -98,17 +97,16 @@ export class Tokenizer {
     }
     const { bpe, normalize } = this.#parts
     this.#added = new Map(added.map((t) => [t.content, t.id]))
-    this.#addedTexts = new Map(added.map((t) => [t.id, t.content]))
-    const found = added.filter((t) => t.content !== '').map((t): [string, AddedToken] => [soughtAs(t, normalize), t])
-    const gone = found.find(([text]) => text === '')
+    const sought = added.filter((t) => t.content !== '').map((t): [string, AddedToken] => [soughtAs(t, normalize), t])
+    const gone = sought.find(([text]) => text === '')
     if (gone) {
       const what = `${where}: added token ${show(gone[1].content)}`
       throw mismatch('ERR_FORMAT', 'tokenizer', what, 'a text that the normalizer leaves', 'nothing')
     }
-    this.#raw = new AddedTokens(found.filter(([, t]) => !t.normalized))
-    this.#normalized = new AddedTokens(found.filter(([, t]) => t.normalized))
-    // As the Rust library does from 0.23 on.
-    this.#decodedAs = new Map(found.map(([text, t]) => [t.id, text]))
+    this.#raw = new AddedTokens(sought.filter(([, t]) => !t.normalized))
+    this.#normalized = new AddedTokens(sought.filter(([, t]) => t.normalized))
+    // Decoding gives what is looked for.
+    this.#addedTexts = new Map(sought.map(([text, t]) => [t.id, text]))
     let largest = -1
     for (const id of [...bpe.vocab.values(), ...this.#added.values()]) if (id > largest) largest = id
     this.vocabSize = largest + 1
@@ -257,8 +255,7 @@ export class Tokenizer {
   decode(ids: Iterable<number>, options: { skipSpecialTokens?: boolean } = {}): string {
     const tokens: string[] = []
     for (const id of ids) {
-      const skip = options.skipSpecialTokens && this.#specialIds.has(id)
-      const token = skip ? undefined : (this.#decodedAs.get(id) ?? this.idToToken(id))
+      const token = options.skipSpecialTokens && this.#specialIds.has(id) ? undefined : this.idToToken(id)
       if (token !== undefined) tokens.push(token)
     }
     return tokens.length ? this.#parts.decode(tokens).join('') : ''

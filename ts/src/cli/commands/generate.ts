@@ -29,12 +29,13 @@ interface Options extends ModelOptions, SamplingOptions {
 
 /** Answers the questions in batches; writes the lines of each when it is there. @returns how many were not answered */
 async function answerAll(asked: readonly FileQuestion[], out: LineFile, o: Options): Promise<number> {
-  const [{ generateBatch }, { answerLine }, { hearing }, { resolveImage }] = await Promise.all([
+  const [{ generateBatch }, { answerLine }, { hearing }, { openImages, readImage }] = await Promise.all([
     import('../../inference/generate.js'),
     import('../../inference/question-file.js'),
     import('../signals.js'),
     import('../../processing/image/source.js'),
   ])
+  const pictures = o.images === undefined ? null : await openImages(o.images, o)
   const { model, mix } = await loadModel(o)
   const { maxNewTokens, temperature, topP, topK, seed, style } = o
   const options = { maxNewTokens, temperature, topP, topK, seed, style, mix, keepGoing: true }
@@ -53,7 +54,7 @@ async function answerAll(asked: readonly FileQuestion[], out: LineFile, o: Optio
       // a stream for each question of the file: the size of a batch changes no draw
       return {
         ...request,
-        ...(image && o.images !== undefined && { image: resolveImage(o.images, image, o) }),
+        ...(image && pictures && { image: readImage(pictures.locate(image)), name: image }),
         stream: at,
       }
     } catch (e) {
@@ -138,7 +139,10 @@ export function generate(program: Command): void {
     )
     .option('--prompt <text>', 'one question instead of a file; its answer is streamed')
     .option('--image <file>', 'its picture')
-    .option('--images <dir>', 'folder that the pictures of a file lie in (default: names are paths)')
+    .option(
+      '--images <dir>',
+      'folder of the pictures of a file, or shards/{00000..00009}.tar (default: names are paths)',
+    )
     .option(...FOLLOW_LINKS)
     .option(
       '--out <file>',
