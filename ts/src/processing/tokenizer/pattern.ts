@@ -1,6 +1,7 @@
 /** Patterns of tokenizer.json: texts, or regular expressions of Oniguruma, which @huggingface/tokenizers rewrites for JavaScript. */
 import { Tokenizer as Library } from '@huggingface/tokenizers'
 import type { Json } from '../tokenizer-files.js'
+import { rewritten } from './oniguruma.js'
 
 /** What a part of tokenizer.json is refused with; `where` is its path in the file. */
 export class Unsupported extends Error {
@@ -25,7 +26,7 @@ export function patternOf(pattern: unknown, where: string): RegExp {
   if (typeof p.Regex !== 'string')
     throw new Unsupported(where, '{ String } or { Regex }', JSON.stringify(pattern) ?? 'none')
   try {
-    const split: Json = { type: 'Split', pattern: { Regex: p.Regex }, behavior: 'Isolated', invert: false }
+    const split: Json = { type: 'Split', pattern: { Regex: rewritten(p.Regex) }, behavior: 'Isolated', invert: false }
     const model = { type: 'BPE', vocab: {}, merges: [] }
     const rest = { added_tokens: [], normalizer: null, post_processor: null, decoder: null }
     const library = new Library({ ...rest, pre_tokenizer: split, model }, {})
