@@ -24,7 +24,8 @@ HARD = ["", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3
         "sep_ sep9 9sep", "<MASK>", " <mask> ", "x <mask>  y", "x  <mask>\ty", "<mask>", "<image>\nWhat is this?", "don't DON'T I'LL",
         "'s 'S 're", " 's", "a's", "word \n next", "trailing  ", "  leading", "tab\tbetween", "a  b   c", "a\n\nb", "a \n\n b", "é", "É",
         "ΟΔΥΣΣΕΥΣ ΣΑΣ", "x²y³", "⅓ ①", "ｶﾞ", "カ\u3099", "ﷺ", "\u0958", "\u2126", "\u212b", "a\u0327\u0301", "a\u0301\u0327", "\u0344",
-        "price: $1,234.56!!", "http://a.b/c?d=e&f", "def f(x):\n    return x\n", "\tif x:\r\n\t\tpass", "a\u200db", "–—", "¿¡", "٣٤", "१२"]
+        "price: $1,234.56!!", "http://a.b/c?d=e&f", "def f(x):\n    return x\n", "\tif x:\r\n\t\tpass", "a\u200db", "–—", "¿¡", "٣٤", "१२",
+        "<s>\u0301\u0327x", "</s>\u0327\u0301", "\n\n\nx", "x \n\n y", "a \n \n b  \n", "tail \n", "'ſ a'\u212a 'S", "ab\u20acab\u20ac ▁ab", "𝔘𐍈\n𝔘"]
 
 
 def texts(n, rng):
@@ -47,6 +48,8 @@ def texts(n, rng):
 
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
          r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -131,6 +134,15 @@ def tokenizers_of(corpus):
     yield "replace", trained(corpus, N.Sequence([N.Replace("``", '"'), N.Replace(Regex(r" {2,}"), " "), N.Prepend("▁"), N.Replace(" ", "▁")]),
                              None, D.Sequence([D.Replace("▁", " "), D.Fuse(), D.Strip(" ", 1, 1)]), added=marks, **unk)
     yield "no unknown", trained(corpus, None, P.CharDelimiterSplit("_"), D.Fuse(), first=("</s>",), size=400)
+    yield "gpt2, atomic", trained(corpus, None, split(GPT2), **byte)
+    yield "cl100k", trained(corpus, None, split(CL100K), **byte)
+    yield "legacy, added", trained(corpus, N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, end, added=[
+        AddedToken("<sep>", normalized=True), AddedToken("\n", lstrip=True, rstrip=True, normalized=False),
+        AddedToken(" ", rstrip=True, normalized=False), AddedToken("AND", normalized=True, single_word=True, lstrip=True)], **sp)
+    yield "marks", trained(corpus, N.Sequence([N.NFKC(), N.NFD()]), P.Punctuation("contiguous"), D.Fuse(), **unk)
+    yield "empty matches", trained(corpus, N.Replace(Regex(r"\s*$"), " "), P.Sequence([
+        P.Split(Regex(r"(?<=[a-z])(?=[A-Z])|$"), "merged_with_previous"), P.Split(Regex(r"x*"), "isolated")]), D.Replace(Regex("a*"), "-"), **unk)
+    yield "left out", trained(corpus, N.Replace(" ", "▁"), None, D.Metaspace("▁", "never"), first=("</s>",), size=400)
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     yield "template", trained(corpus, N.Lowercase(), P.Metaspace("▁", "first", split=True), end, post=template, added=marks, **sp)
 
