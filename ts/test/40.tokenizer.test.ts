@@ -225,6 +225,17 @@ describe('refusals', () => {
     const bare = new Tokenizer(readJson(path.join(llm('base'), 'tokenizer.json')))
     await refuses(() => bare.eosId, 'ERR_CONFIG', /eos_token: expected a token, got none/)
   })
+  it.each([
+    ['model_type', [0x12, 2, 0x18, 1], /model_type: expected 2 \(BPE\), got 1/],
+    ['spaces behind words', [0x12, 3, 0xc0, 1, 1], /treat_whitespace_as_suffix: expected 0, got 1/],
+    ['spaces that go', [0x1a, 2, 0x20, 1], /remove_extra_whitespaces: expected 0, got 1/],
+    ['spaces that stay spaces', [0x1a, 2, 0x28, 0], /escape_whitespaces: expected 1, got 0/],
+    ['nmt_nfkc', [0x1a, 5, 0x12, 3, 1, 2, 3], /precompiled_charsmap: expected none \(identity\), got 3 bytes/],
+  ])('names the setting of a tokenizer.model that is not read: %s', async (_, more, message) => {
+    const d = only(llm('base'), ['tokenizer.model', 'tokenizer_config.json'])
+    fs.appendFileSync(path.join(d, 'tokenizer.model'), Buffer.from(more))
+    await refuses(() => Tokenizer.load(d), 'ERR_FORMAT', message)
+  })
   it('takes a damaged tokenizer.model with its own errors only', async () => {
     const d = tempDir()
     dirs.push(d)

@@ -1,11 +1,13 @@
 /**
  * Tokenizers of every kind that is read, on texts that are hard for them: the same ids, offsets and texts as Hugging Face's Rust library.
- * tokenizers.json.gz is made by scripts/parity/tokenizer_corpus.py.
+ * tokenizers.json.gz is made by scripts/parity/tokenizer_corpus.py, sentencepiece.json.gz by sentencepiece_corpus.py beside it.
  */
 import fs from 'node:fs'
+import path from 'node:path'
 import { gunzipSync } from 'node:zlib'
-import { describe, expect, it } from 'vitest'
+import { afterAll, describe, expect, it } from 'vitest'
 import { Tokenizer } from '../src/processing/tokenizer.js'
+import { tempDir } from './data-cases.js'
 
 type Ids = number[]
 interface Golden {
@@ -24,9 +26,9 @@ interface Golden {
     ][]
   }[]
 }
-const golden = JSON.parse(
-  gunzipSync(fs.readFileSync(new URL('tokenizers.json.gz', import.meta.url))).toString(),
-) as Golden
+const read = (name: string): unknown =>
+  JSON.parse(gunzipSync(fs.readFileSync(new URL(name, import.meta.url))).toString())
+const golden = read('tokenizers.json.gz') as Golden
 
 it('covers what it says', () => {
   expect(golden.tokenizers.length).toBeGreaterThanOrEqual(20)
@@ -52,6 +54,34 @@ describe.each(golden.tokenizers)('$name', ({ name, definition, results }) => {
       if (plain !== null) expect(tokenizer.decode(ids, { skipSpecialTokens: true })).toBe(plain)
     }
   })
+})
+
+interface Sentencepiece {
+  texts: string[]
+  cases: {
+    name: string
+    model: string
+    config: { legacy: boolean }
+    results: [ids: Ids, text: string | null][]
+  }[]
+}
+describe('tokenizer.model', () => {
+  const { texts, cases } = read('sentencepiece.json.gz') as Sentencepiece
+  const folder = tempDir()
+  afterAll(() => fs.rmSync(folder, { recursive: true }))
+  it.each(cases.map((c) => [`${c.name}, legacy: ${c.config.legacy}`, c] as const))(
+    '%s: ids and texts of sentencepiece, of transformers',
+    (_, { model, config, results }) => {
+      fs.writeFileSync(path.join(folder, 'tokenizer.model'), Buffer.from(model, 'base64'))
+      fs.writeFileSync(path.join(folder, 'tokenizer_config.json'), JSON.stringify(config))
+      const tokenizer = Tokenizer.load(folder)
+      for (const [i, [ids, decoded]] of results.entries()) {
+        const text = texts[i]
+        expect({ text, ids: tokenizer.encode(text, { addSpecialTokens: false }) }).toEqual({ text, ids })
+        if (decoded !== null) expect(tokenizer.decode(ids)).toBe(decoded)
+      }
+    },
+  )
 })
 
 describe('parts that are not read are refused by name', () => {
@@ -80,6 +110,25 @@ describe('parts that are not read are refused by name', () => {
       'pattern',
       { pre_tokenizer: { type: 'Split', pattern: { Regex: '(' } } },
       /pattern: expected a regular expression/,
+    ],
+    [
+      'atomic group that looks behind',
+      { pre_tokenizer: { type: 'Split', pattern: { Regex: '(?<=a++)b' } } },
+      /pattern: .*looks behind/,
+    ],
+    ['letters that fold', { pre_tokenizer: { type: 'Split', pattern: { Regex: '(?i:ss)' } } }, /more than two forms/],
+    [
+      'bytes with a suffix',
+      { model: { ...base.model, end_of_word_suffix: '</w>' } },
+      /byte_fallback: expected false beside a subword prefix or suffix/,
+    ],
+    [
+      'added token of nothing',
+      {
+        normalizer: { type: 'Strip', strip_left: true, strip_right: true },
+        added_tokens: [{ id: 1, content: '\n', normalized: true }],
+      },
+      /added token "\\n": expected a text that the normalizer leaves/,
     ],
     ['decoder', { decoder: { type: 'WordPiece' } }, /decoder\.type: .*got WordPiece/],
     ['post', { post_processor: { type: 'Odd' } }, /post_processor\.type: .*got Odd/],

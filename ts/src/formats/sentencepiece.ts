@@ -71,34 +71,58 @@ function readPiece(b: Buffer, file: string): Piece {
   return piece
 }
 
+/**
+ * Settings that change ids and that are not read: [message, field, value of one that is, default of the format], of
+ * trainer_spec and normalizer_spec.
+ */
+const REFUSED: Record<number, readonly [name: string, field: number, read: number, usual: number][]> = {
+  2: [
+    ['model_type', 3, 2, 1],
+    ['treat_whitespace_as_suffix', 24, 0, 0],
+  ],
+  3: [
+    ['remove_extra_whitespaces', 4, 0, 1],
+    ['escape_whitespaces', 5, 1, 1],
+  ],
+}
+
+/** Adds the numbers of a message by field; of bytes their length. */
+function addNumbers(message: Buffer, file: string, to: Map<number, number>): void {
+  for (const [field, v] of fields(message, file)) to.set(field, typeof v === 'number' ? v : v.length)
+}
+
 /** Reads pieces and settings. @throws AlignGPTError ERR_FORMAT */
 function readModel(b: Buffer, file: string): { pieces: Piece[]; byteFallback: boolean; dummyPrefix: boolean } {
   const pieces: Piece[] = []
-  let [modelType, byteFallback, dummyPrefix] = [1, false, true]
+  const specs: Record<number, Map<number, number>> = { 2: new Map(), 3: new Map() }
   for (const [field, v] of fields(b, file)) {
     if (field === 1) pieces.push(readPiece(bytesOf(v, file, 'piece'), file))
-    else if (field === 2)
-      for (const [k, x] of fields(bytesOf(v, file, 'trainer_spec'), file)) {
-        if (k === 3) modelType = Number(x)
-        else if (k === 35) byteFallback = x === 1
-      }
-    else if (field === 3)
-      for (const [k, x] of fields(bytesOf(v, file, 'normalizer_spec'), file)) if (k === 3) dummyPrefix = x === 1
+    else if (field in specs) addNumbers(bytesOf(v, file, 'settings'), file, specs[field])
   }
-  if (modelType !== 2) throw fail(file, 'model_type', '2 (BPE)', `${modelType}`)
+  for (const [spec, settings] of Object.entries(REFUSED))
+    for (const [name, field, read, usual] of settings) {
+      const got = specs[Number(spec)].get(field) ?? usual
+      const type = name === 'model_type' ? ' (BPE)' : ''
+      if (got !== read) throw fail(file, name, `${read}${type}`, `${got}`)
+    }
+  if (specs[3].get(2)) throw fail(file, 'precompiled_charsmap', 'none (identity)', `${specs[3].get(2)} bytes`)
   if (!pieces.length) throw fail(file, 'pieces', 'at least one', 'none')
-  return { pieces, byteFallback, dummyPrefix }
+  return { pieces, byteFallback: specs[2].get(35) === 1, dummyPrefix: (specs[3].get(3) ?? 1) === 1 }
 }
+
+// sentencepiece makes pieces of at most 16 unless told otherwise; every split of one is looked at.
+const LONGEST = 1024
 
 /**
  * Merge list of a sentencepiece BPE: every split of a piece into two pieces, best score first (ties: the longer left
  * part, then the longer right part, then the order found), as transformers' generate_merges orders them.
  */
-function mergesOf(pieces: Piece[], vocab: Map<string, number>): [string, string][] {
+function mergesOf(pieces: Piece[], vocab: Map<string, number>, file: string): [string, string][] {
   const found: { left: string; right: string; score: number; a: number; b: number }[] = []
   for (const { text, score, type } of pieces) {
     if (type !== 1 && type !== 4) continue
     const chars = Array.from(text)
+    if (chars.length > LONGEST) throw fail(file, 'a piece', `at most ${LONGEST} characters`, `${chars.length}`)
     const local: typeof found = []
     for (let i = 1; i < chars.length; i++) {
       const [left, right] = [chars.slice(0, i).join(''), chars.slice(i).join('')]
@@ -180,7 +204,7 @@ export function fromSentencePiece(b: Buffer, file: string, options: SentencePiec
       byte_fallback: byteFallback,
       ignore_merges: false,
       vocab: Object.fromEntries(vocab),
-      merges: mergesOf(pieces, vocab),
+      merges: mergesOf(pieces, vocab, file),
     },
   }
 }
