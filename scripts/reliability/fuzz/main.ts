@@ -35,7 +35,7 @@ const here = (name: string): string => fileURLToPath(new URL(name, import.meta.u
 /** One process: its reports until it ends, or until none has come for too long. */
 function watch(job: Job, onReport: (r: Report) => void): Promise<{ how: string; stderr: string }> {
   return new Promise((resolve) => {
-    const program = here(job.reader === 'native' ? './native.ts' : './child.ts')
+    const program = here(job.reader === 'native' ? './native-child.ts' : './child.ts')
     const p = spawn(process.execPath, ['--expose-gc', '--import', 'tsx', program, JSON.stringify(job)], {
       stdio: ['ignore', 'pipe', 'pipe'],
     })
