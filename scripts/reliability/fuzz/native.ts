@@ -45,7 +45,9 @@ const ODD = [Number.NaN, Infinity, -Infinity, 2 ** 31, 2 ** 32, 2 ** 40, 2 ** 53
 /** Lists of more entries than an argument may have, made once. */
 const LONG = [Object.assign([], { length: 2 ** 32 - 1 }), Object.assign([], { length: 2 ** 24 + 1 })]
 const LONG_TEXT = 'x'.repeat(70_000)
-const WORDS = 'f32 bf16 f64 i32 i64 cpu gelu quick_gelu silu none relu exp level gate fixed uniform normal tanh'.split(' ')
+const WORDS = 'f32 bf16 f64 i32 i64 cpu gelu quick_gelu silu none relu exp level gate fixed uniform normal tanh'.split(
+  ' ',
+)
 
 /** Allocations and file calls succeed again. */
 function allowAll(): void {
@@ -93,7 +95,9 @@ class Caller {
         return 0
       }
     }
-    return this.dice.roll(2) ? this.foreign[this.dice.roll(this.foreign.length)] : this.dice.pick([...this.stale, 0, 1e9])
+    return this.dice.roll(2)
+      ? this.foreign[this.dice.roll(this.foreign.length)]
+      : this.dice.pick([...this.stale, 0, 1e9])
   }
 
   /** Sizes; none that the machine would really give: those between a million elements and what no machine has. */
@@ -124,7 +128,9 @@ class Caller {
       case 3:
         return new Uint8Array(n)
       case 4: {
-        const growing = new (ArrayBuffer as unknown as new (n: number, o: object) => ArrayBuffer)(64, { maxByteLength: 256 })
+        const growing = new (ArrayBuffer as unknown as new (n: number, o: object) => ArrayBuffer)(64, {
+          maxByteLength: 256,
+        })
         const view = new Float32Array(growing)
         ;(growing as unknown as { resize(n: number): void }).resize?.(8)
         return view
@@ -176,7 +182,7 @@ class Caller {
       case 9:
         return this.dice.pick(LONG)
       case 10:
-        return [Array(3), [1, , 2], [[]], [null]][this.dice.roll(4)]
+        return [Array(3), new Array(1 + this.dice.roll(3)), [[]], [null]][this.dice.roll(4)]
       default:
         return { x: this.handle(), valueOf: planted, toString: planted }
     }
@@ -304,7 +310,8 @@ class Thread {
     try {
       const result = (native as unknown as Record<string, (...a: unknown[]) => unknown>)[f.name](...list)
       state.accepted++
-      if (RESULTS.has(f.result) || ['scopeBegin', 'scopeEnd', 'send'].includes(f.name)) caller.keep(f.name, result, list)
+      if (RESULTS.has(f.result) || ['scopeBegin', 'scopeEnd', 'send'].includes(f.name))
+        caller.keep(f.name, result, list)
     } catch (e) {
       const code = refusal(e, true)
       if (code === null) this.found(number, `${f.name}: ${causeOf(e)}`, String((e as Error)?.stack ?? e), call)

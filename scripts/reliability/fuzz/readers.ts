@@ -120,7 +120,13 @@ function tarSeeds(folder: string): Buffer[] {
     h.write(type, 156)
     h.write(link, 157)
     h.write('ustar\x0000', 257)
-    h.write(`${[...h].reduce((a, b) => a + b, 0).toString(8).padStart(6, '0')}\0 `, 148)
+    h.write(
+      `${[...h]
+        .reduce((a, b) => a + b, 0)
+        .toString(8)
+        .padStart(6, '0')}\0 `,
+      148,
+    )
     const data = Buffer.alloc(Math.ceil(content.length / 512) * 512)
     data.write(content)
     return Buffer.concat([h, data])
@@ -162,8 +168,21 @@ function parquetSeeds(): Buffer[] {
 }
 
 const RECORDS = [
-  { id: 1, image: 'a.png', conversations: [{ from: 'human', value: '<image>\nWhat?' }, { from: 'gpt', value: 'A cat.' }] },
-  { id: 'x', messages: [{ role: 'user', content: [{ type: 'text', text: 'Hé 🙂' }] }, { role: 'assistant', content: 'b' }] },
+  {
+    id: 1,
+    image: 'a.png',
+    conversations: [
+      { from: 'human', value: '<image>\nWhat?' },
+      { from: 'gpt', value: 'A cat.' },
+    ],
+  },
+  {
+    id: 'x',
+    messages: [
+      { role: 'user', content: [{ type: 'text', text: 'Hé 🙂' }] },
+      { role: 'assistant', content: 'b' },
+    ],
+  },
   { image: { bytes: 'iVBOR', path: null }, caption: 'c', similarity: 3 },
   { question: 'q', answer: 'a', images: ['b.png'], id: 12345678901234567890n.toString() },
 ]
@@ -257,7 +276,10 @@ function configReaders(): Record<string, Reader> {
   const llm = json('model/llm/config.json')
   const rope = { rope_type: 'llama3', factor: 8, low_freq_factor: 1, high_freq_factor: 4 }
   return {
-    llama: ofValues([llm, { ...llm, rope_scaling: { ...rope, original_max_position_embeddings: 8192 } }], parseLlamaConfig),
+    llama: ofValues(
+      [llm, { ...llm, rope_scaling: { ...rope, original_max_position_embeddings: 8192 } }],
+      parseLlamaConfig,
+    ),
     clip: ofValues([json('model/clip/config.json')], parseClipConfig),
     aligngpt: ofValues([json('model/aligngpt/config.json')], parseAlignGPTConfig),
     preprocessor: ofValues([json('model/clip/preprocessor_config.json')], parsePreprocessorConfig),
@@ -265,12 +287,19 @@ function configReaders(): Record<string, Reader> {
       readGenerationConfig(path.dirname(f)),
     ),
     adapter: file([lora], 'adapter_config.json', (_, f) => readAdapterConfig(f)),
-    json: { seeds: [golden('model/llm/config.json')], file: 'any.json', target: MILLION, read: (_, f) => readJsonFile(f, 'ERR_FORMAT') },
+    json: {
+      seeds: [golden('model/llm/config.json')],
+      file: 'any.json',
+      target: MILLION,
+      read: (_, f) => readJsonFile(f, 'ERR_FORMAT'),
+    },
     run: file([{ phase: 'finetune', lr: 1e-4, batch: 4, lora: { rank: 4 } }], 'run.json', (_, f) =>
       resolveSettings('finetune', { config: f }),
     ),
     yaml: {
-      seeds: [Buffer.from('phase: finetune\nlr: 1e-4\nlora:\n  rank: 4\n  targets: [q, v]\n# c\nbatch: &a 4\nseed: *a\n')],
+      seeds: [
+        Buffer.from('phase: finetune\nlr: 1e-4\nlora:\n  rank: 4\n  targets: [q, v]\n# c\nbatch: &a 4\nseed: *a\n'),
+      ],
       words: ['&a ', '*a', '<<: ', '!!binary ', '? ', '- ', '---\n', '|\n', '%YAML 1.1\n', '{', '[', '"', '!!set '],
       file: 'run.yaml',
       target: MILLION,
