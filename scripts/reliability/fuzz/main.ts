@@ -16,6 +16,8 @@ import type { Finding, Report } from './verdict.js'
 const NATIVE_CALLS = 1_000_000
 // A call that is not back by then hangs; shorter ones are timed where they are made.
 const HANGS = 15_000
+// A process that starts makes inputs of all readers first, on a machine that may be busy.
+const STARTS = 180_000
 
 interface Outcome {
   reader: string
@@ -44,7 +46,7 @@ function watch(job: Job, onReport: (r: Report) => void): Promise<{ how: string; 
       hung = true
       p.kill('SIGKILL')
     }
-    let timer = setTimeout(stop, 2 * HANGS)
+    let timer = setTimeout(stop, STARTS)
     p.stdout.on('data', (d) => {
       clearTimeout(timer)
       timer = setTimeout(stop, HANGS)
