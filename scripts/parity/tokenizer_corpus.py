@@ -91,6 +91,7 @@ def tokenizers_of(corpus):
     byte = dict(byte_level=True, decoder=D.ByteLevel(), first=("<s>", "</s>"))
     marks = [AddedToken("<mask>", lstrip=True, special=True, normalized=False), AddedToken("<sep>", normalized=True),
              AddedToken("sep", single_word=True, normalized=False), AddedToken("<pad>", rstrip=True, special=True, normalized=False)]
+    upper = [AddedToken("RED", normalized=True), AddedToken("ﬁn", normalized=True)]
     yield "llama", trained(corpus, N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, end, **sp)
     yield "metaspace first", trained(corpus, None, P.Metaspace("▁", "first", split=False), end, added=marks, **sp)
     yield "metaspace always", trained(corpus, N.Strip(), P.Metaspace("▁", "always", split=True), D.Metaspace("▁", "always"), **unk)
@@ -112,10 +113,10 @@ def tokenizers_of(corpus):
                           D.ByteLevel(), byte_level=True, first=("<|startoftext|>", "<|endoftext|>"), end_of_word_suffix="</w>",
                           unk_token="<|endoftext|>",
                           post=processors.RobertaProcessing(("<|endoftext|>", 1), ("<|startoftext|>", 0), False, False))
-    yield "lowercase", trained(corpus, N.Lowercase(), P.Whitespace(), D.Fuse(), added=marks, **unk)
+    yield "lowercase", trained(corpus, N.Lowercase(), P.Whitespace(), D.Fuse(), added=marks + upper, **unk)
     yield "lowercase metaspace", trained(corpus, N.Sequence([N.NFD(), N.Lowercase(), N.StripAccents()]),
                                          P.Metaspace("▁", "always", split=False), end, added=marks, **sp)
-    yield "nfkc", trained(corpus, N.Sequence([N.NFKC(), N.Strip()]), P.Metaspace("▁", "first", split=True), end, **sp)
+    yield "nfkc", trained(corpus, N.Sequence([N.NFKC(), N.Strip()]), P.Metaspace("▁", "first", split=True), end, added=marks + upper, **sp)
     yield "nfkd digits", trained(corpus, N.NFKD(), P.Sequence([P.WhitespaceSplit(), P.Digits(individual_digits=True), P.Punctuation()]),
                                  D.Fuse(), **unk)
     yield "subwords", trained(corpus, None, P.WhitespaceSplit(), D.BPEDecoder("</w>"), continuing_subword_prefix="##",

@@ -417,7 +417,7 @@ test('everything that does not fit is named before anything is written, and noth
       /vision_feature_layer/,
     ],
     ['a LLaMA', () => into(llm, { clip }), /model_type: expected 'aligngpt', 'llava' or 'llava_llama', got "llama"/],
-    ['nothing', () => into(path.join(scratch, 'none')), /expected a checkpoint, got no such file or folder/],
+    ['nothing', () => into(path.join(scratch, 'none')), /expected a checkpoint, got ENOENT: no such file/],
     ['a used folder', () => importModel(own, own, { clip }), /to: expected a folder without a model/],
     [
       'a linear projector',

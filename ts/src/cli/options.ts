@@ -20,11 +20,14 @@ export function integer(text: string): number {
   if (!Number.isSafeInteger(n) || n < 0) throw new InvalidArgumentError('expected an integer >= 0')
   return n
 }
-export function positive(text: string): number {
-  const n = integer(text)
-  if (n === 0) throw new InvalidArgumentError('expected an integer > 0')
-  return n
-}
+export const atLeast =
+  (least: number) =>
+  (text: string): number => {
+    const n = integer(text)
+    if (n < least) throw new InvalidArgumentError(`expected an integer >= ${least}`)
+    return n
+  }
+export const positive = atLeast(1)
 /** Parser of a setting of sampling. */
 const drawn =
   (key: keyof typeof SAMPLING_RANGES) =>

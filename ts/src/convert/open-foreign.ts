@@ -21,6 +21,7 @@ import { projectorTypeOf } from '../models/projector.js'
 import { isConstant, refuseUnread, TEXT_TOWER } from '../models/unread.js'
 import { preprocessorJson } from '../processing/preprocessor-config.js'
 import { mismatch, show } from '../util/errors.js'
+import { unreadable } from '../util/file-kind.js'
 import { settingsOf } from './foreign-config.js'
 
 /** A model on disk: settings, and where each weight lies, under our names. */
@@ -70,7 +71,7 @@ export const hasWeights = (dir: string): boolean =>
  */
 export function openModel(from: string, o: Towers): Stored {
   const info = fs.statSync(from, { throwIfNoEntry: false })
-  if (!info) throw fail('ERR_FORMAT', from, 'a checkpoint', 'no such file or folder')
+  if (!info) throw fail('ERR_FORMAT', from, 'a checkpoint', unreadable(from))
   if (info.isFile()) return openProjector(from, o)
   const projector = hasWeights(from) ? undefined : projectorFileIn(from)
   if (projector) return openProjector(projector, o)

@@ -93,9 +93,10 @@ export class Tokenizer {
     }
     const { bpe, normalize } = this.#parts
     this.#added = new Map(added.map((t) => [t.content, t.id]))
-    this.#addedTexts = new Map(added.map((t) => [t.id, t.content]))
     this.#raw = new AddedTokens(added.filter((t) => !t.normalized))
     const normalized = (t: AddedToken): string => normalize(new AlignedText(t.content, 0)).text
+    // Decoding gives what is looked for.
+    this.#addedTexts = new Map(added.map((t) => [t.id, t.normalized ? normalized(t) : t.content]))
     this.#normalized = new AddedTokens(
       added.filter((t) => t.normalized),
       normalized,

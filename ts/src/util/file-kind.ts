@@ -157,7 +157,10 @@ export function unreadable(file: string, e?: unknown): string {
   if (stat?.isDirectory()) return 'a folder'
   if (!stat && URL_PATH.test(file)) return `${code ?? 'no such file'}: a URL (download it first)`
   if (stat && !stat.isFile()) return 'something else'
-  return code ?? 'no such file'
+  const link = fs.lstatSync(file, { throwIfNoEntry: false })
+  if (!stat && link?.isSymbolicLink())
+    return `${code ?? 'ENOENT'}: a link to ${fs.readlinkSync(file)}, which is not there`
+  return !code || code === 'ENOENT' ? 'ENOENT: no such file' : code
 }
 
 /** The first bytes of a file, null where it cannot be read. */

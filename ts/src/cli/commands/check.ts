@@ -5,7 +5,7 @@ import { type Command, Option } from 'commander'
 import type { CheckReport, ProblemKind } from '../../data/lint.js'
 import { MODEL_DEFAULTS } from '../../models/config/variants.js'
 import { STYLES, type Style } from '../../processing/conversation/styles.js'
-import { FOLLOW_LINKS, integer } from '../options.js'
+import { FOLLOW_LINKS, integer, positive } from '../options.js'
 
 interface Options {
   images?: string
@@ -92,8 +92,8 @@ export function check(program: Command): void {
         "how records are rendered, plain for pre-training; default the tokenizer's",
       ).choices(STYLES),
     )
-    .option('--patches <n>', 'rows that a picture takes', integer, 576)
-    .option('--max-length <n>', 'longest sequence in rows', integer, MODEL_DEFAULTS.maxLength)
+    .option('--patches <n>', 'rows that a picture takes', positive, 576)
+    .option('--max-length <n>', 'longest sequence in rows', positive, MODEL_DEFAULTS.maxLength)
     .option('--decode', 'decode every picture instead of reading its header')
     .option('--exif-orientation', 'no warning of pictures that their EXIF turns: training will turn them')
     .option('--limit <n>', 'places shown of each kind', integer, 20)

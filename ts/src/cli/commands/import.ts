@@ -3,7 +3,7 @@ import { type Command, Option } from 'commander'
 import type { Converted } from '../../convert/folder.js'
 import type { ConvertOptions } from '../../convert/tensors.js'
 import { folderToWrite } from '../../util/paths.js'
-import { integer } from '../options.js'
+import { atLeast, integer } from '../options.js'
 
 interface Options extends ConvertOptions {
   to: string
@@ -35,7 +35,7 @@ export const readingOptions = (command: Command): Command =>
     .addOption(new Option('--dtype <type>', 'of the weights written (default: each as it is)').choices(['f32', 'bf16']))
     .option('--adapter <dir>', 'merge this LoRA adapter')
     .option('--llm <dir>', 'LLaMA, for a file with a projector alone')
-    .option('--levels <n>', 'draw N alignment vectors and a gate where there are none', integer)
+    .option('--levels <n>', 'draw N alignment vectors and a gate where there are none', atLeast(2))
     .option('--seed <n>', 'of what is drawn', integer, 0)
 
 export function importing(program: Command): void {

@@ -1,7 +1,7 @@
 /** Scores the pairs of a LLaVA JSON file with a CLIP and writes their alignment levels (`similarity`) into it. */
 import { type Command, Option } from 'commander'
 import type { Buckets } from '../../levels/bucket.js'
-import { FOLLOW_LINKS, integer } from '../options.js'
+import { atLeast, FOLLOW_LINKS, positive } from '../options.js'
 
 // Pairs of each level on the page.
 const EXAMPLES = 8
@@ -70,13 +70,13 @@ export function levels(program: Command): void {
     )
     .option(...FOLLOW_LINKS)
     .requiredOption('--clip <dir>', 'CLIP in Hugging Face layout')
-    .option('--levels <n>', 'number of levels', integer, 8)
+    .option('--levels <n>', 'number of levels', atLeast(2), 8)
     .addOption(
       new Option('--buckets <rule>', 'equal widths (the paper) or equal counts')
         .choices(['width', 'quantile'])
         .default('width'),
     )
-    .option('--batch <n>', 'pairs scored at once', integer, 64)
+    .option('--batch <n>', 'pairs scored at once', positive, 64)
     .option('--scores <file>', 'keep the scores there (default: beside the data until done); a run goes on from them')
     .option('--features <dir>', "keep CLIP's embeddings there")
     .option('--report <file>', 'HTML page with the histogram and pairs of each level')

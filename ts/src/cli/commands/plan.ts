@@ -4,7 +4,7 @@ import { PROJECTORS } from '../../models/config/variants.js'
 import type { NewModelOptions, PaperSize } from '../../models/settings.js'
 import type { MemoryPlan, Planned, PlanOptions } from '../../train/memory-plan.js'
 import { RUN_SETTINGS, type Values, withDefaults } from '../../train/run-settings.js'
-import { bytes, integer, jobOf, positive } from '../options.js'
+import { atLeast, bytes, jobOf, positive } from '../options.js'
 import { readConfig, resolveSettings } from '../settings.js'
 import type { TrainJob } from '../train-worker.js'
 
@@ -197,7 +197,11 @@ export function plan(program: Command): void {
     .option('--llm <dir>', 'LLaMA in Hugging Face layout, with --clip')
     .option('--clip <dir>', 'CLIP in Hugging Face layout')
     .option('--projector <type>', `of a new model: ${PROJECTORS} (default: ${RUN_SETTINGS.projector.default})`)
-    .option('--levels <n>', `alignment levels (default: those of --model, or ${RUN_SETTINGS.levels.default})`, integer)
+    .option(
+      '--levels <n>',
+      `alignment levels (default: those of --model, or ${RUN_SETTINGS.levels.default})`,
+      atLeast(2),
+    )
     .addOption(new Option('--phase <name>', 'which phase').choices(['pretrain', 'finetune']).default('finetune'))
     .addOption(new Option('--dtype <type>', 'of the weights').choices(['f32', 'bf16']).default('f32'))
     .option('--micro-batch <n>', 'samples run at once (default: the most that --memory takes, or 1)', positive)
