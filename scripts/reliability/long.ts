@@ -104,7 +104,7 @@ async function answers(): Promise<void> {
   const start = performance.now()
   for (let done = 0; done < o.answers; ) {
     const requests = Array.from({ length: 8 }, (_, i) => ({
-      prompt: `What is this, ${done + i}?`,
+      prompt: `What is this, ${(done + i) % 400}?`,
       ...(i % 2 && { image: path.join(base, `images/a0${i}.png`) }),
     }))
     // images of this name are there for some numbers only

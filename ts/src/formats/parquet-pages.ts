@@ -2,7 +2,7 @@
  * What hyparquet takes on trust: it reads on for ever where a page has a negative length, and nobody waits for a column that the
  * schema has not, so that its failure ends the process.
  */
-import type { AsyncBuffer, ColumnMetaData, FileMetaData, RowGroup, SchemaTree } from 'hyparquet'
+import type { AsyncBuffer, ColumnMetaData, FileMetaData, PageHeader, RowGroup, SchemaTree } from 'hyparquet'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 
 // Larger than any page that a writer makes.
@@ -27,6 +27,22 @@ function checkColumns(file: string, group: RowGroup, schema: SchemaTree): Column
       throw unreadable(file, `${values} values of column ${name} in ${rows} rows`)
     return meta_data
   })
+}
+
+const within = (n: unknown, most: number): boolean => Number.isInteger(n) && (n as number) >= 0 && (n as number) <= most
+
+/** How many values of the column a page has; not a number: its header says what cannot be. */
+function valuesOf(page: PageHeader, size: number): number {
+  const { data_page_header: one, data_page_header_v2: two, dictionary_page_header: words } = page
+  if (page.type === 'DATA_PAGE') return one?.num_values ?? Number.NaN
+  if (page.type === 'DICTIONARY_PAGE')
+    return within(words?.num_values, 8 * page.uncompressed_page_size) ? 0 : Number.NaN
+  if (page.type !== 'DATA_PAGE_V2' || !two) return Number.NaN
+  const levels = two.definition_levels_byte_length + two.repetition_levels_byte_length
+  const fits = within(two.definition_levels_byte_length, size) && within(levels, size)
+  return fits && within(two.num_nulls, two.num_values) && within(two.num_rows, two.num_values)
+    ? two.num_values
+    : Number.NaN
 }
 
 /**
@@ -57,11 +73,9 @@ export async function checkRowGroup(
       if (!(size >= 0 && size <= left && full >= 0 && full <= MAX_PAGE))
         throw unreadable(file, `a page of ${size} bytes, unpacked ${full}, in the last ${left} of column ${name}`)
       reader.offset += size
-      const { num_values: n = 0 } = page.data_page_header ?? page.data_page_header_v2 ?? {}
+      const n = valuesOf(page, size)
       values += n
-      const words = page.dictionary_page_header?.num_values ?? 0
-      if (!(n >= 0 && values <= meta.num_values && words >= 0 && words <= 8 * full))
-        throw unreadable(file, `a page of ${n || words} values in ${meta.num_values} of column ${name}`)
+      if (!(n >= 0 && values <= meta.num_values)) throw unreadable(file, `a page of ${n} values in column ${name}`)
     }
   }
 }
