@@ -170,6 +170,7 @@ def main(path):
     rng = random.Random(7)
     every = texts(2400, rng)
     corpus = [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(400)]
+    corpus += ["x \n\n y \n \n z  \n", "'ſ a'\u212a I'S"] * 60
     made = list(tokenizers_of(corpus))
     cases = []
     for k, (name, t) in enumerate(made):

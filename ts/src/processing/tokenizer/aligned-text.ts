@@ -30,6 +30,12 @@ export class AlignedText {
     return this.#origin + k - Number(second)
   }
 
+  /** Writes where the units of a part come from. */
+  origins(from: number, to: number, out: Int32Array): void {
+    if (typeof this.#origin !== 'number') out.set(this.#origin.subarray(from, to))
+    else for (let i = from; i < to; i++) out[i - from] = this.at(i)
+  }
+
   slice(from: number, to: number): AlignedText {
     if (from === 0 && to === this.text.length && this.at(0) === this.base) return this
     const origin = typeof this.#origin === 'number' ? this.#origin + from : this.#origin.subarray(from, to)
@@ -88,22 +94,37 @@ export class AlignedText {
 class Builder {
   readonly #from: AlignedText
   #text = ''
-  readonly #origin: number[] = []
+  #origin: Int32Array
+  #length = 0
   constructor(from: AlignedText) {
     this.#from = from
+    this.#origin = new Int32Array(from.text.length + 8)
   }
   get empty(): boolean {
     return this.#text === ''
   }
+  /** Room for more units; where they begin. */
+  #more(units: number): number {
+    const at = this.#length
+    this.#length += units
+    if (this.#length > this.#origin.length) {
+      const larger = new Int32Array(2 * this.#length)
+      larger.set(this.#origin)
+      this.#origin = larger
+    }
+    return at
+  }
   add(text: string, origin: number): void {
     this.#text += text
-    for (let i = 0; i < text.length; i++) this.#origin.push(origin)
+    const at = this.#more(text.length)
+    this.#origin.fill(origin, at, this.#length)
   }
   keep(from: number, to: number): void {
     this.#text += this.#from.text.slice(from, to)
-    for (let i = from; i < to; i++) this.#origin.push(this.#from.at(i))
+    const at = this.#more(to - from)
+    this.#from.origins(from, to, this.#origin.subarray(at))
   }
   done(): AlignedText {
-    return new AlignedText(this.#text, Int32Array.from(this.#origin), this.#from.base)
+    return new AlignedText(this.#text, this.#origin.subarray(0, this.#length), this.#from.base)
   }
 }
