@@ -59,6 +59,12 @@ describe('reading', () => {
       'an empty file',
       () => doing(fs.writeFileSync(path.join(dir, 'e'), ''), path.join(dir, 'e')),
       'ERR_FORMAT',
+      /an empty file/,
+    ],
+    [
+      'a file of 7 bytes',
+      () => doing(fs.writeFileSync(path.join(dir, 'e'), Buffer.alloc(7)), path.join(dir, 'e')),
+      'ERR_FORMAT',
       /at least 8 bytes/,
     ],
     ['a missing file', () => path.join(dir, 'none'), 'ERR_FORMAT', /ENOENT/],

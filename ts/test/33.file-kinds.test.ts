@@ -110,6 +110,7 @@ const KINDS: [string, string | Uint8Array, RegExp][] = [
   ['HTML', '\n<!DOCTYPE html>\n<html><body>404</body></html>', /an HTML page/],
   ['XML', '<?xml version="1.0"?><a/>', /XML/],
   ['Arrow', Buffer.concat([Buffer.from('ARROW1\0\0'), Buffer.alloc(600, 1)]), /Arrow or Feather/],
+  ['an Arrow stream', hex('ffffffff1003000010000000'), /an Arrow stream/],
   ['SQLite', Buffer.concat([Buffer.from('SQLite format 3\0'), Buffer.alloc(600, 1)]), /an SQLite database/],
   ['PDF', '%PDF-1.7\n%âãÏÓ\n1 0 obj', /PDF/],
   ['HDF5', hex('894844460d0a1a0a'), /HDF5/],

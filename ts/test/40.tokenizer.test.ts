@@ -236,6 +236,34 @@ describe('refusals', () => {
     fs.appendFileSync(path.join(d, 'tokenizer.model'), Buffer.from(more))
     await refuses(() => Tokenizer.load(d), 'ERR_FORMAT', message)
   })
+  it('names a part that has another type, before it is used', async () => {
+    const whole = readJson(path.join(llm('base'), 'tokenizer.json'))
+    const { model } = whole as { model: object }
+    const template = { type: 'TemplateProcessing', special_tokens: { '<s>': { ids: ['1'] } } }
+    for (const [changes, pattern] of [
+      [
+        { post_processor: { type: 'TemplateProcessing', single: 'A' } },
+        /post_processor\.single: expected a list, got "A"/,
+      ],
+      [{ post_processor: { ...template, single: [{ SpecialToken: { id: '<s>' } }] } }, /the ids of "<s>", got \["1"\]/],
+      [{ post_processor: { type: 'BertProcessing', cls: ['a', 1] } }, /cls and sep, each a text and an id/],
+      [
+        { post_processor: { type: 'Sequence', processors: {} } },
+        /post_processor\.processors: expected a list, got \{\}/,
+      ],
+      [{ normalizer: { type: 'Sequence', normalizers: 1 } }, /normalizer\.normalizers: expected a list, got 1/],
+      [{ normalizer: { type: 'Prepend', prepend: {} } }, /normalizer\.prepend: expected a text, got \{\}/],
+      [
+        { pre_tokenizer: { type: 'Metaspace', replacement: [] } },
+        /pre_tokenizer\.replacement: expected a text, got \[\]/,
+      ],
+      [{ decoder: { type: 'Strip', content: 7 } }, /decoder\.content: expected a text, got 7/],
+      [{ decoder: { type: 'Sequence', decoders: true } }, /decoder\.decoders: expected a list, got true/],
+      [{ model: { ...model, continuing_subword_prefix: {} } }, /model\.continuing_subword_prefix: expected a text/],
+      [{ model: { ...model, unk_token: 3 } }, /model\.unk_token: expected a text, got 3/],
+    ] as [object, RegExp][])
+      await refuses(() => new Tokenizer({ ...(whole as object), ...changes }), 'ERR_FORMAT', pattern)
+  })
   it('takes a damaged tokenizer.model with its own errors only', async () => {
     const d = tempDir()
     dirs.push(d)

@@ -414,4 +414,28 @@ describe('Parquet', () => {
     }
     await refuses(() => loadDataset(fresh('.parquet'), quiet), 'ERR_DATA', /ENOENT/)
   })
+
+  it('refuses sizes and columns that cannot be, where the library reads on for ever or ends the process', async () => {
+    const data = { name: 'caption', data: ['one', 'two'] }
+    const whole = write([data, { name: 'id', data: ['a', 'b'] }], [text('caption'), text('id')], 2, 'UNCOMPRESSED')
+    // The first page's header: its type, then its sizes as zigzag numbers of one byte.
+    const page = 4
+    expect([...whole.subarray(page, page + 2)]).toEqual([0x15, 6])
+    const changed = (at: number, value: number): Buffer => {
+      const b = Buffer.from(whole)
+      b[at] = value
+      return b
+    }
+    const last = whole.lastIndexOf('caption')
+    for (const [bytes, pattern] of [
+      [
+        changed(page + 3, 0x7f),
+        /can be read, got a page of \d+ bytes, unpacked -64, in the last \d+ of column caption/,
+      ],
+      [changed(page + 5, 0x7f), /can be read, got a page of -64 bytes/],
+      [changed(page + 5, 0x7e), /can be read, got a page of 63 bytes/],
+      [changed(last, 0x78), /can be read, got a column "xaption" that its schema has not/],
+    ] as const)
+      await refuses(() => loadDataset(put(bytes, '.parquet'), quiet), 'ERR_DATA', pattern)
+  })
 })

@@ -211,6 +211,52 @@ describe('what goes wrong', () => {
     const step = JSON.parse(fs.readFileSync(path.join(out, 'dumps/step-3/step.json'), 'utf8'))
     expect(step).toMatchObject({ step: 3, loss: 'NaN', parameters: [{ name: 'weight', gradient: { notFinite: 4 } }] })
   })
+  // saveEvery null: the only checkpoint there can be is the one of the error.
+  const ends: [string, Partial<LoopOptions>, (step: number) => Point[][]][] = [
+    ['the loader', {}, (step) => (step < 3 ? batches(step) : fail())],
+    ['a callback', { onStep: ({ step }) => void (step === 2 && fail()) }, batches],
+    ['a sink', { sinks: () => [{ step: ({ step }) => void (step === 2 && fail()), end: () => {} }] }, batches],
+  ]
+  const fail = (): never => {
+    throw new AlignGPTError('ERR_DATA', '[user] it: expected no error, got one')
+  }
+  for (const [name, more, from] of ends)
+    test(`an error of ${name} leaves a checkpoint that continues bit for bit`, async () => {
+      const out = path.join(scratch, name)
+      const error = await run({ ...quiet, ...more, out, saveEvery: null }, from).catch((e) => e)
+      expect(error).toMatchObject({ code: 'ERR_DATA' })
+      expect(error.message).toMatch(/got one; the 3 steps before it are saved in .*step-3 \(resume\)$/)
+      expect(listCheckpoints(path.join(out, 'checkpoints'))).toEqual([3])
+      const last = await run({ ...quiet, out, saveEvery: null, resume: true })
+      expect(last.resumed).toBe(3)
+      expect(last.weights).toEqual((await run()).weights)
+    })
+  test('a final save that fails leaves a checkpoint; with resume it is all there is to do', async () => {
+    const out = path.join(scratch, 'finish')
+    const error = await run({ ...quiet, out, saveEvery: null, finish: fail }).catch((e) => e)
+    expect(error.message).toMatch(/got one; the 20 steps before it are saved in .*step-20 \(resume\)$/)
+    let finished = 0
+    const last = await run({ ...quiet, out, saveEvery: null, resume: true, finish: () => void finished++ })
+    expect({ finished, passes: last.passes, resumed: last.resumed }).toEqual({ finished: 1, passes: 0, resumed: 20 })
+    expect(last.weights).toEqual((await run()).weights)
+  })
+  test('an error that is not of this package comes as it is; the checkpoint is told', async () => {
+    const out = path.join(scratch, 'foreign')
+    const said: string[] = []
+    const cause = new TypeError('x is not a function')
+    const onStep = (): never => {
+      throw cause
+    }
+    const o = { ...quiet, out, saveEvery: null, onStep, onMessage: (text: string) => void said.push(text) }
+    await expect(run(o)).rejects.toBe(cause)
+    expect(said).toEqual([expect.stringMatching(/an error ends the run; the 1 steps before it are saved in .*step-1/)])
+  })
+  test('an error before the first step leaves no checkpoint', async () => {
+    const out = path.join(scratch, 'first')
+    const error = await run({ ...quiet, out, saveEvery: null }, () => fail()).catch((e) => e)
+    expect(error.message).toMatch(/got one$/)
+    expect(listCheckpoints(path.join(out, 'checkpoints'))).toEqual([])
+  })
   test('no memory: the caller says what could be done', async () => {
     const model = new Plane()
     const full = { ...model, parameters: model.parameters, lossAndGradients: () => refuse() }
@@ -225,7 +271,7 @@ describe('what goes wrong', () => {
   })
   test('options that cannot be', async () => {
     await expect(run({ ...quiet, steps: 0 })).rejects.toThrow('[train] steps: expected an integer > 0, got 0')
-    await expect(run({ ...quiet, lr: -1 })).rejects.toThrow('[train] lr: expected a number >= 0, got -1')
+    await expect(run({ ...quiet, lr: -1 })).rejects.toThrow('[train] lr: expected a number from 0 to 1, got -1')
     await expect(run({ ...quiet, keep: 1 })).rejects.toThrow('[train] keep: expected an integer >= 2, got 1')
   })
 })

@@ -10,6 +10,7 @@ import { otherKind } from '../util/file-kind.js'
 import { readJsonFile, writeJsonFile } from '../util/json.js'
 import { IMAGE_KEYS } from './image-key.js'
 import { type SavedOptions, type Stamp, stampOf } from './index-cache.js'
+import { checkRowGroup } from './parquet-pages.js'
 import { jsonValue, type Row, recordOfRow, TURN_COLUMNS } from './parquet-row.js'
 import { TarWriter } from './tar.js'
 
@@ -46,6 +47,7 @@ async function* parquetRows(file: string): AsyncGenerator<Row> {
       throw mismatch('ERR_DATA', 'parquet', file, `a column ${TURN_COLUMNS.join(' or ')}`, names.join(', ') || 'none')
     let rowStart = 0
     for (const group of metadata.row_groups) {
+      await checkRowGroup(file, source, group, metadata)
       const rowEnd = rowStart + Number(group.num_rows)
       // utf8: false leaves columns of bytes bytes; text has its own type.
       const o = { file: source, metadata, compressors, rowStart, rowEnd, utf8: false }

@@ -7,14 +7,23 @@ import { readJsonFile } from '../util/json.js'
 
 export type Json = Record<string, unknown>
 
+const isObject = (v: unknown): v is Json => typeof v === 'object' && v !== null && !Array.isArray(v)
+
+/** The content of a file that holds one JSON object. @throws AlignGPTError ERR_FORMAT */
+function jsonObject(file: string): Json {
+  const content = readJsonFile(file, 'ERR_FORMAT')
+  if (!isObject(content)) throw mismatch('ERR_FORMAT', 'tokenizer', file, 'a JSON object', show(content))
+  return content
+}
+
 /** The content of a file that need not be there. */
 export function optionalJson(file: string): Json {
-  return fs.existsSync(file) ? (readJsonFile(file, 'ERR_FORMAT') as Json) : {}
+  return fs.existsSync(file) ? jsonObject(file) : {}
 }
 
 /** CLIP's vocab.json and merges.txt as a tokenizer.json, as transformers converts them. */
 function fromClipFiles(folder: string): Json {
-  const vocab = readJsonFile(path.join(folder, 'vocab.json'), 'ERR_FORMAT') as Record<string, number>
+  const vocab = jsonObject(path.join(folder, 'vocab.json')) as Record<string, number>
   const lines = fs.readFileSync(path.join(folder, 'merges.txt'), 'utf8').split('\n')
   const merges = lines.filter((l) => l.trim() && !l.startsWith('#version')).map((l) => l.trimEnd().split(' '))
   const [bos, eos] = ['<|startoftext|>', '<|endoftext|>']
@@ -57,7 +66,8 @@ function fromClipFiles(folder: string): Json {
 /** Tokens that other files add to those of the definition: id (null: the next free one) and what is known of them. */
 function* tokensBeside(folder: string, config: Json): Generator<[id: number | null, token: Json]> {
   const plain = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true }
-  for (const [id, token] of Object.entries((config.added_tokens_decoder ?? {}) as Json))
+  const beside = config.added_tokens_decoder
+  for (const [id, token] of isObject(beside) ? Object.entries(beside) : [])
     yield [Number(id), { ...plain, special: false, ...(token as Json) }]
   for (const [content, id] of Object.entries(optionalJson(path.join(folder, 'added_tokens.json'))))
     yield [Number(id), { ...plain, special: false, normalized: true, content }]
@@ -71,11 +81,12 @@ function* tokensBeside(folder: string, config: Json): Generator<[id: number | nu
  * that the vocabulary has keeps its id.
  */
 function withAdded(definition: Json, folder: string, config: Json): Json {
-  const added = [...((definition.added_tokens ?? []) as Json[])]
-  const { vocab } = (definition.model ?? {}) as { vocab?: Json | [string, number][] }
-  const pieces: [string, unknown][] = Array.isArray(vocab)
-    ? vocab.map(([piece], id) => [piece, id])
-    : Object.entries(vocab ?? {})
+  const own = definition.added_tokens ?? []
+  const vocab = isObject(definition.model) ? (definition.model.vocab ?? {}) : {}
+  // Who makes a tokenizer of it says what is wrong.
+  if (!Array.isArray(own) || !own.every(isObject) || !isObject(vocab)) return definition
+  const added = [...own]
+  const pieces = Object.entries(vocab)
   const ids = new Map([...pieces, ...added.map((t): [string, unknown] => [String(t.content), t.id])])
   const known = new Set(added.map((t) => t.content))
   let next = 0
@@ -99,7 +110,7 @@ export const definitionOf = (folder: string, config: Json): Json =>
 
 function ownDefinition(folder: string, config: Json): Json {
   const has = (name: string): boolean => fs.existsSync(path.join(folder, name))
-  if (has('tokenizer.json')) return readJsonFile(path.join(folder, 'tokenizer.json'), 'ERR_FORMAT') as Json
+  if (has('tokenizer.json')) return jsonObject(path.join(folder, 'tokenizer.json'))
   if (has('tokenizer.model')) {
     const file = path.join(folder, 'tokenizer.model')
     return fromSentencePiece(fs.readFileSync(file), file, {

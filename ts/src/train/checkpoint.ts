@@ -155,9 +155,14 @@ export function verifyCheckpoint(checkpoint: string): Manifest {
   if (typeof manifest !== 'object' || manifest === null) throw bad('manifest.json', 'a manifest', show(manifest))
   if (fs.readFileSync(file, 'utf8') !== manifestText(manifest)) throw bad('manifest.json', 'its own hash', 'another')
   if (manifest.format !== FORMAT) throw bad('format', `${FORMAT}`, show(manifest.format))
+  if (typeof manifest.files !== 'object' || manifest.files === null)
+    throw bad('files', 'an object of files', show(manifest.files))
   for (const [name, expected] of Object.entries(manifest.files)) {
+    if (!/^\w+\.\w+$/.test(name) || typeof expected?.bytes !== 'number')
+      throw bad('files', 'plain names with bytes and sha256', show({ [name]: expected }))
     const full = path.join(checkpoint, name)
-    const size = fs.statSync(full, { throwIfNoEntry: false })?.size
+    const stat = fs.statSync(full, { throwIfNoEntry: false })
+    const size = stat?.isFile() ? stat.size : undefined
     if (size !== expected.bytes) throw bad(name, `${expected.bytes} bytes`, size === undefined ? 'no file' : `${size}`)
     const got = digestFile(full)
     if (got.sha256 !== expected.sha256) throw bad(name, `SHA-256 ${expected.sha256}`, got.sha256)

@@ -35,7 +35,6 @@ const MARKS: [string, FileKind, at?: number][] = [
   ['PAR1', kind('Parquet')],
   ['ARROW1', kind('Arrow or Feather', PARQUET_WAY)],
   ['FEA1', kind('Feather', PARQUET_WAY)],
-  ['\xff\xff\xff\xff', kind('an Arrow stream', PARQUET_WAY)],
   ['SQLite format 3\0', kind('an SQLite database', TABLE_WAY)],
   ['%PDF-', kind('a PDF document')],
   ['\x89HDF\r\n\x1a\n', kind('HDF5')],
@@ -64,7 +63,10 @@ const ZIPPED: [RegExp, FileKind][] = [
   [/^[^/]*\.npy/, kind('a NumPy archive (npz)')],
 ]
 
-const MARKUP: [RegExp, FileKind][] = [
+/** What the first bytes (as latin1) look like, where it takes more than fixed bytes to tell. */
+const LOOKS: [RegExp, FileKind][] = [
+  // All ones, then the size of a message below 2^24: all ones alone are -1 in any binary file.
+  [/^\xff{4}[^]{3}\0/, kind('an Arrow stream', PARQUET_WAY)],
   [
     /^\s*<(!doctype html|html|head|body|!--)/i,
     kind('an HTML page, as of a failed download', 'download the file again'),
@@ -142,7 +144,7 @@ export function markedKind(bytes: Uint8Array): FileKind | null {
   const text = head.toString('latin1')
   const [found] = marksOf(head)
   if (text.startsWith('PK\x03\x04')) return ZIPPED.find(([name]) => name.test(text.slice(30)))?.[1] ?? found ?? null
-  return found ?? wideText(head) ?? MARKUP.find(([mark]) => mark.test(text.replace(/^\xef\xbb\xbf/, '')))?.[1] ?? null
+  return found ?? wideText(head) ?? LOOKS.find(([mark]) => mark.test(text.replace(/^\xef\xbb\xbf/, '')))?.[1] ?? null
 }
 
 const URL_PATH = /(?:^|[\\/])(https?|hf|s3|gs|gcs|ftp|az|abfss?|file|data):\/{1,3}/

@@ -4,7 +4,7 @@
  */
 import { mismatch, show } from '../../util/errors.js'
 import type { Json } from '../tokenizer-files.js'
-import { Unsupported } from './pattern.js'
+import { listOf, textOf, Unsupported } from './pattern.js'
 
 export interface EncodedWord {
   ids: readonly number[]
@@ -94,15 +94,15 @@ export class Bpe {
       if (id > largest) largest = id
     }
     this.#size = largest + 1
-    this.unkToken = (model.unk_token ?? null) as string | null
+    this.unkToken = model.unk_token == null ? null : textOf(model.unk_token, 'model.unk_token')
     this.byteFallback = model.byte_fallback === true
-    this.#prefix = (model.continuing_subword_prefix ?? '') as string
-    this.#suffix = (model.end_of_word_suffix ?? '') as string
+    this.#prefix = textOf(model.continuing_subword_prefix, 'model.continuing_subword_prefix')
+    this.#suffix = textOf(model.end_of_word_suffix, 'model.end_of_word_suffix')
     if (this.byteFallback && this.#prefix + this.#suffix !== '')
       throw new Unsupported('model.byte_fallback', 'false beside a subword prefix or suffix', 'true')
     this.#fuseUnk = model.fuse_unk === true
     this.#ignoreMerges = model.ignore_merges === true
-    for (const merge of (model.merges ?? []) as (string | [string, string])[]) this.#addMerge(merge)
+    for (const merge of listOf<string | [string, string]>(model.merges, 'model.merges')) this.#addMerge(merge)
   }
 
   #addMerge(merge: string | readonly string[]): void {

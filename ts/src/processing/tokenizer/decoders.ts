@@ -1,7 +1,7 @@
 /** Decoders of tokenizer.json (Hugging Face's Rust library, decoders/): tokens back to text. */
 import type { Json } from '../tokenizer-files.js'
 import { AlignedText } from './aligned-text.js'
-import { patternOf, Unsupported } from './pattern.js'
+import { listOf, patternOf, textOf, Unsupported } from './pattern.js'
 import { BYTE_CHARS } from './pre-tokenizers.js'
 
 export type Decoder = (tokens: string[]) => string[]
@@ -58,8 +58,8 @@ function strip(content: string, start: number, stop: number): Decoder {
   return (tokens) => tokens.map(one)
 }
 
-function metaspace(c: Json): Decoder {
-  const mark = String(c.replacement ?? '▁')
+function metaspace(c: Json, where: string): Decoder {
+  const mark = textOf(c.replacement, `${where}.replacement`, '▁')
   const scheme = String(c.prepend_scheme ?? (c.add_prefix_space === false ? 'never' : 'always')).toLowerCase()
   return (tokens) => tokens.map((t, i) => t.replaceAll(mark, i === 0 && scheme !== 'never' ? '' : ' '))
 }
@@ -70,7 +70,7 @@ export function decoderOf(config: Json | null | undefined, where = 'decoder'): D
   if (!config) return (tokens) => [tokens.join(' ')]
   switch (config.type) {
     case 'Sequence': {
-      const all = ((config.decoders ?? []) as Json[]).map((c, i) => decoderOf(c, `${where}[${i}]`))
+      const all = listOf<Json>(config.decoders, `${where}.decoders`).map((c, i) => decoderOf(c, `${where}[${i}]`))
       return (tokens) => all.reduce((some, decode) => decode(some), tokens)
     }
     case 'ByteLevel':
@@ -80,16 +80,16 @@ export function decoderOf(config: Json | null | undefined, where = 'decoder'): D
     case 'Fuse':
       return (tokens) => [tokens.join('')]
     case 'Strip':
-      return strip(String(config.content ?? ' '), Number(config.start ?? 0), Number(config.stop ?? 0))
+      return strip(textOf(config.content, `${where}.content`, ' '), Number(config.start ?? 0), Number(config.stop ?? 0))
     case 'Metaspace':
-      return metaspace(config)
+      return metaspace(config, where)
     case 'Replace': {
       const pattern = patternOf(config.pattern, `${where}.pattern`)
-      const content = String(config.content ?? '')
+      const content = textOf(config.content, `${where}.content`)
       return (tokens) => tokens.map((t) => new AlignedText(t, 0).replace(pattern, content).text)
     }
     case 'BPEDecoder': {
-      const suffix = String(config.suffix ?? '')
+      const suffix = textOf(config.suffix, `${where}.suffix`)
       return (tokens) => tokens.map((t, i) => t.replaceAll(suffix, i === tokens.length - 1 ? '' : ' '))
     }
   }

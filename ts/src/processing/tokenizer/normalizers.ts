@@ -1,7 +1,7 @@
 /** Normalizers of tokenizer.json (Hugging Face's Rust library, normalizers/), on texts that remember where they come from. */
 import type { Json } from '../tokenizer-files.js'
 import type { AlignedText } from './aligned-text.js'
-import { patternOf, Unsupported, WHITE } from './pattern.js'
+import { listOf, patternOf, textOf, Unsupported, WHITE } from './pattern.js'
 
 export type Normalizer = (text: AlignedText) => AlignedText
 
@@ -76,7 +76,9 @@ export function normalizerOf(config: Json | null | undefined, where = 'normalize
   if (!config) return (a) => a
   switch (config.type) {
     case 'Sequence': {
-      const all = ((config.normalizers ?? []) as Json[]).map((c, i) => normalizerOf(c, `${where}[${i}]`))
+      const all = listOf<Json>(config.normalizers, `${where}.normalizers`).map((c, i) =>
+        normalizerOf(c, `${where}[${i}]`),
+      )
       return (a) => all.reduce((text, normalize) => normalize(text), a)
     }
     case 'Lowercase':
@@ -90,11 +92,14 @@ export function normalizerOf(config: Json | null | undefined, where = 'normalize
       return unicode(config.type)
     case 'Strip':
       return strip(config.strip_left !== false, config.strip_right !== false)
-    case 'Prepend':
-      return (a) => a.prepend(String(config.prepend ?? ''))
+    case 'Prepend': {
+      const prefix = textOf(config.prepend, `${where}.prepend`)
+      return (a) => a.prepend(prefix)
+    }
     case 'Replace': {
       const pattern = patternOf(config.pattern, `${where}.pattern`)
-      return (a) => a.replace(pattern, String(config.content ?? ''))
+      const content = textOf(config.content, `${where}.content`)
+      return (a) => a.replace(pattern, content)
     }
   }
   const known = 'Sequence, Lowercase, StripAccents, NFC, NFD, NFKC, NFKD, Strip, Prepend or Replace'

@@ -1,5 +1,6 @@
 /** Patterns of tokenizer.json: texts, or regular expressions of Oniguruma, which @huggingface/tokenizers rewrites for JavaScript. */
 import { Tokenizer as Library } from '@huggingface/tokenizers'
+import { show } from '../../util/errors.js'
 import type { Json } from '../tokenizer-files.js'
 import { rewritten } from './oniguruma.js'
 
@@ -12,6 +13,18 @@ export class Unsupported extends Error {
   ) {
     super(`${where}: expected ${expected}, got ${got}`)
   }
+}
+
+/** A list that a part has, or has not. @throws Unsupported */
+export function listOf<T>(value: unknown, where: string): T[] {
+  if (Array.isArray(value ?? [])) return (value ?? []) as T[]
+  throw new Unsupported(where, 'a list', show(value))
+}
+
+/** A text that a part has. @throws Unsupported */
+export function textOf(value: unknown, where: string, usual = ''): string {
+  if (typeof (value ?? usual) === 'string') return (value ?? usual) as string
+  throw new Unsupported(where, 'a text', show(value))
 }
 
 export const escaped = (s: string): string => s.replace(/[.*+?^${}()|[\]\\/]/g, '\\$&')

@@ -1,15 +1,20 @@
 /** Post-processors of tokenizer.json: which special tokens stand around a text. */
+import { show } from '../../util/errors.js'
 import type { Json } from '../tokenizer-files.js'
-import { Unsupported } from './pattern.js'
+import { listOf, Unsupported } from './pattern.js'
 
 export type PostProcessor = (ids: number[]) => number[]
 
+const isId = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0
+
 function template(c: Json, where: string): PostProcessor {
   const special = (c.special_tokens ?? {}) as Record<string, { ids: number[] }>
-  const single = (c.single ?? []) as { SpecialToken?: { id: string }; Sequence?: unknown }[]
-  for (const { SpecialToken: t } of single)
-    if (t && !Array.isArray(special[t.id]?.ids))
-      throw new Unsupported(`${where}.special_tokens`, `the ids of ${t.id}`, 'none')
+  const single = listOf<{ SpecialToken?: { id: string }; Sequence?: unknown }>(c.single, `${where}.single`)
+  for (const { SpecialToken: t } of single) {
+    const ids: unknown = t && special[t.id]?.ids
+    if (t && !(Array.isArray(ids) && ids.every(isId)))
+      throw new Unsupported(`${where}.special_tokens`, `the ids of ${show(t.id)}`, show(ids ?? 'none'))
+  }
   return (ids) => single.flatMap(({ SpecialToken: t }) => (t ? special[t.id].ids : ids))
 }
 
@@ -18,7 +23,9 @@ export function postProcessorOf(config: Json | null | undefined, where = 'post_p
   if (!config) return (ids) => ids
   switch (config.type) {
     case 'Sequence': {
-      const all = ((config.processors ?? []) as Json[]).map((c, i) => postProcessorOf(c, `${where}[${i}]`))
+      const all = listOf<Json>(config.processors, `${where}.processors`).map((c, i) =>
+        postProcessorOf(c, `${where}[${i}]`),
+      )
       return (ids) => all.reduce((some, add) => add(some), ids)
     }
     case 'ByteLevel':
@@ -27,7 +34,9 @@ export function postProcessorOf(config: Json | null | undefined, where = 'post_p
       return template(config, where)
     case 'BertProcessing':
     case 'RobertaProcessing': {
-      const [cls, sep] = [config.cls, config.sep].map((t) => (t as [string, number])[1])
+      const [cls, sep] = [config.cls, config.sep].map((t) => (t as [string, number] | undefined)?.[1] as number)
+      if (!isId(cls) || !isId(sep))
+        throw new Unsupported(where, 'cls and sep, each a text and an id', show([config.cls, config.sep]))
       return (ids) => [cls, ...ids, sep]
     }
   }

@@ -1,7 +1,7 @@
 /** Pre-tokenizers of tokenizer.json (Hugging Face's Rust library, pre_tokenizers/): texts into words. */
 import type { Json } from '../tokenizer-files.js'
 import type { AlignedText } from './aligned-text.js'
-import { escaped, matchesOf, patternOf, Unsupported, WORD_CLASS } from './pattern.js'
+import { escaped, listOf, matchesOf, patternOf, textOf, Unsupported, WORD_CLASS } from './pattern.js'
 
 export type PreTokenizer = (words: AlignedText[]) => AlignedText[]
 
@@ -90,7 +90,7 @@ function byteLevel(c: Json): PreTokenizer {
 }
 
 function metaspace(c: Json, where: string): PreTokenizer {
-  const mark = String(c.replacement ?? '▁')
+  const mark = textOf(c.replacement, `${where}.replacement`, '▁')
   // Files from before there was a scheme say add_prefix_space.
   const scheme = String(c.prepend_scheme ?? (c.add_prefix_space === false ? 'never' : 'always')).toLowerCase()
   if (!['always', 'first', 'never'].includes(scheme))
@@ -116,7 +116,9 @@ export function preTokenizerOf(config: Json | null | undefined, where = 'pre_tok
   if (!config) return (words) => words
   switch (config.type) {
     case 'Sequence': {
-      const all = ((config.pretokenizers ?? []) as Json[]).map((c, i) => preTokenizerOf(c, `${where}[${i}]`))
+      const all = listOf<Json>(config.pretokenizers, `${where}.pretokenizers`).map((c, i) =>
+        preTokenizerOf(c, `${where}[${i}]`),
+      )
       return (words) => all.reduce((some, split) => split(some), words)
     }
     case 'ByteLevel':
