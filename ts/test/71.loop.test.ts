@@ -212,7 +212,7 @@ describe('what goes wrong', () => {
     expect(step).toMatchObject({ step: 3, loss: 'NaN', parameters: [{ name: 'weight', gradient: { notFinite: 4 } }] })
   })
   // saveEvery null: the only checkpoint there can be is the one of the error.
-  const ends: [string, Partial<LoopOptions>, (step: number) => Point[][]][] = [
+  const ends: [string, Partial<Parameters<typeof train<Point[]>>[2]>, (step: number) => Point[][]][] = [
     ['the loader', {}, (step) => (step < 3 ? batches(step) : fail())],
     ['a callback', { onStep: ({ step }) => void (step === 2 && fail()) }, batches],
     ['a sink', { sinks: () => [{ step: ({ step }) => void (step === 2 && fail()), end: () => {} }] }, batches],

@@ -56,6 +56,7 @@ function listen(worker: Worker, progress: Progress): Promise<TrainResult> {
       if ('step' in news) progress.step(news.step)
       else if ('evaluation' in news) progress.evaluation(news.evaluation)
       else if ('text' in news) console.error(news.text)
+      else if ('figures' in news) console.log(news.figures)
       else if ('result' in news) resolve(news.result)
       else reject(rebuilt(news.error))
     })

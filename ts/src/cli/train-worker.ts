@@ -23,6 +23,7 @@ export type TrainNews =
   | { step: StepInfo }
   | { evaluation: EvaluationInfo }
   | { text: string }
+  | { figures: string }
   | { result: TrainResult }
   | { error: { code?: string; message: string; stack?: string } }
 
@@ -42,7 +43,7 @@ async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) =
   try {
     const { file, ...pictures } = data
     const dataset = await loadDataset(file, pictures)
-    tell({ text: `${dataset.file}: ${dataset.length} records, ${dataset.withImage} with a picture` })
+    tell({ figures: `${dataset.file}: ${dataset.length} records, ${dataset.withImage} with a picture` })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {
       ...options,
       signal,

@@ -66,7 +66,7 @@ const ZIPPED: [RegExp, FileKind][] = [
 /** What the first bytes (as latin1) look like, where it takes more than fixed bytes to tell. */
 const LOOKS: [RegExp, FileKind][] = [
   // All ones, then the size of a message below 2^24: all ones alone are -1 in any binary file.
-  [/^\xff{4}[^]{3}\0/, kind('an Arrow stream', PARQUET_WAY)],
+  [/^\xff{4}[\0-\xff]{3}\0/, kind('an Arrow stream', PARQUET_WAY)],
   [
     /^\s*<(!doctype html|html|head|body|!--)/i,
     kind('an HTML page, as of a failed download', 'download the file again'),
