@@ -64,7 +64,15 @@ describe('a data set', () => {
     ]
     const data = await loadDataset(put([{ messages }]), { images: dir })
     expect(data.record(0)).toMatchObject({ image: 'a.png', conversations: [{ value: '<image>q' }, { value: 'a' }] })
+    expect(data.imageKey()).toBe('messages')
     data.close()
+  })
+  it('says which key names the images', async () => {
+    for (const key of ['image', 'images', 'image_path', 'file_name']) {
+      const data = await loadDataset(put([{ text: 1, [key]: 'a.png', conversations: turns }]), { images: dir })
+      expect(data.imageKey()).toBe(key)
+      data.close()
+    }
   })
   it('leaves bad records out, names and counts them; the rest keeps its places', async () => {
     const good = { image: 'a.png', conversations: turns, similarity: 7 }

@@ -44,6 +44,8 @@ async function run(job: TrainJob, signal: AbortSignal, tell: (news: TrainNews) =
     const { file, ...pictures } = data
     const dataset = await loadDataset(file, pictures)
     tell({ figures: `${dataset.file}: ${dataset.length} records, ${dataset.withImage} with a picture` })
+    const key = dataset.imageKey()
+    if (key !== null && key !== 'image') tell({ text: `${dataset.file}: the images are those under ${key}` })
     return await (phase === 'pretrain' ? pretrain : finetune)(model, dataset, {
       ...options,
       signal,

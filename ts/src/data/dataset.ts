@@ -5,6 +5,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
+import { imageOf } from '../formats/image-key.js'
 import { type SavedOptions, savedArrays } from '../formats/index-cache.js'
 import { unpackParquet } from '../formats/parquet.js'
 import { type DataRecord, type RecordRange, splitRecords, wordCount } from '../formats/record-file.js'
@@ -238,6 +239,16 @@ export class Dataset {
     if (!found.fault) return found.record
     const what = `${this.file} at byte ${this.range(index).offset}: record ${this.place(index)}`
     throw mismatch('ERR_DATA', 'data', what, 'the record seen before', `one with ${found.fault.reason}`)
+  }
+
+  /** The key that names the image of the first record that has one, as another tool may call it; null without any. */
+  imageKey(): string | null {
+    const index = this.#words.findIndex((w) => w > 0)
+    if (index < 0) return null
+    const found = this.#diagnose(index)
+    const image = found.fault ? null : imageOf(found.raw as Record<string, unknown>)
+    // One that no key of the record names stands in its messages.
+    return image && !image.problem ? (image.key ?? 'messages') : null
   }
 
   #diagnose(index: number): Diagnosis {

@@ -14,7 +14,7 @@ export interface RecordProblem {
 
 type Raw = Record<string, unknown>
 /** The name of an image, null for none; or what is wrong. */
-export type FoundImage = { image: string | null; problem?: undefined } | { problem: RecordProblem }
+export type FoundImage = { image: string | null; key?: string; problem?: undefined } | { problem: RecordProblem }
 
 /** Keys that mean the image of the record and nothing else, in the order in which one of them is taken. */
 export const IMAGE_KEYS = [
@@ -94,7 +94,7 @@ function unread(record: Raw): RecordProblem | null {
 }
 
 /**
- * The image of a parsed record.
+ * The image of a parsed record, and the key that names it.
  * @param more images that stand elsewhere in it, such as in parts of its messages: key and value
  */
 export function imageOf(record: Raw, more: readonly (readonly [string, unknown])[] = []): FoundImage {
@@ -116,13 +116,13 @@ export function imageOf(record: Raw, more: readonly (readonly [string, unknown])
       taken ??= { key, image: found.image }
     }
   }
-  if (taken) return { image: taken.image }
+  if (taken) return taken
   if (wrong) return { problem: wrong }
   for (const key of FILE_KEYS) {
     const found = imageIn(record[key], key)
     const list = Array.isArray(record[key]) ? record[key] : [record[key]]
     if (!list.some((v) => typeof v === 'string' && IMAGE_END.test(v))) continue
-    return found
+    return found.problem ? found : { ...found, key }
   }
   const problem = unread(record)
   return problem ? { problem } : { image: null }
