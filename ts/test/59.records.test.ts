@@ -28,7 +28,7 @@ describe('the image of a record', () => {
     [{ images: 1, image: 'a.png' }, 'a.png'],
     [{ image: null, images: [''], videos: [] }, null],
     [{ image_id: 7, image_size: [2, 3] }, null],
-  ])('%j', (raw, image) => expect(imageOf(raw as Record<string, unknown>)).toEqual({ image }))
+  ])('%j', (raw, image) => expect(imageOf(raw as Record<string, unknown>)).toMatchObject({ image }))
   it.each<[object, string]>([
     [{ images: ['a.png', 'b.png'] }, 'images'],
     [{ image: 'a.png', img: 'b.png' }, 'img'],
