@@ -2,6 +2,7 @@
  * The image of a record, whatever the usual key and shape: LLaVA's `image`, the `images` of LLaMA-Factory and ms-swift, Hugging Face's
  * `file_name` and `{bytes, path}`, parts of a message. Exactly one is taken; what is not understood is a problem, never text.
  */
+import { isObject } from '../util/json.js'
 
 /** What is wrong with a record: the key, what it should be, what it is. */
 export interface RecordProblem {
@@ -35,8 +36,6 @@ const IMAGE_END = /\.(jpe?g|jfif|png|webp|gif|tiff?|bmp|heic|heif|avif|ppm|pgm|j
 /** Other keys that speak of an image; one of them that names a file is not passed over. */
 const SPEAKS = /(^|[_-])(images?|imgs?|pictures?|photos?|pics?)([_-]|$)/i
 const LONGEST = 1024
-
-const isObject = (v: unknown): v is Raw => typeof v === 'object' && v !== null && !Array.isArray(v)
 
 /** Whether a value says nothing: null, '', [], {}, or a list or object of such. */
 function isEmpty(v: unknown): boolean {

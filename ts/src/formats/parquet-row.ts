@@ -2,6 +2,7 @@
 import { isUtf8 } from 'node:buffer'
 import { mismatch } from '../util/errors.js'
 import { markedKind } from '../util/file-kind.js'
+import { isObject } from '../util/json.js'
 import { FILE_KEYS, IMAGE_KEYS } from './image-key.js'
 
 export type Row = Record<string, unknown>
@@ -18,8 +19,8 @@ export const TURN_COLUMNS = ['conversations', 'messages', 'conversation', 'capti
 const BYTES = ['bytes', 'data', 'image', 'content', 'buffer'] as const
 const LONGEST_NAME = 1024
 
-const isObject = (v: unknown): v is Row =>
-  typeof v === 'object' && v !== null && !Array.isArray(v) && !(v instanceof Uint8Array) && !(v instanceof Date)
+/** A structure of columns: bytes and dates are values. */
+const isStructure = (v: unknown): v is Row => isObject(v) && !(v instanceof Uint8Array) && !(v instanceof Date)
 const isByte = (v: unknown): boolean => Number.isInteger(Number(v)) && Number(v) >= -128 && Number(v) < 256
 
 /** Text in a column of bytes that does not say that it is text. */
@@ -43,7 +44,7 @@ const isPicture = (b: Uint8Array): boolean => / picture$/.test(markedKind(b)?.na
  * @param sure whether the column is one of pictures, so that bytes of a kind that is not known count too
  */
 function embeddedIn(cell: unknown, sure: boolean): Embedded | null {
-  if (isObject(cell)) {
+  if (isStructure(cell)) {
     const key = BYTES.find((k) => bytesOf(cell[k]))
     if (!key) return null
     const inner = embeddedIn(cell[key], sure)
@@ -61,13 +62,13 @@ function replaced(value: unknown, sure: boolean, keep: (e: Embedded) => string):
   const found = embeddedIn(value, sure)
   if (found) return keep(found)
   if (Array.isArray(value)) return value.map((v) => replaced(v, sure, keep))
-  if (isObject(value)) return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, replaced(v, sure, keep)]))
+  if (isStructure(value)) return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, replaced(v, sure, keep)]))
   return value
 }
 
 /** Hugging Face writes a sequence of structures as a structure of lists: {from: [..], value: [..]}. */
 function untransposed(value: unknown): unknown {
-  if (!isObject(value)) return value
+  if (!isStructure(value)) return value
   const lists = Object.entries(value)
   const length = Array.isArray(lists[0]?.[1]) ? lists[0][1].length : 0
   if (!length || !lists.every(([, list]) => Array.isArray(list) && list.length === length)) return value
@@ -76,7 +77,7 @@ function untransposed(value: unknown): unknown {
 
 const isEmpty = (v: unknown): boolean =>
   v === null || v === undefined || v === '' || (Array.isArray(v) && v.every(isEmpty)) || isNothing(v)
-const isNothing = (v: unknown): boolean => isObject(v) && Object.values(v).every(isEmpty)
+const isNothing = (v: unknown): boolean => isStructure(v) && Object.values(v).every(isEmpty)
 
 /** The column with the picture where none has a usual name. @throws AlignGPTError ERR_DATA when there are several */
 function otherColumn(row: Row, where: string): string | null {

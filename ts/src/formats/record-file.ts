@@ -5,7 +5,7 @@
 import fs from 'node:fs'
 import { type AlignGPTError, mismatch, show } from '../util/errors.js'
 import { kindOfBytes, kindText, markedKind, unreadable } from '../util/file-kind.js'
-import { decodeUtf8, isDeep, parseJson, quoteLargeIntegers } from '../util/json.js'
+import { decodeUtf8, isDeep, isObject, parseJson, quoteLargeIntegers } from '../util/json.js'
 import { imageOf, type RecordProblem } from './image-key.js'
 
 /** Where the image stands in a turn. */
@@ -193,7 +193,6 @@ export function parseBytes(bytes: Uint8Array, file: string, offset: number): unk
 
 type Raw = Record<string, unknown>
 const isEmpty = (v: unknown): boolean => (v ?? null) === null
-const isObject = (v: unknown): v is Raw => typeof v === 'object' && v !== null && !Array.isArray(v)
 const isLevel = (v: unknown): boolean => Number.isInteger(v) && (v as number) >= 0 && (v as number) < 2 ** 31
 
 const TURN_KEYS = ['conversations', 'messages', 'conversation'] as const

@@ -5,6 +5,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { mismatch, show } from '../util/errors.js'
+import { BYTE_CHARS } from './tokenizer/pre-tokenizers.js'
 
 type Json = Record<string, unknown>
 
@@ -329,18 +330,6 @@ const [CLIP_BOS, CLIP_EOS] = ['<|startoftext|>', '<|endoftext|>']
 const CLIP_WORDS =
   "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
 
-/** Printable stand-ins of the 256 bytes: by byte, and in the order of CLIP's vocabulary. */
-function byteAlphabet(): { byByte: string[]; order: string[] } {
-  const byByte: string[] = []
-  const [keep, rest]: [string[], string[]] = [[], []]
-  for (let b = 0; b < 256; b++) {
-    const printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174
-    byByte[b] = String.fromCharCode(printable ? b : 256 + rest.length)
-    ;(printable ? keep : rest).push(byByte[b])
-  }
-  return { byByte, order: [...keep, ...rest] }
-}
-
 /** Words as CLIP sees them: lower case, letters, single digits or signs. */
 function* clipWords(texts: Iterable<string>): Generator<string> {
   const pattern = new RegExp(CLIP_WORDS, 'gu')
@@ -356,11 +345,12 @@ function* clipWords(texts: Iterable<string>): Generator<string> {
  */
 export function trainClipBpe(texts: Iterable<string>, options: Omit<BpeOptions, 'style'>): TrainedTokenizer {
   const { vocabSize, minCount = 2 } = options
-  const { byByte, order: bytes } = byteAlphabet()
+  // In CLIP's vocabulary bytes that are printable come first: the order of the stand-ins themselves.
+  const bytes = [...BYTE_CHARS].sort()
   const alphabet = [...bytes, ...bytes.map((c) => c + END_OF_WORD)]
   checkOptions(texts, options, alphabet.length + 2)
   const words = [...tally(clipWords(texts))].map(([word, count]) => {
-    const symbols = Array.from(Buffer.from(word), (b) => byByte[b])
+    const symbols = Array.from(Buffer.from(word), (b) => BYTE_CHARS[b])
     symbols[symbols.length - 1] += END_OF_WORD
     return { symbols, count }
   })

@@ -3,11 +3,9 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { fromSentencePiece } from '../formats/sentencepiece.js'
 import { mismatch, show } from '../util/errors.js'
-import { readJsonFile } from '../util/json.js'
+import { isObject, readJsonFile } from '../util/json.js'
 
 export type Json = Record<string, unknown>
-
-const isObject = (v: unknown): v is Json => typeof v === 'object' && v !== null && !Array.isArray(v)
 
 /** The content of a file that holds one JSON object. @throws AlignGPTError ERR_FORMAT */
 function jsonObject(file: string): Json {

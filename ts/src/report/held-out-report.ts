@@ -1,6 +1,7 @@
 /** The report's sections about alignment levels, the gate by task, and what the model says to held-out records. */
 
-import { type Group, isObject, type LoggedEvaluation, type RunLog } from '../train/run-folder.js'
+import type { Group, LoggedEvaluation, RunLog } from '../train/run-folder.js'
+import { isObject } from '../util/json.js'
 import { fixed, heatMap, type Line, lineChart, swatch } from './charts.js'
 import { escapeHtml } from './html.js'
 

@@ -2,7 +2,7 @@
 import fs from 'node:fs'
 import path from 'node:path'
 import { mismatch } from '../util/errors.js'
-import { readJsonFile } from '../util/json.js'
+import { isObject, readJsonFile } from '../util/json.js'
 import { listCheckpoints } from './checkpoint.js'
 import { checkpointFolder } from './resume.js'
 
@@ -62,7 +62,6 @@ export interface RunLog {
 }
 
 type Json = Record<string, unknown>
-export const isObject = (v: unknown): v is Json => typeof v === 'object' && v !== null && !Array.isArray(v)
 export const numberOf = (v: unknown): number => (typeof v === 'number' ? v : Number.NaN)
 const numbersOf = (v: unknown): number[] => (Array.isArray(v) ? v.map(numberOf) : [])
 const objectsOf = (v: unknown): Json[] => (Array.isArray(v) ? v.filter(isObject) : [])

@@ -186,6 +186,10 @@ export function quoteLargeIntegers(text: string): string {
   return out + text.slice(done)
 }
 
+/** Whether a value is an object that is no list. */
+export const isObject = (v: unknown): v is Record<string, unknown> =>
+  typeof v === 'object' && v !== null && !Array.isArray(v)
+
 /** Whether arrays and objects lie in each other deeper than code that follows them can go. */
 export function isDeep(value: unknown, left = MAX_DEPTH): boolean {
   if (typeof value !== 'object' || value === null) return false
